@@ -1,0 +1,430 @@
+//! Every key of the file, with its type and its default. Nothing here decides anything.
+//!
+//! The text of each key (what it does, why one would change it) is in `conf/cloakroom.toml`;
+//! a test keeps that file and these defaults equal.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::value::{Bytes, Cidr, Duration, Secret};
+
+/// The whole file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    #[serde(default)]
+    pub server: Server,
+    /// At least one.
+    #[serde(default, rename = "listener")]
+    pub listeners: Vec<Listener>,
+    #[serde(default)]
+    pub limits: Limits,
+    #[serde(default)]
+    pub store: Store,
+    #[serde(default)]
+    pub session: Session,
+    #[serde(default)]
+    pub login: Login,
+    #[serde(default)]
+    pub identity: Identity,
+    /// `[pool.NAME]`
+    #[serde(default, rename = "pool")]
+    pub pools: BTreeMap<String, Pool>,
+    #[serde(default, rename = "route")]
+    pub routes: Vec<Route>,
+    #[serde(default)]
+    pub admin: Admin,
+    #[serde(default)]
+    pub log: Log,
+}
+
+/// `[server]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Worker threads; 0 = one per core.
+    pub threads: usize,
+    /// Open client connections at a time; further ones wait in the kernel's backlog.
+    pub connections_max: usize,
+    /// After SIGTERM, how long requests in flight may take before they are cut.
+    pub drain_timeout: Duration,
+    /// Networks whose `X-Forwarded-*` and `X-Request-Id` are believed.
+    pub trusted_proxies: Vec<Cidr>,
+}
+
+/// `[[listener]]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listener {
+    pub address: Spanned<SocketAddr>,
+    /// PEM chain; with `key` the listener speaks TLS.
+    pub cert: Option<Spanned<PathBuf>>,
+    /// PEM private key.
+    pub key: Option<Spanned<PathBuf>>,
+    /// The scheme that browsers see, when a proxy in front terminates TLS: "https".
+    pub scheme: Option<Spanned<Scheme>>,
+    /// Allow plain HTTP (and a cookie without `Secure`) on an address other than loopback.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scheme {
+    Http,
+    Https,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Request line and header fields together.
+    pub head_bytes: Bytes,
+    /// Header fields in a request.
+    pub headers_max: usize,
+    /// Request target.
+    pub target_bytes: Bytes,
+    /// Request body, unless the route says otherwise.
+    pub body_bytes: Bytes,
+    /// From the first byte of a request (or the accept) to the end of its head, in total; the TLS handshake likewise.
+    pub head_timeout: Duration,
+    /// An idle keep-alive connection is closed after this long.
+    pub keepalive_timeout: Duration,
+    /// Longest pause while a request body arrives.
+    pub body_timeout: Duration,
+    /// Longest pause while the client takes a response.
+    pub write_timeout: Duration,
+}
+
+/// `[store.redis]` or `[store.memory]`; neither = memory.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Store {
+    pub redis: Option<Spanned<RedisStore>>,
+    pub memory: Option<Spanned<MemoryStore>>,
+}
+
+/// `[store.redis]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RedisStore {
+    /// `redis://`, `rediss://` or `unix://`; may hold a user, a password and a database number.
+    pub url: Spanned<Secret>,
+    #[serde(default = "RedisStore::default_prefix")]
+    pub prefix: Spanned<String>,
+    #[serde(default = "RedisStore::default_connect_timeout")]
+    pub connect_timeout: Duration,
+    #[serde(default = "RedisStore::default_response_timeout")]
+    pub response_timeout: Duration,
+    /// PEM of the authority that signed the server's certificate; default: the system's.
+    pub ca: Option<Spanned<PathBuf>>,
+}
+
+impl RedisStore {
+    fn default_prefix() -> Spanned<String> {
+        Spanned::new(0..0, "cloakroom:".to_owned())
+    }
+    const fn default_connect_timeout() -> Duration {
+        Duration::from_millis(1000)
+    }
+    const fn default_response_timeout() -> Duration {
+        Duration::from_millis(500)
+    }
+}
+
+/// `[store.memory]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryStore {
+    /// Logins are refused (503) beyond this many live sessions.
+    pub sessions_max: usize,
+}
+
+/// `[session]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Session {
+    pub cookie: Spanned<String>,
+    pub same_site: SameSite,
+    pub idle_timeout: Spanned<Duration>,
+    pub absolute_timeout: Spanned<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SameSite {
+    Strict,
+    Lax,
+}
+
+/// `[login]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Login {
+    /// Our own endpoints live under this path; begins and ends with `/`.
+    pub prefix: Spanned<String>,
+    pub title: String,
+    /// A CSS file that replaces the built-in look.
+    pub stylesheet: Option<Spanned<PathBuf>>,
+    /// Where a login goes that came from nowhere.
+    pub default_return: Spanned<String>,
+    pub password: Option<PasswordLogin>,
+}
+
+/// `[login.password]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PasswordLogin {
+    pub users_file: Spanned<PathBuf>,
+    /// Password hashes computed at a time; 0 = one per core.
+    #[serde(default)]
+    pub hashes_max: usize,
+    #[serde(default)]
+    pub throttle: Throttle,
+}
+
+/// `[login.password.throttle]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Throttle {
+    pub window: Duration,
+    /// Failures of one account from one network within the window.
+    pub per_account_and_network: u32,
+    /// Failures of one account from all networks from which it never logged in.
+    pub per_account: u32,
+    /// Failures of all accounts from one network.
+    pub per_network: u32,
+}
+
+/// `[identity]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Identity {
+    pub preset: Preset,
+    /// Header name = template, e.g. `"X-Team" = "{claim.team}"`.
+    pub headers: BTreeMap<Spanned<String>, Spanned<String>>,
+    /// Further names that a client may never send to a backend.
+    pub strip: Vec<Spanned<String>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preset {
+    None,
+    XForwarded,
+    Remote,
+    XAuthRequest,
+    Webseal,
+    OidcClaim,
+    Authentik,
+    Webauth,
+}
+
+/// `[pool.NAME]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pool {
+    /// `host:port`; names are resolved in the background and again from time to time.
+    pub backends: Vec<Spanned<String>>,
+    #[serde(default = "Pool::default_connect_timeout")]
+    pub connect_timeout: Duration,
+    /// Longest pause while a response arrives (also: until it begins).
+    #[serde(default = "Pool::default_read_timeout")]
+    pub read_timeout: Duration,
+    /// Longest pause while the backend takes a request.
+    #[serde(default = "Pool::default_write_timeout")]
+    pub write_timeout: Duration,
+    /// An unused backend connection is closed after this long; keep it below the backend's own.
+    #[serde(default = "Pool::default_idle_timeout")]
+    pub idle_timeout: Duration,
+    /// Longest silence on a WebSocket.
+    #[serde(default = "Pool::default_websocket_timeout")]
+    pub websocket_timeout: Duration,
+}
+
+impl Pool {
+    const fn default_connect_timeout() -> Duration {
+        Duration::from_millis(2_000)
+    }
+    const fn default_read_timeout() -> Duration {
+        Duration::from_millis(60_000)
+    }
+    const fn default_write_timeout() -> Duration {
+        Duration::from_millis(30_000)
+    }
+    const fn default_idle_timeout() -> Duration {
+        Duration::from_millis(30_000)
+    }
+    const fn default_websocket_timeout() -> Duration {
+        Duration::from_millis(3_600_000)
+    }
+}
+
+/// `[[route]]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Route {
+    /// Exact name or `*.suffix`; absent = every host.
+    pub host: Option<Spanned<String>>,
+    pub path: Spanned<String>,
+    pub pool: Spanned<String>,
+    #[serde(default = "Route::default_access")]
+    pub access: Spanned<Access>,
+    /// The user must be in one of these; empty = any user.
+    #[serde(default)]
+    pub groups: Vec<String>,
+    /// Add `Cache-Control: private, no-store` to an authenticated response that says nothing of caching.
+    #[serde(default = "Route::default_cache_guard")]
+    pub cache_guard: bool,
+    /// Origins besides our own that may open a WebSocket here.
+    #[serde(default)]
+    pub websocket_origins: Vec<Spanned<String>>,
+    /// Request body; default: `limits.body_bytes`.
+    pub body_bytes: Option<Bytes>,
+}
+
+impl Route {
+    fn default_access() -> Spanned<Access> {
+        Spanned::new(0..0, Access::Required)
+    }
+    const fn default_cache_guard() -> bool {
+        true
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// No session is looked up, no identity is sent.
+    Public,
+    /// Identity is sent when there is a session.
+    Optional,
+    /// Only with a session.
+    Required,
+}
+
+/// `[admin]`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    pub address: Spanned<SocketAddr>,
+    /// No admin listener at all.
+    pub enabled: bool,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    pub format: LogFormat,
+    /// error | warn | info | debug | trace
+    pub level: LogLevel,
+    /// One line per request on standard output.
+    pub access: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            connections_max: 10_000,
+            drain_timeout: Duration::from_millis(30_000),
+            trusted_proxies: Vec::new(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            head_bytes: Bytes(32 * 1024),
+            headers_max: 100,
+            target_bytes: Bytes(8 * 1024),
+            body_bytes: Bytes(100 * 1024 * 1024),
+            head_timeout: Duration::from_millis(10_000),
+            keepalive_timeout: Duration::from_millis(60_000),
+            body_timeout: Duration::from_millis(30_000),
+            write_timeout: Duration::from_millis(30_000),
+        }
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self { sessions_max: 1_000_000 }
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self {
+            cookie: Spanned::new(0..0, "__Host-session".to_owned()),
+            same_site: SameSite::Lax,
+            idle_timeout: Spanned::new(0..0, Duration::from_millis(30 * 60 * 1000)),
+            absolute_timeout: Spanned::new(0..0, Duration::from_millis(12 * 60 * 60 * 1000)),
+        }
+    }
+}
+
+impl Default for Login {
+    fn default() -> Self {
+        Self {
+            prefix: Spanned::new(0..0, "/.cloakroom/".to_owned()),
+            title: "Log in".to_owned(),
+            stylesheet: None,
+            default_return: Spanned::new(0..0, "/".to_owned()),
+            password: None,
+        }
+    }
+}
+
+impl Default for Throttle {
+    fn default() -> Self {
+        Self {
+            window: Duration::from_millis(15 * 60 * 1000),
+            per_account_and_network: 10,
+            per_account: 100,
+            per_network: 100,
+        }
+    }
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self { preset: Preset::XForwarded, headers: BTreeMap::new(), strip: Vec::new() }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))), enabled: true }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, level: LogLevel::Info, access: true }
+    }
+}

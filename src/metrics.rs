@@ -1,0 +1,108 @@
+//! Every metric, named and helped once. Labels come from closed sets and from the configuration, never from a client.
+
+use prometheus::{Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+
+/// All metrics of one gateway.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// route, status, outcome
+    pub requests: IntCounterVec,
+    /// route
+    pub request_seconds: HistogramVec,
+    /// result: live, none, unavailable
+    pub session_resolve_seconds: HistogramVec,
+    /// operation
+    pub store_errors: IntCounterVec,
+    /// method, result
+    pub logins: IntCounterVec,
+    pub logouts: IntCounterVec,
+    pub connections: IntGauge,
+    /// pool, backend
+    pub backend_requests: IntCounterVec,
+    /// pool, backend, kind: connect, response
+    pub backend_failures: IntCounterVec,
+    /// result: applied, refused
+    pub reloads: IntCounterVec,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        Self {
+            requests: counter(
+                &registry,
+                "cloakroom_requests_total",
+                "Requests answered.",
+                &["route", "status", "outcome"],
+            ),
+            request_seconds: histogram(
+                &registry,
+                "cloakroom_request_seconds",
+                "From the end of the request head to the end of the response.",
+                &["route"],
+                &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
+            ),
+            session_resolve_seconds: histogram(
+                &registry,
+                "cloakroom_session_resolve_seconds",
+                "From the cookie to the session, or to knowing that there is none.",
+                &["result"],
+                &[0.00001, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0],
+            ),
+            store_errors: counter(
+                &registry,
+                "cloakroom_store_errors_total",
+                "Store operations that failed.",
+                &["operation"],
+            ),
+            logins: counter(&registry, "cloakroom_logins_total", "Login attempts.", &["method", "result"]),
+            logouts: counter(&registry, "cloakroom_logouts_total", "Logouts.", &[]),
+            connections: {
+                let gauge = IntGauge::new("cloakroom_connections", "Open client connections.").expect("a valid name");
+                registry.register(Box::new(gauge.clone())).expect("a name used once");
+                gauge
+            },
+            backend_requests: counter(
+                &registry,
+                "cloakroom_backend_requests_total",
+                "Attempts to forward.",
+                &["pool", "backend"],
+            ),
+            backend_failures: counter(
+                &registry,
+                "cloakroom_backend_failures_total",
+                "Attempts that failed.",
+                &["pool", "backend", "kind"],
+            ),
+            reloads: counter(&registry, "cloakroom_reloads_total", "Configuration reloads.", &["result"]),
+            registry,
+        }
+    }
+
+    /// The Prometheus text format, version 0.0.4.
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("writing to memory");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn counter(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let counter = IntCounterVec::new(Opts::new(name, help), labels).expect("a valid name");
+    registry.register(Box::new(counter.clone())).expect("a name used once");
+    counter
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> HistogramVec {
+    let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    let histogram = HistogramVec::new(opts, labels).expect("a valid name");
+    registry.register(Box::new(histogram.clone())).expect("a name used once");
+    histogram
+}

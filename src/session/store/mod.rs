@@ -1,0 +1,96 @@
+//! Where sessions are kept: one contract, kept alike by memory and by Redis.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::Lifetime;
+use super::id::SessionKey;
+use super::record::{ClientHints, LoginMethod, Record};
+use crate::identity::Identity;
+
+/// What a new record is made of; the store adds the times, by its own clock.
+#[derive(Clone, Debug)]
+pub struct NewSession {
+    pub identity: Identity,
+    pub method: LoginMethod,
+    pub client: ClientHints,
+}
+
+/// A live record and how long it lives if nobody uses it.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    pub record: Record,
+    pub time_to_live: Duration,
+}
+
+/// A count that forgets: the login throttle's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    pub value: u64,
+    /// Until it is zero again.
+    pub resets_in: Duration,
+}
+
+/// Keeps sessions, by the hash of their id, on one clock of its own.
+#[async_trait]
+pub trait SessionStore: Send + Sync + 'static {
+    /// The live session of this key. A record that cannot be read is `None` and one line in the log.
+    async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError>;
+
+    /// Writes a new session and ends `replaces`, in one step.
+    async fn create(
+        &self,
+        key: &SessionKey,
+        session: NewSession,
+        lifetime: Lifetime,
+        replaces: Option<&SessionKey>,
+    ) -> Result<(), StoreError>;
+
+    /// Sets the idle clock back, never past `ends` (the record's absolute end), never re-creating an ended
+    /// session; whether it lives.
+    async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError>;
+
+    /// Ends it; whether it lived.
+    async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError>;
+
+    /// Adds one to a counter that forgets `window` after its first count.
+    async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError>;
+
+    /// A counter's value, without counting; 0 when there is none.
+    async fn count(&self, counter: &str) -> Result<u64, StoreError>;
+
+    /// Forgets a counter.
+    async fn reset(&self, counter: &str) -> Result<(), StoreError>;
+
+    /// Whether it answers: for readiness.
+    async fn ping(&self) -> Result<(), StoreError>;
+}
+
+/// The store could not say. Never a reason to log anybody out.
+#[derive(Debug)]
+pub enum StoreError {
+    /// Not reached, or it did not answer in time.
+    Unavailable(Box<dyn Error + Send + Sync>),
+    /// It answered, and refused: full, no permission, wrong type.
+    Refused(Box<dyn Error + Send + Sync>),
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unavailable(_) => "session store is unavailable",
+            Self::Refused(_) => "session store refused",
+        })
+    }
+}
+
+impl Error for StoreError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Unavailable(cause) | Self::Refused(cause) => Some(cause.as_ref()),
+        }
+    }
+}
