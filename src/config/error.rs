@@ -1,4 +1,6 @@
 //! What is wrong with a file: every problem with its line, its column, the line itself, a caret and a hint.
+//!
+//! A shown line may hold a password: [`without_secrets`] covers it before it is kept.
 
 use std::fmt;
 use std::ops::Range;
@@ -20,11 +22,11 @@ pub struct ConfigError {
 }
 
 /// Gathers the problems of one file, so that all are told at once.
-#[derive(Debug)]
 pub struct Problems<'t> {
     file: &'t Path,
     text: &'t str,
     list: Vec<Problem>,
+    included: Vec<Problem>,
 }
 
 #[derive(Clone, Debug)]
@@ -37,28 +39,51 @@ struct Place {
 
 impl<'t> Problems<'t> {
     pub fn in_file(file: &'t Path, text: &'t str) -> Self {
-        Self { file, text, list: Vec::new() }
+        Self { file, text, list: Vec::new(), included: Vec::new() }
     }
 
     /// `at`: bytes of the file, as `toml::Spanned::span` gives them; `0..0` means a default, and shows no line.
     pub fn add(&mut self, at: Range<usize>, message: impl Into<String>) -> &mut Problem {
         let place = (at != (0..0)).then(|| Place::of(self.text, &at));
-        self.list.push(Problem { file: self.file.to_owned(), place, message: message.into(), hint: None });
+        let message = without_secrets(&message.into());
+        self.list.push(Problem { file: self.file.to_owned(), place, message, hint: None });
         self.list.last_mut().expect("just pushed")
+    }
+
+    /// What the TOML reader found: a slip of syntax, a wrong type, an unknown or a missing key.
+    pub fn add_toml(&mut self, error: &toml::de::Error) {
+        // An error at the very first byte must not be taken for a default.
+        let at = error.span().map_or(0..0, |span| span.start..span.end.max(span.start + 1));
+        let section = section_of(error);
+        let mut message = in_words_of_the_file(error.message());
+        if let Some(section) = section
+            && (message.starts_with("missing key") || message.starts_with("unknown key") || at == (0..0))
+        {
+            let subject = message.find(',').unwrap_or(message.len());
+            message.insert_str(subject, &format!(" in [{section}]"));
+        }
+        let hint = hint_for(error.message());
+        let problem = self.add(at, message);
+        if let Some(hint) = hint {
+            problem.hint(hint);
+        }
     }
 
     /// What another file that this one names has wrong with it.
     pub fn include(&mut self, other: ConfigError) {
-        self.list.extend(other.problems);
+        self.included.extend(other.problems);
     }
 
     /// `value`, when nothing is wrong.
     pub fn into_result<T>(mut self, value: T) -> Result<T, ConfigError> {
-        if self.list.is_empty() {
-            return Ok(value);
-        }
-        self.list.sort_by_key(|problem| problem.place.as_ref().map_or(0, |place| place.line));
-        Err(ConfigError { problems: self.list })
+        self.list.sort_by_key(|problem| problem.place.as_ref().map_or((0, 0), |place| (place.line, place.column)));
+        self.list.append(&mut self.included);
+        if self.list.is_empty() { Ok(value) } else { Err(ConfigError { problems: self.list }) }
+    }
+
+    /// The line on which a span begins, counted from 1, for a message that names a second place.
+    pub(super) fn line_of(&self, at: &Range<usize>) -> usize {
+        Place::of(self.text, at).line
     }
 }
 
@@ -75,21 +100,144 @@ impl ConfigError {
         let message = format!("cannot be read: {error}");
         Self { problems: vec![Problem { file: file.to_owned(), place: None, message, hint: None }] }
     }
+
+    /// One mistake that concerns a file as a whole.
+    pub fn of_file(file: &Path, message: &str, hint: &str) -> Self {
+        let (file, message, hint) = (file.to_owned(), message.to_owned(), Some(hint.to_owned()));
+        Self { problems: vec![Problem { file, place: None, message, hint }] }
+    }
+
+    /// A file that is no TOML, or not of the type that was asked for.
+    pub fn not_toml(file: &Path, text: &str, error: &toml::de::Error) -> Self {
+        let mut problems = Problems::in_file(file, text);
+        problems.add_toml(error);
+        Self { problems: problems.list }
+    }
 }
 
 impl Place {
     fn of(text: &str, at: &Range<usize>) -> Self {
-        let start = text.floor_char_boundary(at.start.min(text.len()));
-        let end = text.floor_char_boundary(at.end.clamp(start, text.len()));
+        let start = char_boundary(text, at.start);
+        let end = char_boundary(text, at.end).max(start);
         let line_start = text[..start].rfind('\n').map_or(0, |newline| newline + 1);
         let line_end = text[start..].find('\n').map_or(text.len(), |newline| start + newline);
         Self {
             line: text[..start].matches('\n').count() + 1,
             column: text[line_start..start].chars().count() + 1,
-            text: text[line_start..line_end].to_owned(),
+            text: without_secrets(text[line_start..line_end].trim_end_matches('\r')),
             width: text[start..end.min(line_end).max(start)].chars().count().max(1),
         }
     }
+}
+
+/// The last boundary between characters that is not behind `index`.
+fn char_boundary(text: &str, index: usize) -> usize {
+    (0..=index.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
+}
+
+/// Keys whose value is not to be shown, in whichever file: the store's URL, a user's password hash.
+const SECRET_KEYS: [&str; 2] = ["url", "password"];
+
+/// `text` with secrets covered by `*`: the value of a secret key, and the password of any URL. The number of
+/// characters stays, so that a caret still points where it should. Control characters go too: what a file holds must
+/// not steer the reader's terminal.
+fn without_secrets(text: &str) -> String {
+    let hidden = secret_value(text).into_iter().chain(url_password(text)).collect::<Vec<_>>();
+    let cover = |(at, c): (usize, char)| match c {
+        _ if hidden.iter().any(|range| range.contains(&at)) => '*',
+        '\t' => '\t',
+        _ if c.is_control() => char::REPLACEMENT_CHARACTER,
+        _ => c,
+    };
+    text.char_indices().map(cover).collect()
+}
+
+/// What stands behind `url =`, when it is the secret itself and no `{ file = ... }`.
+fn secret_value(line: &str) -> Option<Range<usize>> {
+    let (key, value) = line.match_indices('=').map(|(at, _)| line.split_at(at)).find(|(before, _)| {
+        let key = before.trim_end().trim_end_matches(['"', '\'']);
+        SECRET_KEYS.iter().any(|secret| {
+            key.strip_suffix(secret).is_some_and(|rest| !rest.ends_with(|c: char| c.is_alphanumeric() || c == '_'))
+        })
+    })?;
+    let value_start = key.len() + 1;
+    let blank = value[1..].len() - value[1..].trim_start().len();
+    let is_reference = value[1..].trim_start().starts_with('{');
+    (!is_reference && value_start + blank < line.len()).then_some(value_start + blank..line.len())
+}
+
+/// From the colon behind the user to the last `@`, since a password may hold anything by mistake.
+fn url_password(text: &str) -> Option<Range<usize>> {
+    let authority = text.find("://")? + "://".len();
+    let colon = authority + text[authority..].find(':')? + 1;
+    let at_sign = text.rfind('@')?;
+    (colon < at_sign).then_some(colon..at_sign)
+}
+
+/// `store.redis` for a mistake inside `[store.redis]`. `toml` knows it, but tells it only in the last line of an error
+/// that has lost its text.
+fn section_of(error: &toml::de::Error) -> Option<String> {
+    let mut bare = error.clone();
+    bare.set_input(None);
+    let text = bare.to_string();
+    let (_, section) = text.trim_end().rsplit_once("\nin `")?;
+    section.strip_suffix('`').map(str::to_owned)
+}
+
+/// serde speaks of Rust's types; the reader of the message has a TOML file before them.
+fn in_words_of_the_file(message: &str) -> String {
+    const WORDS: [(&str, &str); 10] = [
+        ("missing field", "missing key"),
+        ("unknown field", "unknown key"),
+        ("unknown variant", "unknown value"),
+        ("invalid type: map", "invalid type: a table"),
+        ("invalid type: sequence", "invalid type: an array"),
+        ("expected a sequence", "expected an array"),
+        ("expected usize", "expected a whole number"),
+        ("expected u32", "expected a whole number"),
+        ("expected path string", "expected a path in quotes"),
+        ("expected a string", "expected a text in quotes"),
+    ];
+    let mut message = message.to_owned();
+    for (theirs, ours) in WORDS {
+        message = message.replacen(theirs, ours, 1);
+    }
+    match message.find("expected struct ") {
+        Some(at) => message[..at].to_owned() + "expected a table",
+        None => message,
+    }
+}
+
+fn hint_for(message: &str) -> Option<String> {
+    if message == "invalid type: map, expected a sequence" {
+        return Some("write it in double brackets, e.g. [[listener]]: there may be several".to_owned());
+    }
+    // serde fills a section from an array, one key after the other, so that [[server]] is a table in place of `threads`.
+    if message.starts_with("invalid type: map") {
+        return Some("only [[listener]] and [[route]] are written in double brackets".to_owned());
+    }
+    if !message.starts_with("unknown field") && !message.starts_with("unknown variant") {
+        return None;
+    }
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let written = quoted.next()?;
+    let nearest = quoted.min_by_key(|known| edit_distance(written, known))?;
+    (edit_distance(written, nearest) <= written.chars().count().div_ceil(3))
+        .then(|| format!("did you mean `{nearest}`?"))
+}
+
+/// How many characters must be changed, added or dropped to come from one word to the other (Levenshtein).
+fn edit_distance(from: &str, to: &str) -> usize {
+    let mut row = (0..=to.chars().count()).collect::<Vec<_>>();
+    for (i, a) in from.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, b) in to.chars().enumerate() {
+            let replaced = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.chars().count()]
 }
 
 impl fmt::Display for Problem {
@@ -100,10 +248,12 @@ impl fmt::Display for Problem {
             return self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n  hint: {hint}"));
         };
         let gutter = " ".repeat(line.to_string().len());
+        // A tab stays a tab, so that the caret stands under the same column in every terminal.
+        let indent = text.chars().chain(std::iter::repeat(' ')).map(|c| if c == '\t' { '\t' } else { ' ' });
         writeln!(f, "error: {file}:{line}:{column}: {}", self.message)?;
         writeln!(f, "{gutter} |")?;
         writeln!(f, "{line} | {text}")?;
-        write!(f, "{gutter} | {}{}", " ".repeat(column - 1), "^".repeat(*width))?;
+        write!(f, "{gutter} | {}{}", indent.take(column - 1).collect::<String>(), "^".repeat(*width))?;
         self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n{gutter} hint: {hint}"))
     }
 }
@@ -121,3 +271,93 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+/// The text stays out: it may hold secrets.
+impl fmt::Debug for Problems<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Problems").field("file", &self.file).field("list", &self.list).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn problems_are_told_in_the_order_of_the_file_and_those_of_other_files_last() {
+        let (file, text) = (Path::new("a.toml"), "x = 1\ny = 2\n");
+        let mut problems = Problems::in_file(file, text);
+        problems.include(ConfigError::unreadable(Path::new("b.toml"), &std::io::Error::other("on fire")));
+        problems.add(10..11, "second").hint("try 3");
+        problems.add(4..5, "first");
+        problems.add(0..0, "no place");
+
+        let error = problems.into_result(()).unwrap_err();
+        let expected = "error: a.toml: no place\n\
+                        error: a.toml:1:5: first\n  |\n1 | x = 1\n  |     ^\n\
+                        error: a.toml:2:5: second\n  |\n2 | y = 2\n  |     ^\n  hint: try 3\n\
+                        error: b.toml: cannot be read: on fire";
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn a_caret_stands_right_behind_tabs_wide_characters_and_carriage_returns() {
+        let text = "\tkey = \"ü\" # ö\r\n";
+        let mut problems = Problems::in_file(Path::new("a.toml"), text);
+        problems.add(7..11, "message");
+        let shown = problems.into_result(()).unwrap_err().to_string();
+        assert!(shown.ends_with("1 | \tkey = \"ü\" # ö\n  | \t      ^^^"), "{shown}");
+    }
+
+    #[test]
+    fn no_span_is_too_wild_for_a_place() {
+        let text = "ä\n";
+        for start in 0..6 {
+            for end in 0..6 {
+                let place = Place::of(text, &(start..end));
+                assert!(1 <= place.line && 1 <= place.column && 1 <= place.width);
+            }
+        }
+    }
+
+    #[test]
+    fn a_shown_line_or_message_never_holds_a_secret() {
+        let lines = [
+            "url = \"redis://:hunter2@redis:6379\"",
+            "url=\"hunter2\"",
+            "  \"url\" = 'hunter2",
+            "redis = { url = \"hunter2\" }",
+            "store.redis.url = \"hunter2\" # why",
+            "alice.password = \"hunter2\"",
+            "anything = \"rediss://user:hunter2@host\"",
+            "invalid type: string \"redis://:hunter2@host\", expected a table",
+            "url = \"redis://:hunt\\qer2hunter2@host",
+        ];
+        for line in lines {
+            let shown = without_secrets(line);
+            assert!(!shown.contains("hunter2"), "{shown}");
+            assert_eq!(shown.chars().count(), line.chars().count(), "the caret must still fit: {shown}");
+        }
+        let harmless =
+            ["url = { env = \"REDIS_URL\" }", "curl = \"x\"", "url =", "a = \"http://h:1\"", "[login.password]"];
+        for line in harmless {
+            assert_eq!(without_secrets(line), line);
+        }
+        assert_eq!(without_secrets("\u{1b}[2J"), "\u{fffd}[2J", "a file must not steer the terminal");
+    }
+
+    #[test]
+    fn the_nearest_word_is_suggested_and_a_far_one_is_not() {
+        let known = "expected one of `idle_timeout`, `absolute_timeout`, `cookie`";
+        let cases = [
+            ("idle_timeot", Some("idle_timeout")),
+            ("cokie", Some("cookie")),
+            ("Cookie", Some("cookie")),
+            ("zzz", None),
+        ];
+        for (written, suggestion) in cases {
+            let hint = hint_for(&format!("unknown field `{written}`, {known}"));
+            assert_eq!(hint, suggestion.map(|word| format!("did you mean `{word}`?")), "{written}");
+        }
+    }
+}

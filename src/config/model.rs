@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::value::{Bytes, Cidr, Duration, Secret};
+use super::value::{self, Bytes, Cidr, Duration, Secret, Template};
 
 /// The whole file.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     #[serde(default)]
@@ -57,9 +57,10 @@ pub struct Server {
 }
 
 /// `[[listener]]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listener {
+    #[serde(deserialize_with = "value::socket_address")]
     pub address: Spanned<SocketAddr>,
     /// PEM chain; with `key` the listener speaks TLS.
     pub cert: Option<Spanned<PathBuf>>,
@@ -102,7 +103,7 @@ pub struct Limits {
 }
 
 /// `[store.redis]` or `[store.memory]`; neither = memory.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Store {
     pub redis: Option<Spanned<RedisStore>>,
@@ -110,7 +111,7 @@ pub struct Store {
 }
 
 /// `[store.redis]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RedisStore {
     /// `redis://`, `rediss://` or `unix://`; may hold a user, a password and a database number.
@@ -146,7 +147,7 @@ pub struct MemoryStore {
 }
 
 /// `[session]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Session {
     pub cookie: Spanned<String>,
@@ -163,7 +164,7 @@ pub enum SameSite {
 }
 
 /// `[login]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Login {
     /// Our own endpoints live under this path; begins and ends with `/`.
@@ -177,7 +178,7 @@ pub struct Login {
 }
 
 /// `[login.password]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PasswordLogin {
     pub users_file: Spanned<PathBuf>,
@@ -202,12 +203,12 @@ pub struct Throttle {
 }
 
 /// `[identity]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Identity {
     pub preset: Preset,
     /// Header name = template, e.g. `"X-Team" = "{claim.team}"`.
-    pub headers: BTreeMap<Spanned<String>, Spanned<String>>,
+    pub headers: BTreeMap<Spanned<String>, Spanned<Template>>,
     /// Further names that a client may never send to a backend.
     pub strip: Vec<Spanned<String>>,
 }
@@ -226,7 +227,7 @@ pub enum Preset {
 }
 
 /// `[pool.NAME]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pool {
     /// `host:port`; names are resolved in the background and again from time to time.
@@ -266,7 +267,7 @@ impl Pool {
 }
 
 /// `[[route]]`
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
     /// Exact name or `*.suffix`; absent = every host.
@@ -309,9 +310,10 @@ pub enum Access {
 }
 
 /// `[admin]`
-#[derive(Debug, Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
+    #[serde(deserialize_with = "value::socket_address")]
     pub address: Spanned<SocketAddr>,
     /// No admin listener at all.
     pub enabled: bool,

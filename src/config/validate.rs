@@ -1,0 +1,934 @@
+//! Do the keys make sense together? Every rule that no single value can keep, all of them told at once.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::{Range, RangeInclusive};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::error::Problems;
+use super::model::{Access, Config, Listener, RedisStore, Scheme};
+use super::value::is_sample_secret;
+
+/// `tree` is what `config` was read from: it knows where each key stands.
+pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems<'_>) {
+    let mut check = Check { config, tree, problems };
+    check.server();
+    check.listeners();
+    check.limits();
+    check.store();
+    check.session();
+    check.login();
+    check.identity();
+    check.pools();
+    check.routes();
+    check.admin();
+}
+
+struct Check<'c, 't> {
+    config: &'c Config,
+    tree: &'c DeTable<'c>,
+    problems: &'c mut Problems<'t>,
+}
+
+impl Check<'_, '_> {
+    fn server(&mut self) {
+        let server = &self.config.server;
+        self.number("server.threads", server.threads, 0..=1024);
+        self.number("server.connections_max", server.connections_max, 1..=1_000_000);
+    }
+
+    fn listeners(&mut self) {
+        let listeners = &self.config.listeners;
+        if listeners.is_empty() {
+            self.problems
+                .add(0..0, "no [[listener]]: there is no address to serve")
+                .hint("add [[listener]] with e.g. address = \"127.0.0.1:8080\"");
+        }
+        for (index, listener) in listeners.iter().enumerate() {
+            if let Some(first) = listeners[..index].iter().find(|other| clash(&other.address, &listener.address)) {
+                let line = self.problems.line_of(&first.address.span());
+                let message = format!("{} is already taken by the listener of line {line}", listener.address);
+                self.problems.add(listener.address.span(), message);
+            }
+            self.transport(listener);
+        }
+    }
+
+    /// TLS, a TLS-terminating proxy in front, loopback, or an explicit yes to plain HTTP: nothing else.
+    fn transport(&mut self, listener: &Listener) {
+        match (&listener.cert, &listener.key) {
+            (Some(cert), None) => {
+                self.problems.add(cert.span(), "cert without key").hint("add key = \"...\", the PEM private key");
+            }
+            (None, Some(key)) => {
+                self.problems.add(key.span(), "key without cert").hint("add cert = \"...\", the PEM certificate chain");
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        let speaks_tls = listener.cert.is_some() || listener.key.is_some();
+        let scheme = listener.scheme.as_ref().map(Spanned::get_ref);
+        if let Some(written) = &listener.scheme
+            && speaks_tls
+            && scheme == Some(&Scheme::Http)
+        {
+            self.problems
+                .add(written.span(), "scheme = \"http\" on a listener with cert and key")
+                .hint("leave scheme out: a listener with a certificate speaks https");
+        }
+        let is_loopback = listener.address.get_ref().ip().to_canonical().is_loopback();
+        if !speaks_tls && !is_loopback && !listener.insecure && scheme != Some(&Scheme::Https) {
+            let message = format!("plain HTTP on {}, which is not loopback: sessions could be read", listener.address);
+            self.problems.add(listener.address.span(), message).hint(
+                "add cert and key; or scheme = \"https\" when a proxy in front terminates TLS (and name it in \
+                 server.trusted_proxies); or insecure = true",
+            );
+        }
+    }
+
+    fn limits(&mut self) {
+        let limits = &self.config.limits;
+        self.number("limits.headers_max", limits.headers_max, 1..=250);
+        let head = limits.head_bytes;
+        if !(1 << 10..=512 << 10).contains(&head.0) {
+            let at = self.at("limits.head_bytes");
+            self.problems.add(at, format!("limits.head_bytes is {head}: must be between 1KiB and 512KiB"));
+        }
+        if head < limits.target_bytes {
+            let at = self.at_one_of(["limits.target_bytes", "limits.head_bytes"]);
+            let message =
+                format!("limits.target_bytes ({}) is larger than limits.head_bytes ({head})", limits.target_bytes);
+            self.problems.add(at, message).hint("the target is part of the head: lower the one or raise the other");
+        }
+    }
+
+    fn store(&mut self) {
+        let store = &self.config.store;
+        if let (Some(_), Some(memory)) = (&store.redis, &store.memory) {
+            self.problems
+                .add(memory.span(), "both [store.redis] and [store.memory]: sessions are kept in one place")
+                .hint("remove one of them");
+        }
+        if let Some(redis) = &store.redis {
+            self.redis(redis.get_ref());
+        }
+        if let Some(memory) = &store.memory {
+            self.number("store.memory.sessions_max", memory.get_ref().sessions_max, 1..=1_000_000_000);
+        }
+    }
+
+    fn redis(&mut self, redis: &RedisStore) {
+        let url = redis.url.get_ref().expose();
+        // An empty one was told of when it was resolved.
+        if !url.is_empty() {
+            match RedisUrl::parse(url) {
+                Err(message) => {
+                    let expected = "expected e.g. \"redis://127.0.0.1:6379\", \"rediss://user:password@redis.example.org\" \
+                                    or \"unix:///run/redis/redis.sock\"";
+                    self.problems.add(redis.url.span(), format!("store.redis.url: {message}")).hint(expected);
+                }
+                Ok(url) => self.redis_url(redis, &url),
+            }
+        }
+        let prefix = redis.prefix.get_ref();
+        if !(1..=64).contains(&prefix.len())
+            || !prefix.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'{' | b'}'))
+        {
+            let message =
+                format!("invalid prefix {prefix:?}: expected 1 to 64 printable ASCII characters, no space, no brace");
+            self.problems
+                .add(redis.prefix.span(), message)
+                .hint("a brace would decide which slot of a Redis Cluster holds a key");
+        }
+    }
+
+    fn redis_url(&mut self, redis: &RedisStore, url: &RedisUrl) {
+        let is_sample = url.password.as_deref().is_some_and(is_sample_secret);
+        if is_sample || is_sample_secret(redis.url.get_ref().expose()) {
+            self.problems
+                .add(redis.url.span(), "store.redis.url holds a sample password, which everybody knows")
+                .hint("set a password of your own in Redis, and refer to it by { file = ... } or { env = ... }");
+        }
+        if let Some(ca) = &redis.ca
+            && !url.is_tls
+        {
+            self.problems
+                .add(ca.span(), "ca is for TLS, but store.redis.url does not begin with rediss://")
+                .hint("write rediss:// in the URL, or remove ca");
+        }
+    }
+
+    fn session(&mut self) {
+        let session = &self.config.session;
+        if let Err(message) = cookie_name(session.cookie.get_ref()) {
+            self.problems
+                .add(session.cookie.span(), format!("invalid cookie name {:?}: {message}", session.cookie.get_ref()));
+        }
+        if session.absolute_timeout.get_ref() < session.idle_timeout.get_ref() {
+            let at = self.at_one_of(["session.idle_timeout", "session.absolute_timeout"]);
+            let message = format!(
+                "session.idle_timeout ({}) is longer than session.absolute_timeout ({})",
+                session.idle_timeout, session.absolute_timeout
+            );
+            self.problems
+                .add(at, message)
+                .hint("a session never outlives absolute_timeout: lower idle_timeout or raise absolute_timeout");
+        }
+    }
+
+    fn login(&mut self) {
+        let login = &self.config.login;
+        let (prefix, default_return) = (login.prefix.get_ref(), login.default_return.get_ref());
+        let prefix_fault = match canonical(prefix) {
+            Err(fault) => Some(fault),
+            Ok(()) if prefix == "/" => Some("it would swallow every route"),
+            Ok(()) if !prefix.ends_with('/') => Some("it must end with `/`"),
+            Ok(()) => None,
+        };
+        if let Some(fault) = prefix_fault {
+            let message = format!("invalid login.prefix {prefix:?}: {fault}");
+            self.problems.add(login.prefix.span(), message).hint("expected a path such as \"/.cloakroom/\"");
+        }
+        if let Err(fault) = canonical(default_return) {
+            let message = format!("invalid login.default_return {default_return:?}: {fault}");
+            self.problems.add(login.default_return.span(), message).hint("expected a path of this site, such as \"/\"");
+        } else if prefix != "/" && default_return.starts_with(prefix.as_str()) {
+            let message = format!("login.default_return {default_return:?} lies under login.prefix");
+            self.problems.add(login.default_return.span(), message).hint("a login must lead away from the login pages");
+        }
+        if let Some(password) = &login.password {
+            self.number("login.password.hashes_max", password.hashes_max, 0..=1024);
+            let throttle = &password.throttle;
+            for (key, failures) in [
+                ("login.password.throttle.per_account_and_network", throttle.per_account_and_network),
+                ("login.password.throttle.per_account", throttle.per_account),
+                ("login.password.throttle.per_network", throttle.per_network),
+            ] {
+                self.number(key, failures as usize, 1..=1_000_000);
+            }
+        }
+    }
+
+    fn identity(&mut self) {
+        let identity = &self.config.identity;
+        let mut first_lines = BTreeMap::new();
+        let mut headers = identity.headers.keys().collect::<Vec<_>>();
+        headers.sort_by_key(|name| name.span().start);
+        for name in headers {
+            let line = self.problems.line_of(&name.span());
+            // Backends read `X_Team` and `x-team` as one name (CGI, RFC 3875, section 4.1.18).
+            let same = name.get_ref().to_ascii_lowercase().replace('_', "-");
+            if let Some(first) = first_lines.insert(same, line) {
+                let message = format!("header {:?} is already set in line {first}", name.get_ref());
+                self.problems.add(name.span(), message).hint("case does not matter, and `_` counts as `-`");
+            }
+        }
+        for name in identity.headers.keys().chain(&identity.strip) {
+            if let Err(fault) = header_name(name.get_ref()) {
+                self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
+            }
+        }
+    }
+
+    fn pools(&mut self) {
+        for (name, pool) in &self.config.pools {
+            let key = format!("pool.{name}");
+            // The name is a label of metrics and a word of the log.
+            if !(1..=64).contains(&name.len())
+                || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+            {
+                let at = self.at_keys(&["pool", name]);
+                let message = format!("invalid pool name {name:?}: expected 1 to 64 letters, digits, `-` or `_`");
+                self.problems.add(at, message);
+            }
+            if pool.backends.is_empty() {
+                let at = self.at_keys(&["pool", name, "backends"]);
+                self.problems
+                    .add(at, format!("{key} has no backends"))
+                    .hint("name at least one, e.g. \"127.0.0.1:9001\"");
+            }
+            for (index, backend) in pool.backends.iter().enumerate() {
+                let address = backend.get_ref();
+                if let Err(fault) = backend_address(address) {
+                    let message = format!("invalid backend {address:?}: {fault}");
+                    self.problems
+                        .add(backend.span(), message)
+                        .hint("expected host:port, e.g. \"10.0.0.7:8080\", \"app.internal:80\" or \"[fd00::7]:80\"");
+                }
+                if pool.backends[..index].iter().any(|other| other.get_ref().eq_ignore_ascii_case(address)) {
+                    self.problems
+                        .add(backend.span(), format!("backend {address:?} is there twice"))
+                        .hint("it would get two shares of the requests");
+                }
+            }
+        }
+    }
+
+    fn routes(&mut self) {
+        let routes = &self.config.routes;
+        if routes.is_empty() {
+            self.problems
+                .add(0..0, "no [[route]]: every request would be answered with 404")
+                .hint("add [[route]] with path = \"/\" and pool = \"...\"");
+        }
+        let login_prefix = self.config.login.prefix.get_ref();
+        let mut first_lines = BTreeMap::new();
+        for (index, route) in routes.iter().enumerate() {
+            let path = route.path.get_ref();
+            if let Err(fault) = canonical(path) {
+                self.problems.add(route.path.span(), format!("invalid path {path:?}: {fault}"));
+            } else if login_prefix != "/" && format!("{path}/").starts_with(login_prefix) {
+                self.problems
+                    .add(route.path.span(), format!("path {path:?} lies under login.prefix, which is answered first"))
+                    .hint("choose another path, or change login.prefix");
+            }
+            if let Some(host) = &route.host
+                && let Err(fault) = route_host(host.get_ref())
+            {
+                let message = format!("invalid host {:?}: {fault}", host.get_ref());
+                self.problems.add(host.span(), message).hint("expected e.g. \"app.example.org\" or \"*.example.org\"");
+            }
+
+            let host = route.host.as_ref().map(Spanned::get_ref);
+            let line = self.problems.line_of(&route.path.span());
+            // `/app/` is the same route as `/app`: most backends answer both alike.
+            let place = (host, path.strip_suffix('/').unwrap_or(path));
+            if let Some(first) = first_lines.get(&place) {
+                let on_host = host.map_or_else(String::new, |host| format!(" on host {host:?}"));
+                let message = format!("path {path:?}{on_host} already has a route in line {first}");
+                self.problems.add(route.path.span(), message).hint("give the one or the other another path or host");
+            } else {
+                first_lines.insert(place, line);
+            }
+
+            let pool = route.pool.get_ref();
+            if !self.config.pools.contains_key(pool) {
+                let known = self.config.pools.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+                let hint =
+                    if known.is_empty() { format!("add [pool.{pool}]") } else { format!("the pools are {known}") };
+                self.problems.add(route.pool.span(), format!("there is no pool `{pool}`")).hint(hint);
+            }
+            if !route.groups.is_empty() && route.access.get_ref() != &Access::Required {
+                let at = self.at_keys(&["route", &index.to_string(), "groups"]);
+                self.problems
+                    .add(at, "groups on a route that lets everybody in")
+                    .hint("write access = \"required\", or remove groups");
+            }
+            for origin in &route.websocket_origins {
+                if let Err(fault) = web_origin(origin.get_ref()) {
+                    let message = format!("invalid origin {:?}: {fault}", origin.get_ref());
+                    self.problems.add(origin.span(), message).hint("expected e.g. \"https://app.example.org\"");
+                }
+            }
+        }
+        self.someone_can_log_in();
+    }
+
+    /// A session begins with a login; without one, a route that asks for it would be shut for ever.
+    fn someone_can_log_in(&mut self) {
+        let asks = |access: Access| match access {
+            Access::Public => false,
+            Access::Optional | Access::Required => true,
+        };
+        if self.config.login.password.is_some() {
+            return;
+        }
+        if let Some(route) = self.config.routes.iter().find(|route| asks(*route.access.get_ref())) {
+            let is_default = route.access.span() == (0..0);
+            let at = if is_default { route.path.span() } else { route.access.span() };
+            self.problems
+                .add(at, format!("route {:?} asks for a session, but nobody can log in", route.path.get_ref()))
+                .hint("add [login.password] with users_file = \"users.toml\", or write access = \"public\"");
+        }
+    }
+
+    fn admin(&mut self) {
+        let admin = &self.config.admin;
+        if !admin.enabled {
+            return;
+        }
+        if let Some(listener) = self.config.listeners.iter().find(|other| clash(&other.address, &admin.address)) {
+            let is_default = admin.address.span() == (0..0);
+            let at = if is_default { listener.address.span() } else { admin.address.span() };
+            self.problems
+                .add(at, format!("admin.address ({}) is also the address of a listener", admin.address))
+                .hint("what the operator sees must not be served to everybody: choose another port");
+        }
+    }
+
+    fn number(&mut self, key: &str, number: usize, range: RangeInclusive<usize>) {
+        if !range.contains(&number) {
+            let at = self.at(key);
+            let message = format!("{key} is {number}: must be between {} and {}", range.start(), range.end());
+            self.problems.add(at, message);
+        }
+    }
+
+    /// Where the value of a dotted key stands; `0..0` when the file leaves it at its default.
+    fn at(&self, key: &str) -> Range<usize> {
+        self.at_keys(&key.split('.').collect::<Vec<_>>())
+    }
+
+    /// The first of two keys, unless it is at its default and only the second is in the file.
+    fn at_one_of(&self, keys: [&str; 2]) -> Range<usize> {
+        keys.map(|key| self.at(key)).into_iter().find(|at| *at != (0..0)).unwrap_or(0..0)
+    }
+
+    fn at_keys(&self, keys: &[&str]) -> Range<usize> {
+        let Some((first, rest)) = keys.split_first() else { return 0..0 };
+        let Some(mut value) = self.tree.get(*first) else { return 0..0 };
+        for key in rest {
+            let next = match value.get_ref() {
+                DeValue::Array(_) => key.parse::<usize>().ok().and_then(|index| value.get_ref().get(index)),
+                _ => value.get_ref().get(*key),
+            };
+            let Some(next) = next else { return 0..0 };
+            value = next;
+        }
+        value.span()
+    }
+}
+
+/// Whether both cannot be bound: the same port of one address, or of an address and its family's wildcard.
+fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
+    let (one, other) = (one.get_ref(), other.get_ref());
+    let same_family = one.is_ipv4() == other.is_ipv4();
+    let has_wildcard = one.ip().is_unspecified() || other.ip().is_unspecified();
+    // The kernel gives each port 0 a port of its own.
+    one.port() == other.port() && one.port() != 0 && (one.ip() == other.ip() || same_family && has_wildcard)
+}
+
+/// As much of a Redis URL as cross-key rules need; the store reads the rest.
+struct RedisUrl {
+    is_tls: bool,
+    password: Option<String>,
+}
+
+impl RedisUrl {
+    fn parse(url: &str) -> Result<Self, &'static str> {
+        let Some((scheme, rest)) = url.split_once("://") else { return Err("no scheme") };
+        let is_socket = match scheme {
+            "redis" | "rediss" => false,
+            "unix" | "redis+unix" => true,
+            _ => return Err("unknown scheme, expected redis, rediss, unix or redis+unix"),
+        };
+        if rest.contains('#') {
+            return Err("a `#` is written %23 in a password, and elsewhere refused: certificates are always verified");
+        }
+        if rest.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err("white space in a URL");
+        }
+        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+        if is_socket {
+            if !place.starts_with('/') || place == "/" {
+                return Err("expected the absolute path of a socket");
+            }
+            let mut pairs = form_urlencoded::parse(query.as_bytes());
+            let password = pairs.find(|(key, _)| key == "pass").map(|(_, password)| password.into_owned());
+            return Ok(Self { is_tls: false, password });
+        }
+        let (authority, _database) = place.split_once('/').unwrap_or((place, ""));
+        let (user, server) = authority.rsplit_once('@').unwrap_or(("", authority));
+        let (host, port) = match server.rsplit_once(':') {
+            Some((host, port)) if !port.ends_with(']') => (host, port),
+            _ => (server, "6379"),
+        };
+        if host.is_empty() {
+            return Err("no host");
+        }
+        host_name_or_address(host)?;
+        port_number(port)?;
+        let password = user.split_once(':').map(|(_, password)| percent_encoding::percent_decode_str(password));
+        let password = password.map(|decoded| decoded.decode_utf8_lossy().into_owned());
+        Ok(Self { is_tls: scheme == "rediss", password })
+    }
+}
+
+/// A name that browsers keep and that means what it says (RFC 6265, section 4.1.1; RFC 6265bis, section 4.1.3).
+fn cookie_name(name: &str) -> Result<(), &'static str> {
+    let bare = name.strip_prefix("__Host-").unwrap_or(name);
+    if bare.is_empty() || !bare.bytes().all(is_token_byte) {
+        return Err("expected letters, digits and the like, no space, no separator");
+    }
+    if bare.starts_with("__") {
+        return Err("the only prefix that may begin with `__` is `__Host-`");
+    }
+    if 64 < name.len() {
+        return Err("at most 64 characters");
+    }
+    Ok(())
+}
+
+/// A path that every reader takes the same way: policy and backend must not differ on what it names.
+fn canonical(path: &str) -> Result<(), &'static str> {
+    if !path.starts_with('/') {
+        return Err("it must begin with `/`");
+    }
+    if path.bytes().any(|b| !b.is_ascii_graphic()) {
+        return Err("only visible ASCII characters, no spaces");
+    }
+    if path.contains(['%', ';', '\\', '?', '#']) {
+        return Err("none of `%` `;` `\\` `?` `#` is allowed");
+    }
+    let mut segments = path[1..].split('/').peekable();
+    while let Some(segment) = segments.next() {
+        if segment.is_empty() && segments.peek().is_some() {
+            return Err("no `//`");
+        }
+        if matches!(segment, "." | "..") {
+            return Err("no `.` and no `..` as a segment");
+        }
+    }
+    Ok(())
+}
+
+/// A name that we may write or remove without breaking HTTP or what Cloakroom itself says.
+fn header_name(name: &str) -> Result<(), &'static str> {
+    if name.starts_with(':') {
+        return Err("pseudo-headers belong to HTTP/2 itself");
+    }
+    if name.is_empty() || !name.bytes().all(is_token_byte) {
+        return Err("expected a field name: letters, digits, `-` and the like (RFC 9110, section 5.6.2)");
+    }
+    let name = name.to_ascii_lowercase().replace('_', "-");
+    match name.as_str() {
+        "connection"
+        | "keep-alive"
+        | "proxy-connection"
+        | "proxy-authenticate"
+        | "proxy-authorization"
+        | "proxy-authentication-info"
+        | "te"
+        | "trailer"
+        | "transfer-encoding"
+        | "upgrade"
+        | "http2-settings" => Err("it belongs to one connection, not to the request (RFC 9110, section 7.6.1)"),
+        "content-length" | "host" | "expect" => Err("it frames or routes the request"),
+        "cookie" | "set-cookie" => Err("cookies are Cloakroom's own matter"),
+        "x-forwarded-for" | "x-forwarded-proto" | "x-forwarded-host" | "x-request-id" | "via" => {
+            Err("Cloakroom writes it itself")
+        }
+        _ if name.starts_with("sec-websocket-") => Err("it belongs to the WebSocket handshake"),
+        _ => Ok(()),
+    }
+}
+
+fn backend_address(text: &str) -> Result<(), &'static str> {
+    if text.contains("://") {
+        return Err("no scheme here");
+    }
+    let Some((host, port)) = text.rsplit_once(':') else { return Err("the port is missing") };
+    if host.contains(':') && !host.starts_with('[') {
+        return Err("an IPv6 address stands in brackets");
+    }
+    host_name_or_address(host)?;
+    port_number(port)
+}
+
+/// Compared with the request's host in lower case, so that is how it must be written.
+fn route_host(text: &str) -> Result<(), &'static str> {
+    if text == "*" {
+        return Err("leave host out to match every host");
+    }
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    if name.contains(':') && !name.starts_with('[') {
+        return Err("a host without its port");
+    }
+    if name.contains('_') || name.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err("only lower-case letters, digits, `-` and `.`");
+    }
+    host_name_or_address(name)?;
+    let is_address = name.starts_with('[') || name.parse::<Ipv4Addr>().is_ok();
+    if is_address && name != text {
+        return Err("an address has no subdomains");
+    }
+    Ok(())
+}
+
+/// As browsers write `Origin` (RFC 6454, section 6.2): lower case, no path, no default port.
+fn web_origin(text: &str) -> Result<(), &'static str> {
+    let Some((scheme, place)) = text.split_once("://") else { return Err("no scheme") };
+    let starts_well = scheme.starts_with(|c: char| c.is_ascii_lowercase());
+    if !starts_well || !scheme.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'+' | b'-' | b'.')) {
+        return Err("a scheme is lower-case letters");
+    }
+    if place.contains(['/', '?', '#', '@']) {
+        return Err("only a scheme, a host and perhaps a port");
+    }
+    if place.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err("browsers send it in lower case");
+    }
+    let (host, port) = match place.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (place, None),
+    };
+    host_name_or_address(host)?;
+    match (scheme, port) {
+        ("https", Some("443")) | ("http", Some("80")) => Err("browsers leave the default port out"),
+        (_, Some(port)) => port_number(port),
+        (_, None) => Ok(()),
+    }
+}
+
+/// A DNS name (RFC 1123, section 2.1; `_` as container networks use it), an IPv4 address, or `[IPv6]`.
+fn host_name_or_address(text: &str) -> Result<(), &'static str> {
+    if let Some(rest) = text.strip_prefix('[') {
+        let address = rest.strip_suffix(']').and_then(|address| address.parse::<Ipv6Addr>().ok());
+        return address.map(|_| ()).ok_or("not an IPv6 address");
+    }
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if 253 < text.len() || !text.split('.').all(is_label) {
+        return Err("not a host name");
+    }
+    let last = text.rsplit('.').next().unwrap_or(text);
+    let looks_numeric = last.bytes().all(|b| b.is_ascii_digit());
+    if looks_numeric && text.parse::<Ipv4Addr>().is_err() {
+        return Err("not an IPv4 address");
+    }
+    Ok(())
+}
+
+fn port_number(text: &str) -> Result<(), &'static str> {
+    let is_plain = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
+    if is_plain && text.parse::<u16>().is_ok() { Ok(()) } else { Err("a port is a number from 1 to 65535") }
+}
+
+/// RFC 9110, section 5.6.2.
+fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::parse;
+
+    const GOOD: &str = r#"[[listener]]
+address = "127.0.0.1:8080"
+[login.password]
+users_file = "users.toml"
+[pool.app]
+backends = ["127.0.0.1:9001"]
+[[route]]
+path = "/"
+pool = "app"
+"#;
+
+    fn errors(text: &str) -> String {
+        match parse(text, Path::new("cloakroom.toml")) {
+            Ok(_) => "nothing is wrong".to_owned(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// The problems without lines, carets and hints.
+    fn headlines(text: &str) -> Vec<String> {
+        let prefix = "error: cloakroom.toml:";
+        errors(text).lines().filter_map(|line| Some(line.strip_prefix(prefix)?.to_owned())).collect()
+    }
+
+    #[test]
+    fn the_smallest_file_is_right() {
+        assert_eq!(errors(GOOD), "nothing is wrong");
+    }
+
+    #[test]
+    fn an_unknown_key_is_shown_with_what_was_meant() {
+        let expected = "\
+error: cloakroom.toml:2:1: unknown key `idle_timeot` in [session], expected one of `cookie`, `same_site`, `idle_timeout`, `absolute_timeout`
+  |
+2 | idle_timeot = \"30m\"
+  | ^^^^^^^^^^^
+  hint: did you mean `idle_timeout`?";
+        assert_eq!(errors("[session]\nidle_timeot = \"30m\"\n"), expected);
+    }
+
+    #[test]
+    fn a_number_without_its_unit_is_shown_with_an_example() {
+        let expected = "\
+error: cloakroom.toml:2:16: invalid type: integer `30`, expected a number and a unit in quotes, e.g. \"30s\" (ms, s, m, h, d)
+  |
+2 | idle_timeout = 30
+  |                ^^";
+        assert_eq!(errors("[session]\nidle_timeout = 30\n"), expected);
+        let expected = "\
+error: cloakroom.toml:2:16: invalid duration \"30min\": expected a number and a unit, e.g. \"30m\" (ms, s, m, h, d)
+  |
+2 | idle_timeout = \"30min\"
+  |                ^^^^^^^";
+        assert_eq!(errors("[session]\nidle_timeout = \"30min\"\n"), expected);
+    }
+
+    #[test]
+    fn a_missing_key_is_shown_at_its_section() {
+        let expected = "\
+error: cloakroom.toml:10:1: missing key `path` in [route]
+   |
+10 | [[route]]
+   | ^^^^^^^^^";
+        assert_eq!(errors(&format!("{GOOD}[[route]]\npool = \"app\"\n")), expected);
+    }
+
+    #[test]
+    fn keys_that_contradict_each_other_are_shown_all_at_once_in_the_order_of_the_file() {
+        let text = format!(
+            "{GOOD}[[route]]\npath = \"/\"\npool = \"ap\"\n[session]\nidle_timeout = \"12h\"\nabsolute_timeout = \"8h\"\n"
+        );
+        let expected = "\
+error: cloakroom.toml:11:8: path \"/\" already has a route in line 8
+   |
+11 | path = \"/\"
+   |        ^^^
+   hint: give the one or the other another path or host
+error: cloakroom.toml:12:8: there is no pool `ap`
+   |
+12 | pool = \"ap\"
+   |        ^^^^
+   hint: the pools are `app`
+error: cloakroom.toml:14:16: session.idle_timeout (12h) is longer than session.absolute_timeout (8h)
+   |
+14 | idle_timeout = \"12h\"
+   |                ^^^^^
+   hint: a session never outlives absolute_timeout: lower idle_timeout or raise absolute_timeout";
+        assert_eq!(errors(&text), expected);
+    }
+
+    #[test]
+    fn a_sample_password_is_refused_and_not_printed() {
+        let text = GOOD.to_owned() + "[store.redis]\nurl = \"redis://:changeme@redis:6379\"\n";
+        let expected = "\
+error: cloakroom.toml:11:7: store.redis.url holds a sample password, which everybody knows
+   |
+11 | url = ******************************
+   |       ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+   hint: set a password of your own in Redis, and refer to it by { file = ... } or { env = ... }";
+        assert_eq!(errors(&text), expected);
+    }
+
+    #[test]
+    fn an_empty_file_says_what_is_missing() {
+        let expected = "\
+error: cloakroom.toml: no [[listener]]: there is no address to serve
+  hint: add [[listener]] with e.g. address = \"127.0.0.1:8080\"
+error: cloakroom.toml: no [[route]]: every request would be answered with 404
+  hint: add [[route]] with path = \"/\" and pool = \"...\"";
+        assert_eq!(errors(""), expected);
+    }
+
+    /// Each mistake is put behind the good file, which has nine lines.
+    #[test]
+    fn every_mistake_is_told_at_its_place() {
+        let listener = |keys: &str| format!("[[listener]]\n{keys}");
+        let redis = |url: &str| format!("[store.redis]\nurl = \"{url}\"");
+        let cookie = |name: &str| format!("[session]\ncookie = \"{name}\"");
+        let route = |path: &str| format!("[[route]]\npool = \"app\"\npath = '{path}'");
+        let host = |name: &str| format!("[[route]]\npath = \"/\"\npool = \"app\"\nhost = \"{name}\"");
+        let origin = |text: &str| format!("[[route]]\npath = \"/a\"\npool = \"app\"\nwebsocket_origins = [\"{text}\"]");
+        let pool = |backends: &str| format!("[pool.b]\nbackends = [{backends}]");
+        let header = |name: &str| format!("[identity.headers]\n{name} = \"{{user}}\"");
+        let cases: Vec<(String, &str, &str)> = vec![
+            ("[server]\nthreads = 5000".into(), "11:11", "server.threads is 5000: must be between 0 and 1024"),
+            ("[server]\nthreads = \"two\"".into(), "11:11", "expected a whole number"),
+            ("[server]\nconnections_max = 0".into(), "11:19", "must be between 1 and"),
+            ("[server]\ndrain_timeout = \"0s\"".into(), "11:17", "must be longer than nothing"),
+            ("[server]\ntrusted_proxies = [\"10.0.0.1/8\"]".into(), "11:20", "the network is 10.0.0.0/8"),
+            ("[[server]]\nthreads = 1".into(), "10:1", "invalid type: a table"),
+            ("[serve]\nthreads = 1".into(), "10:2", "unknown key `serve`"),
+            ("[server".into(), "10:8", "unclosed table"),
+            ("[pool.app]".into(), "10:7", "duplicate key"),
+            (listener("address = \"127.0.0.1:8080\""), "11:11", "already taken by the listener of line 2"),
+            (listener("address = \"0.0.0.0:8080\"\ninsecure = true"), "11:11", "already taken"),
+            (listener("address = \"0.0.0.0:80\""), "11:11", "plain HTTP on 0.0.0.0:80, which is not loopback"),
+            (listener("address = \"[2001:db8::1]:80\"\nscheme = \"http\""), "11:11", "which is not loopback"),
+            (listener("address = \"localhost:80\""), "11:11", "expected an IP address and a port"),
+            (listener("address = 8080"), "11:11", "expected an address with its port in quotes"),
+            (listener("address = \"127.0.0.1:1\"\ncert = \"c.pem\""), "12:8", "cert without key"),
+            (listener("address = \"127.0.0.1:1\"\nkey = \"k.pem\""), "12:7", "key without cert"),
+            (listener("address = \"127.0.0.1:1\"\ncert = \"\"\nkey = \"k\""), "12:8", "an empty path"),
+            (
+                listener("address = \"127.0.0.1:1\"\ncert = \"c\"\nkey = \"k\"\nscheme = \"http\""),
+                "14:10",
+                "scheme = \"http\" on a listener with cert",
+            ),
+            (
+                listener("address = \"127.0.0.1:1\"\nscheme = \"ftp\""),
+                "12:10",
+                "unknown value `ftp`, expected `http` or",
+            ),
+            (listener("insecure = true"), "10:1", "missing key `address` in [listener]"),
+            ("[limits]\nheaders_max = 251".into(), "11:15", "must be between 1 and 250"),
+            ("[limits]\nhead_bytes = \"1MiB\"".into(), "11:14", "must be between 1KiB and 512KiB"),
+            (
+                "[limits]\nhead_bytes = \"4KiB\"".into(),
+                "11:14",
+                "target_bytes (8KiB) is larger than limits.head_bytes (4KiB)",
+            ),
+            ("[limits]\ntarget_bytes = \"64KiB\"".into(), "11:16", "is larger than limits.head_bytes (32KiB)"),
+            ("[limits]\nbody_bytes = \"1MB\"".into(), "11:14", "invalid size \"1MB\""),
+            (
+                "[store.redis]\nurl = \"redis://a\"\n[store.memory]".into(),
+                "12:1",
+                "both [store.redis] and [store.memory]",
+            ),
+            ("[store.memory]\nsessions_max = 0".into(), "11:16", "must be between 1 and"),
+            ("[store.redis]\nprefix = \"a\"".into(), "10:1", "missing key `url` in [store.redis]"),
+            (
+                "[store.redis]\nurl = { env = \"CLOAKROOM_IS_NOT_SET\" }".into(),
+                "11:7",
+                "CLOAKROOM_IS_NOT_SET is not set",
+            ),
+            ("[store.redis]\nurl = { file = \"no/such/file\" }".into(), "11:7", "no/such/file cannot be read"),
+            (
+                "[store.redis]\nurl = { path = \"x\" }".into(),
+                "11:7",
+                "unknown key `path` in [store.redis.url], expected `file` or",
+            ),
+            (redis(""), "11:7", "the secret is empty"),
+            (redis("127.0.0.1:6379"), "11:7", "no scheme"),
+            (redis("http://h"), "11:7", "unknown scheme"),
+            (redis("redis://"), "11:7", "no host"),
+            (redis("redis://h:0"), "11:7", "a port is a number from 1 to 65535"),
+            (redis("rediss://h/#insecure"), "11:7", "certificates are always verified"),
+            (redis("unix://redis.sock"), "11:7", "expected the absolute path of a socket"),
+            (redis("redis://user:Change%2DMe@h"), "11:7", "holds a sample password"),
+            (redis("unix:///run/redis.sock?pass=foobared"), "11:7", "holds a sample password"),
+            (redis("redis://h") + "\nca = \"ca.pem\"", "12:6", "ca is for TLS"),
+            (redis("redis://h") + "\nprefix = \"a b\"", "12:10", "invalid prefix"),
+            (redis("redis://h") + "\nprefix = \"{a}\"", "12:10", "invalid prefix"),
+            (cookie("__Secure-s"), "11:10", "the only prefix that may begin with `__` is `__Host-`"),
+            (cookie("__host-s"), "11:10", "the only prefix"),
+            (cookie("__Host-"), "11:10", "invalid cookie name"),
+            (cookie("a;b"), "11:10", "invalid cookie name"),
+            (cookie(&"s".repeat(65)), "11:10", "at most 64 characters"),
+            ("[session]\nsame_site = \"none\"".into(), "11:13", "unknown value `none`, expected `strict` or `lax`"),
+            ("[session]\nabsolute_timeout = \"10m\"".into(), "11:20", "idle_timeout (30m) is longer than"),
+            ("[session]\nabsolute_timeout = \"401d\"".into(), "11:20", "at most 400d"),
+            ("[login]\nprefix = \"/auth\"".into(), "11:10", "it must end with `/`"),
+            ("[login]\nprefix = \"/\"".into(), "11:10", "it would swallow every route"),
+            ("[login]\nprefix = \"/a/../b/\"".into(), "11:10", "no `.` and no `..`"),
+            ("[login]\ndefault_return = \"//evil.example\"".into(), "11:18", "no `//`"),
+            ("[login]\ndefault_return = \"https://evil.example\"".into(), "11:18", "it must begin with `/`"),
+            ("[login]\ndefault_return = \"/.cloakroom/login\"".into(), "11:18", "lies under login.prefix"),
+            ("[login.password.throttle]\nper_account = 0".into(), "11:15", "must be between 1 and"),
+            ("[identity]\npreset = \"xforwarded\"".into(), "11:10", "unknown value `xforwarded`"),
+            ("[identity]\nstrip = [\"X Role\"]".into(), "11:10", "expected a field name"),
+            ("[identity]\nstrip = [\"Cookie\"]".into(), "11:10", "cookies are Cloakroom's own matter"),
+            (header("Content_Length"), "11:1", "it frames or routes the request"),
+            (header("Transfer-Encoding"), "11:1", "it belongs to one connection"),
+            (header("\":path\""), "11:1", "pseudo-headers"),
+            (header("X-Forwarded-For"), "11:1", "Cloakroom writes it itself"),
+            (header("X-A = \"{user}\"\nx_a"), "12:1", "header \"x_a\" is already set in line 11"),
+            (
+                "[identity.headers]\nX-A = \"{usr}\"".into(),
+                "11:7",
+                "unknown placeholder `{usr}`, expected one of `{user}`",
+            ),
+            (pool(""), "11:12", "pool.b has no backends"),
+            (pool("\"127.0.0.1\""), "11:13", "the port is missing"),
+            (pool("\"h:80\", \"H:80\""), "11:21", "is there twice"),
+            (pool("\"http://h:80\""), "11:13", "no scheme here"),
+            (pool("\"::1:80\""), "11:13", "stands in brackets"),
+            (pool("\"h:65536\""), "11:13", "a port is a number"),
+            (pool("\"h:+80\""), "11:13", "a port is a number"),
+            (pool("\"256.1.1.1:80\""), "11:13", "not an IPv4 address"),
+            (pool("\"-h:80\""), "11:13", "not a host name"),
+            ("[pool.\"a b\"]\nbackends = [\"h:1\"]".into(), "10:1", "invalid pool name"),
+            ("[pool.b]".into(), "10:1", "missing key `backends` in [pool.b]"),
+            (route("shop"), "12:8", "it must begin with `/`"),
+            (route("/a%2fb"), "12:8", "none of `%`"),
+            (route("/a//b"), "12:8", "no `//`"),
+            (route("/a/./b"), "12:8", "no `.` and no `..`"),
+            (route("/a/.."), "12:8", "no `.` and no `..`"),
+            (route("/a;b"), "12:8", "none of `%`"),
+            (route("/a\\b"), "12:8", "none of `%`"),
+            (route("/a?b"), "12:8", "none of `%`"),
+            (route("/ä"), "12:8", "only visible ASCII"),
+            (route("/.cloakroom"), "12:8", "lies under login.prefix"),
+            (route("/"), "12:8", "already has a route in line 8"),
+            (route("/a") + "\n" + &route("/a/"), "15:8", "already has a route in line 12"),
+            (
+                "[[route]]\npool = \"app\"\nhost = \"a.b\"\npath = \"/\"\n[[route]]\npool = \"app\"\nhost = \"a.b\"\npath = \"/\"".into(),
+                "17:8",
+                "path \"/\" on host \"a.b\" already has a route in line 13",
+            ),
+            (host("App.example.org"), "13:8", "only lower-case"),
+            (host("*"), "13:8", "leave host out"),
+            (host("a.*.org"), "13:8", "not a host name"),
+            (host("*.10.0.0.1"), "13:8", "an address has no subdomains"),
+            (host("example.org:443"), "13:8", "a host without its port"),
+            (host("example.org."), "13:8", "not a host name"),
+            ("[[route]]\npath = \"/a\"\npool = \"no\"".into(), "12:8", "there is no pool `no`"),
+            (
+                route("/a") + "\naccess = \"public\"\ngroups = [\"x\"]",
+                "14:10",
+                "groups on a route that lets everybody in",
+            ),
+            (route("/a") + "\naccess = \"private\"", "13:10", "unknown value `private`"),
+            (origin("app.example.org"), "13:22", "no scheme"),
+            (origin("https://app.example.org/"), "13:22", "only a scheme, a host"),
+            (origin("https://app.example.org:443"), "13:22", "browsers leave the default port out"),
+            (origin("https://App.example.org"), "13:22", "browsers send it in lower case"),
+            (origin("*://x"), "13:22", "a scheme is lower-case letters"),
+            ("[admin]\naddress = \"127.0.0.1:8080\"".into(), "11:11", "is also the address of a listener"),
+            (listener("address = \"127.0.0.1:9900\""), "11:11", "admin.address (127.0.0.1:9900) is also"),
+            ("[log]\nlevel = \"verbose\"".into(), "11:9", "unknown value `verbose`"),
+        ];
+        let mut surprises = Vec::new();
+        for (mistake, place, message) in cases {
+            let told = headlines(&format!("{GOOD}{mistake}\n"));
+            let is_right = |only: &String| only.starts_with(&format!("{place}: ")) && only.contains(message);
+            if told.len() != 1 || !told.iter().all(is_right) {
+                surprises.push(format!("{mistake}\n  should say {place}: {message}\n  but says {told:#?}"));
+            }
+        }
+        assert!(surprises.is_empty(), "{}", surprises.join("\n"));
+    }
+
+    #[test]
+    fn what_looks_odd_but_is_right_is_accepted() {
+        let cases = [
+            "[[listener]]\naddress = \"0.0.0.0:80\"\ninsecure = true",
+            "[[listener]]\naddress = \"0.0.0.0:80\"\nscheme = \"https\"",
+            "[[listener]]\naddress = \"[::1]:8080\"",
+            "[[listener]]\naddress = \"[::]:443\"\ncert = \"c\"\nkey = \"k\"\nscheme = \"https\"",
+            "[store.redis]\nurl = \"redis+unix:///run/redis.sock?db=2\"",
+            "[store.redis]\nurl = \"rediss://user:p%40ss-7@[::1]:6380/3\"\nca = \"ca.pem\"",
+            "[store.redis]\nurl = \"redis://[fd00::1]\"",
+            "[session]\ncookie = \"sid\"",
+            "[session]\nidle_timeout = \"1h\"\nabsolute_timeout = \"1h\"",
+            "[identity]\nstrip = [\"X_Role\", \"Authorization\"]",
+            "[pool.b]\nbackends = [\"my_app.internal:1\", \"[::1]:65535\", \"10.0.0.1:80\"]",
+            "[[route]]\npath = \"/\"\npool = \"app\"\nhost = \"*.example.org\"",
+            "[[route]]\npath = \"/\"\npool = \"app\"\nhost = \"example.org\"",
+            "[[route]]\npath = \"/a.b/~c/\"\npool = \"app\"\naccess = \"public\"",
+            "[[route]]\npath = \"/ws\"\npool = \"app\"\nwebsocket_origins = [\"https://a.example:8443\", \"http://[::1]:1\"]",
+            "[admin]\naddress = \"127.0.0.1:8080\"\nenabled = false",
+            "[admin]\naddress = \"0.0.0.0:9900\"",
+        ];
+        for addition in cases {
+            assert_eq!(errors(&format!("{GOOD}{addition}\n")), "nothing is wrong", "{addition}");
+        }
+    }
+
+    #[test]
+    fn a_route_that_asks_for_a_session_needs_a_login() {
+        let nobody = GOOD.replace("[login.password]\nusers_file = \"users.toml\"\n", "");
+        assert_eq!(headlines(&nobody), ["6:8: route \"/\" asks for a session, but nobody can log in"]);
+        let optional = nobody.clone() + "access = \"optional\"\n";
+        assert_eq!(headlines(&optional), ["8:10: route \"/\" asks for a session, but nobody can log in"]);
+        assert_eq!(errors(&(nobody + "access = \"public\"\n")), "nothing is wrong");
+    }
+
+    #[test]
+    fn brackets_of_the_wrong_kind_get_a_hint() {
+        assert!(errors("[listener]\naddress = \"127.0.0.1:80\"").contains("hint: write it in double brackets"));
+        assert!(errors("[[server]]\nthreads = 1").contains("hint: only [[listener]] and [[route]]"));
+    }
+}
