@@ -1,5 +1,6 @@
 //! Cloakroom: a reverse proxy and load balancer that takes sessions out of the web servers behind it.
 
+pub mod proxy;
 pub mod session;
 pub mod identity;
 pub mod config;
