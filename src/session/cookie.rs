@@ -1,5 +1,11 @@
 //! The cookie that carries the id: found strictly, set with every guard, never shown to a backend.
+//!
+//! Finding is strict, for a doubt about who somebody is means nobody. Stripping is generous, for a doubt about whose
+//! cookie it is means ours.
 
+use cookie::time::OffsetDateTime;
+use cookie::{Cookie, CookieBuilder, SameSite};
+use http::header::COOKIE;
 use http::{HeaderMap, HeaderValue};
 
 use super::id::SessionId;
@@ -9,14 +15,34 @@ use super::id::SessionId;
 pub struct SessionCookie {
     name: String,
     secure: bool,
-    same_site: cookie::SameSite,
+    same_site: SameSite,
+}
+
+/// The names that are ours, on whichever listener and in whichever spelling.
+#[derive(Clone, Debug)]
+pub struct ReservedCookies {
+    /// Without prefix.
+    names: Vec<String>,
+}
+
+/// What becomes of a request's `Cookie` fields on the way to a backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stripped {
+    /// Forward them as they are: none, or one field without a cookie of ours.
+    Unchanged,
+    /// This single field stands for all of them.
+    Replaced(HeaderValue),
+    /// Nothing is left: remove them all.
+    Removed,
 }
 
 impl SessionCookie {
     /// `configured` is the name as configured, e.g. `__Host-session`; plain HTTP drops its prefix.
-    pub fn new(configured: &str, secure: bool, same_site: cookie::SameSite) -> Self {
-        let _ = configured;
-        Self { name: String::new(), secure, same_site }
+    pub fn new(configured: &str, secure: bool, same_site: SameSite) -> Self {
+        let name = if secure { configured } else { without_prefix(configured) };
+        // Browsers refuse `None` without `Secure`.
+        let same_site = if secure || same_site != SameSite::None { same_site } else { SameSite::Lax };
+        Self { name: name.to_owned(), secure, same_site }
     }
 
     pub fn name(&self) -> &str {
@@ -25,18 +51,388 @@ impl SessionCookie {
 
     /// The id in the request's `Cookie` fields: none when absent, malformed, or there twice.
     pub fn find(&self, headers: &HeaderMap) -> Option<SessionId> {
-        let _ = (headers, self.secure, self.same_site);
-        unimplemented!()
+        SessionId::parse_bytes(sole_value(headers, &self.name)?)
     }
 
     /// The `Set-Cookie` that hands the id to the browser, for its browser session.
     pub fn set(&self, id: &SessionId) -> HeaderValue {
-        let _ = id;
-        unimplemented!()
+        sensitive(&self.guarded(id.to_cookie_value()).build())
     }
 
     /// The `Set-Cookie` that takes it back.
     pub fn clear(&self) -> HeaderValue {
-        unimplemented!()
+        // Browsers drop a removal whose name, Path or Secure differ from the original, so all are repeated.
+        let removal =
+            self.guarded(String::new()).max_age(cookie::time::Duration::ZERO).expires(OffsetDateTime::UNIX_EPOCH);
+        sensitive(&removal.build())
+    }
+
+    /// No Domain: the cookie belongs to this host alone (RFC 6265bis, section 4.1.3.2).
+    fn guarded(&self, value: String) -> CookieBuilder<'_> {
+        Cookie::build((self.name.as_str(), value))
+            .path("/")
+            .secure(self.secure)
+            .http_only(true)
+            .same_site(self.same_site)
+    }
+}
+
+impl ReservedCookies {
+    /// `configured`: the names as configured. Each is reserved with and without its prefix.
+    pub fn new<'n>(configured: impl IntoIterator<Item = &'n str>) -> Self {
+        Self { names: configured.into_iter().map(|name| without_prefix(name).to_owned()).collect() }
+    }
+
+    /// The request's `Cookie` fields without the cookies of ours. All other bytes stay as they are, in their order;
+    /// several fields become one, joined by `"; "` (RFC 9113, section 8.2.3).
+    pub fn strip(&self, headers: &HeaderMap) -> Stripped {
+        let mut fields = headers.get_all(COOKIE).iter();
+        let Some(first) = fields.next() else { return Stripped::Unchanged };
+        let is_single = fields.next().is_none();
+        if is_single && !pairs(first.as_bytes()).any(|pair| self.has(pair)) {
+            return Stripped::Unchanged;
+        }
+
+        let mut kept = Vec::new();
+        for field in headers.get_all(COOKIE) {
+            let mut separator: &[u8] = if kept.is_empty() { b"" } else { b"; " };
+            for pair in pairs(field.as_bytes()).filter(|pair| !self.has(pair)) {
+                let starts_field = separator != b";";
+                let pair = if starts_field { pair.trim_ascii_start() } else { pair };
+                if starts_field && pair.is_empty() {
+                    continue;
+                }
+                kept.extend_from_slice(separator);
+                kept.extend_from_slice(pair);
+                separator = b";";
+            }
+        }
+        match HeaderValue::from_bytes(&kept) {
+            Ok(mut value) if !kept.is_empty() => {
+                value.set_sensitive(true);
+                Stripped::Replaced(value)
+            }
+            Ok(_) | Err(_) => Stripped::Removed,
+        }
+    }
+
+    /// Whether a backend's `Set-Cookie` would plant a cookie of ours in the browser.
+    pub fn is_set_by(&self, set_cookie: &[u8]) -> bool {
+        pairs(set_cookie).next().is_some_and(|pair| self.has(pair))
+    }
+
+    /// Whether any reader might take this `name=value` for one of ours. A cookie without a name is sent without its
+    /// `=`, so that its value is what looks like a name (RFC 6265bis, section 5.7).
+    fn has(&self, pair: &[u8]) -> bool {
+        let starts = pair.iter().position(|byte| !is_filler(*byte) && *byte != b'=').unwrap_or(pair.len());
+        let name = pair[starts..].split(|byte| *byte == b'=').next().unwrap_or_default();
+        let ends = name.iter().rposition(|byte| !is_filler(*byte)).map_or(0, |last| last + 1);
+        let name = without_prefix_bytes(&name[..ends]);
+        self.names.iter().any(|ours| ours.as_bytes().eq_ignore_ascii_case(name))
+    }
+}
+
+/// The value of the only cookie of exactly this name, in any of the `Cookie` fields; none when there are two, for
+/// nothing says which of them is ours (RFC 6265bis, section 5.8.3).
+pub fn sole_value<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h [u8]> {
+    let mut values = headers.get_all(COOKIE).iter().flat_map(|field| pairs(field.as_bytes())).filter_map(|pair| {
+        let pair = pair.trim_ascii_start();
+        pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")
+    });
+    let value = values.next()?;
+    values.next().is_none().then_some(value)
+}
+
+const PREFIXES: [&str; 2] = ["__Host-", "__Secure-"];
+
+fn without_prefix(name: &str) -> &str {
+    let prefix = PREFIXES.iter().find(|prefix| starts_with(name.as_bytes(), prefix));
+    prefix.and_then(|prefix| name.get(prefix.len()..)).unwrap_or(name)
+}
+
+fn without_prefix_bytes(name: &[u8]) -> &[u8] {
+    let prefix = PREFIXES.iter().find(|prefix| starts_with(name, prefix));
+    prefix.map_or(name, |prefix| &name[prefix.len()..])
+}
+
+fn starts_with(name: &[u8], prefix: &str) -> bool {
+    name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()))
+}
+
+fn pairs(field: &[u8]) -> impl Iterator<Item = &[u8]> {
+    field.split(|byte| *byte == b';')
+}
+
+/// What some reader or other trims from a name.
+fn is_filler(byte: u8) -> bool {
+    byte <= b' ' || byte == 0x7f
+}
+
+fn sensitive(cookie: &Cookie<'_>) -> HeaderValue {
+    let mut value = HeaderValue::from_str(&cookie.to_string()).expect("a checked name and base64url are visible ASCII");
+    value.set_sensitive(true);
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+
+    const ID: &str = "AbAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
+    fn cookies(fields: &[&[u8]]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for field in fields {
+            headers.append(COOKIE, HeaderValue::from_bytes(field).unwrap());
+        }
+        headers
+    }
+
+    /// Cookie fields written with `ID` for a valid id.
+    fn with_id(fields: &[&str]) -> HeaderMap {
+        let fields: Vec<_> = fields.iter().map(|field| field.replace("ID", ID).into_bytes()).collect();
+        cookies(&fields.iter().map(Vec::as_slice).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn only_one_exact_cookie_is_a_session() {
+        let cookie = SessionCookie::new("__Host-session", true, SameSite::Lax);
+        let cases: &[(bool, &str, &[&str])] = &[
+            (true, "alone", &["__Host-session=ID"]),
+            (true, "first", &["__Host-session=ID; a=1"]),
+            (true, "last", &["a=1; __Host-session=ID"]),
+            (true, "between", &["a=1; __Host-session=ID; b=2"]),
+            (true, "without the usual space", &["a=1;__Host-session=ID;b=2"]),
+            (true, "in the second field", &["a=1", "__Host-session=ID"]),
+            (true, "beside a name that contains ours", &["x__Host-session=1; __Host-sessions=2; __Host-session=ID"]),
+            (true, "beside our name in a value", &["a=__Host-session=ID; __Host-session=ID"]),
+            (true, "beside garbage", &[";;=; =x; a; \"; a=\"b; __Host-session=ID; ,"]),
+            (true, "beside another spelling of it", &["__HOST-SESSION=ID; __Host-session=ID"]),
+            (true, "beside the plain-HTTP name", &["session=ID; __Host-session=ID"]),
+            (true, "beside our name without a value", &["__Host-session; __Host-session=ID"]),
+            (true, "after a tab", &["a=1;\t__Host-session=ID"]),
+            (false, "no field", &[]),
+            (false, "empty field", &[""]),
+            (false, "another cookie", &["a=1"]),
+            (false, "the name alone", &["__Host-session"]),
+            (false, "empty value", &["__Host-session="]),
+            (false, "twice, equal", &["__Host-session=ID; __Host-session=ID"]),
+            (false, "twice, the second malformed", &["__Host-session=ID; __Host-session=x"]),
+            (false, "twice, the first empty", &["__Host-session=; __Host-session=ID"]),
+            (false, "twice, in two fields", &["__Host-session=ID", "__Host-session=ID"]),
+            (false, "lower-case prefix", &["__host-session=ID"]),
+            (false, "upper case", &["__HOST-SESSION=ID"]),
+            (false, "without its prefix", &["session=ID"]),
+            (false, "other prefix", &["__Secure-session=ID"]),
+            (false, "quoted", &["__Host-session=\"ID\""]),
+            (false, "truncated", &["__Host-session=AbAAA"]),
+            (false, "extended", &["__Host-session=IDA"]),
+            (false, "padded", &["__Host-session=ID="]),
+            (false, "space before =", &["__Host-session =ID"]),
+            (false, "space after =", &["__Host-session= ID"]),
+            (false, "space behind", &["__Host-session=ID ; a=1"]),
+            (false, "comma for a separator", &["__Host-session=ID,a=1"]),
+            (false, "percent-encoded name", &["__%48ost-session=ID"]),
+            (false, "nameless", &["=__Host-session=ID"]),
+        ];
+        for (found, what, fields) in cases {
+            assert_eq!(cookie.find(&with_id(fields)).is_some(), *found, "{what}: {fields:?}");
+        }
+        let not_ascii = cookies(&[b"a=\xff; __Host-session=".as_slice(), b"\xe9"]);
+        assert!(cookie.find(&not_ascii).is_none());
+    }
+
+    #[test]
+    fn plain_http_knows_the_name_without_prefix_only() {
+        let cookie = SessionCookie::new("__Host-session", false, SameSite::Lax);
+        assert_eq!(cookie.name(), "session");
+        assert!(cookie.find(&with_id(&["session=ID"])).is_some());
+        assert!(cookie.find(&with_id(&["__Host-session=ID"])).is_none());
+        assert_eq!(SessionCookie::new("sid", false, SameSite::Lax).name(), "sid");
+        assert_eq!(SessionCookie::new("é-session-x", false, SameSite::Lax).name(), "é-session-x");
+    }
+
+    #[test]
+    fn the_cookie_is_set_and_cleared_with_every_guard() {
+        let id = SessionId::parse(ID).unwrap();
+        let cases = [
+            (true, SameSite::Lax, "__Host-session", "HttpOnly; SameSite=Lax; Secure; Path=/"),
+            (true, SameSite::Strict, "__Host-session", "HttpOnly; SameSite=Strict; Secure; Path=/"),
+            (true, SameSite::None, "__Host-session", "HttpOnly; SameSite=None; Secure; Path=/"),
+            (false, SameSite::Lax, "session", "HttpOnly; SameSite=Lax; Path=/"),
+            (false, SameSite::None, "session", "HttpOnly; SameSite=Lax; Path=/"),
+        ];
+        for (secure, same_site, name, guards) in cases {
+            let cookie = SessionCookie::new("__Host-session", secure, same_site);
+            let (set, clear) = (cookie.set(&id), cookie.clear());
+            assert_eq!(set.to_str().unwrap(), format!("{name}={ID}; {guards}"));
+            let past = "Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT";
+            assert_eq!(clear.to_str().unwrap(), format!("{name}=; {guards}; {past}"));
+            assert!(set.is_sensitive() && clear.is_sensitive(), "a header value of ours does not print itself");
+        }
+    }
+
+    #[test]
+    fn no_cookie_of_ours_is_forwarded_and_the_rest_stays_as_it_is() {
+        let ours = ReservedCookies::new(["__Host-session", "__Host-session-login"]);
+        let unchanged: &[&[&[u8]]] = &[
+            &[],
+            &[b""],
+            &[b"a=1"],
+            &[b"a=1; b=2"],
+            &[b"a=1;b=2;"],
+            &[b" ; ;=;a"],
+            &[b"sessions=1; xsession=2; __Host-sess=3"],
+            &[b"a=session; b=__Host-session=x"],
+            &[b"session-logins=1"],
+            &[b"a=\"x y\"; b=\xff\xfe"],
+            &[b"__Host-=1; __Host-other=2"],
+        ];
+        for fields in unchanged {
+            assert_eq!(ours.strip(&cookies(fields)), Stripped::Unchanged, "{fields:?}");
+        }
+        let removed: &[&[&[u8]]] = &[
+            &[b"session=x"],
+            &[b"__Host-session=x"],
+            &[b"__Host-session=x;"],
+            &[b" ;session=x; "],
+            &[b"__Host-session=x; __Host-session-login=y"],
+            &[b"session=x", b"session=y"],
+            &[b"", b""],
+            &[b"session=x", b" "],
+        ];
+        for fields in removed {
+            assert_eq!(ours.strip(&cookies(fields)), Stripped::Removed, "{fields:?}");
+        }
+        let replaced: &[(&[&[u8]], &[u8])] = &[
+            (&[b"session=x; a=1"], b"a=1"),
+            (&[b"a=1; session=x"], b"a=1"),
+            (&[b"a=1; session=x; b=2"], b"a=1; b=2"),
+            (&[b"a=1;session=x;b=2"], b"a=1;b=2"),
+            (&[b"a=1 ; session=x ;  b=2"], b"a=1 ;  b=2"),
+            (&[b"SESSION=x; a=1"], b"a=1"),
+            (&[b"__host-SESSION=x; a=1"], b"a=1"),
+            (&[b"__HOST-session-LOGIN=x; a=1"], b"a=1"),
+            (&[b"__Secure-session=x; a=1"], b"a=1"),
+            (&[b"session-login=x; a=1"], b"a=1"),
+            (&[b"session; a=1"], b"a=1"),
+            (&[b"=session=x; a=1"], b"a=1"),
+            (&[b"session =x; a=1"], b"a=1"),
+            (&[b"\tsession=x; a=1"], b"a=1"),
+            (&[b"session=\"x\"; a=\"1; 2\""], b"a=\"1; 2\""),
+            (&[b"a=\xff; session=x"], b"a=\xff"),
+            (&[b"a=1;; session=x"], b"a=1;"),
+            (&[b"a=1; a=1; session=x; a=2"], b"a=1; a=1; a=2"),
+            (&[b"a=1", b"b=2"], b"a=1; b=2"),
+            (&[b"a=1", b"b=2", b"c=3"], b"a=1; b=2; c=3"),
+            (&[b"a=1", b"session=x", b"c=3"], b"a=1; c=3"),
+            (&[b"session=x", b"b=2"], b"b=2"),
+            (&[b"a=1", b"session=x"], b"a=1"),
+            (&[b"a=1", b"b=2; session=x"], b"a=1; b=2"),
+            (&[b"a=1", b""], b"a=1"),
+        ];
+        for (fields, expected) in replaced {
+            let Stripped::Replaced(value) = ours.strip(&cookies(fields)) else { panic!("{fields:?} must be replaced") };
+            assert_eq!(value.as_bytes(), *expected, "{fields:?}");
+            assert!(value.is_sensitive());
+        }
+    }
+
+    #[test]
+    fn a_backend_cannot_plant_a_cookie_of_ours() {
+        let ours = ReservedCookies::new(["__Host-session", "__Host-session-login"]);
+        let dropped: &[&[u8]] = &[
+            b"__Host-session=x",
+            b"session=x; Path=/",
+            b"SESSION=x",
+            b"  __hOsT-session=x; Secure",
+            b"\t__Secure-session=x",
+            b"session",
+            b"session; Path=/",
+            b"session =x",
+            b"=session=x",
+            b" = session=x",
+            b"__Host-session-login=x",
+            b"session-login=; Max-Age=0",
+        ];
+        for line in dropped {
+            assert!(ours.is_set_by(line), "{:?}", String::from_utf8_lossy(line));
+        }
+        let kept: &[&[u8]] =
+            &[b"", b";", b"a=1", b"a=session", b"a=1; session=x", b"sessions=1", b"PHPSESSID=session; Path=/session"];
+        for line in kept {
+            assert!(!ours.is_set_by(line), "{:?}", String::from_utf8_lossy(line));
+        }
+    }
+
+    /// Random fields made of pieces that matter, so that the interesting cases are frequent.
+    fn random_fields(rng: &mut StdRng) -> Vec<Vec<u8>> {
+        const PIECES: &[&[u8]] = &[
+            b"__Host-",
+            b"__secure-",
+            b"session",
+            b"SESSION",
+            b"-login",
+            b"=",
+            b"=",
+            b";",
+            b"; ",
+            b";",
+            b" ",
+            b"\t",
+            b"\"",
+            b"a",
+            b"b",
+            b"1",
+            b",",
+            b"\xff",
+            ID.as_bytes(),
+        ];
+        (0..rng.random_range(0..4))
+            .map(|_| {
+                (0..rng.random_range(0..14)).flat_map(|_| PIECES[rng.random_range(0..PIECES.len())]).copied().collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn nothing_of_ours_survives_in_any_header_and_nothing_else_is_lost() {
+        let mut rng = StdRng::seed_from_u64(3);
+        let ours = ReservedCookies::new(["__Host-session", "__Host-session-login"]);
+        let finders = [true, false].map(|secure| SessionCookie::new("__Host-session", secure, SameSite::Lax));
+        let others = |field: &[u8]| -> Vec<Vec<u8>> {
+            let pairs = pairs(field).filter(|pair| !ours.has(pair)).map(|pair| pair.trim_ascii_start().to_vec());
+            pairs.filter(|pair| !pair.is_empty()).collect()
+        };
+        let mut changed = 0;
+        for _ in 0..20_000 {
+            let fields = random_fields(&mut rng);
+            let headers = cookies(&fields.iter().map(Vec::as_slice).collect::<Vec<_>>());
+            for finder in &finders {
+                if let Some(id) = finder.find(&headers) {
+                    assert_eq!(id.to_cookie_value(), ID, "only the id that is there can be found");
+                }
+            }
+            let before: Vec<_> = fields.iter().flat_map(|field| others(field)).collect();
+            let after = match ours.strip(&headers) {
+                Stripped::Unchanged => {
+                    assert!(fields.len() < 2, "several fields are joined");
+                    fields.concat()
+                }
+                Stripped::Replaced(value) => value.as_bytes().to_vec(),
+                Stripped::Removed => Vec::new(),
+            };
+            changed += usize::from(after != fields.concat());
+            assert!(!pairs(&after).any(|pair| ours.has(pair)), "one of ours is left in {after:?}");
+            for name in ["session=", "SESSION=", "__Host-session=", "__secure-session-login=", "session-login="] {
+                let found = pairs(&after).any(|pair| pair.trim_ascii_start().starts_with(name.as_bytes()));
+                assert!(!found, "{name} is left in {after:?}");
+            }
+            assert_eq!(others(&after), before, "a cookie of others changed: {fields:?}");
+        }
+        assert!(1_000 < changed, "the generator must make cookies of ours");
     }
 }

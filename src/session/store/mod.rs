@@ -1,15 +1,21 @@
 //! Where sessions are kept: one contract, kept alike by memory and by Redis.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
 use super::record::{ClientHints, LoginMethod, Record};
 use crate::identity::Identity;
+
+pub mod memory;
+pub mod redis;
 
 /// What a new record is made of; the store adds the times, by its own clock.
 #[derive(Clone, Debug)]
@@ -22,7 +28,7 @@ pub struct NewSession {
 /// A live record and how long it lives if nobody uses it.
 #[derive(Clone, Debug)]
 pub struct Stored {
-    pub record: Record,
+    pub record: Arc<Record>,
     pub time_to_live: Duration,
 }
 
@@ -50,7 +56,7 @@ pub trait SessionStore: Send + Sync + 'static {
     ) -> Result<(), StoreError>;
 
     /// Sets the idle clock back, never past `ends` (the record's absolute end), never re-creating an ended
-    /// session; whether it lives.
+    /// session, never shortening its life; whether it lives.
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError>;
 
     /// Ends it; whether it lived.
@@ -78,6 +84,20 @@ pub enum StoreError {
     Refused(Box<dyn Error + Send + Sync>),
 }
 
+impl NewSession {
+    /// `now`: Unix time in ms, by the store's clock.
+    fn into_record(self, now: u64, lifetime: Lifetime) -> Record {
+        Record {
+            identity: self.identity,
+            attributes: BTreeMap::new(),
+            created: now,
+            ends: now.saturating_add(millis(lifetime.absolute)),
+            method: self.method,
+            client: self.client,
+        }
+    }
+}
+
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -93,4 +113,18 @@ impl Error for StoreError {
             Self::Unavailable(cause) | Self::Refused(cause) => Some(cause.as_ref()),
         }
     }
+}
+
+/// A counter's key: a hash of its name. The name holds what somebody typed as a user, which may be a password by
+/// mistake, and may be of any length.
+fn counter_hash(counter: &str) -> [u8; 24] {
+    let digest = Sha256::new().chain_update(b"cloakroom counter\0").chain_update(counter).finalize();
+    let mut hash = [0; 24];
+    hash.copy_from_slice(&digest[..24]);
+    hash
+}
+
+/// At least one: no store knows a life of nothing.
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).max(1)
 }
