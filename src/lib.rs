@@ -1,6 +1,8 @@
 //! Cloakroom: a reverse proxy and load balancer that takes sessions out of the web servers behind it.
 
 pub mod proxy;
+pub mod cli;
+pub mod login;
 pub mod session;
 pub mod identity;
 pub mod config;

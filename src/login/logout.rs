@@ -1,0 +1,62 @@
+//! How does someone leave? By POST from our own page; a link alone ends no session.
+
+use bytes::Bytes;
+use http::header::SET_COOKIE;
+use http::{Response, StatusCode};
+use tracing::info;
+
+use super::csrf::{FormKey, Purpose};
+use super::pages::{Link, LogoutPage, Message, message_page, page, redirect};
+use super::{Failure, Login, LoginRequest};
+
+impl Login {
+    /// Asks; changes nothing. Also where a logout ends, since then there is no session to ask about.
+    pub(super) async fn logout_page(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+        self.ask_to_log_out(request, StatusCode::OK).await
+    }
+
+    /// The session is ended in the store first. Only then does the browser lose its cookie: when the store cannot
+    /// confirm, the session may live, and the user must be able to try again.
+    pub(super) async fn log_out(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+        let form = match self.own_form(request) {
+            Ok(form) => form,
+            Err(refusal) => return Ok(*refusal),
+        };
+        let logged_out = || redirect(StatusCode::SEE_OTHER, &format!("{}logout", self.prefix));
+        let Some(id) = request.cookie.find(request.headers) else { return Ok(logged_out()) };
+        if !form.get("csrf").is_some_and(|token| FormKey::of_session(&id).accepts(Purpose::Logout, token)) {
+            return self.ask_to_log_out(request, StatusCode::FORBIDDEN).await;
+        }
+        // Looked up for the log's sake, which should say who left.
+        let session = self.sessions.resume(&id).await?;
+        let ended = self.sessions.end(&id).await?;
+        let user = session.as_ref().map(|session| session.record.identity.user.as_str());
+        info!(user, client = %request.client, result = if ended { "ended" } else { "none" }, "logout");
+        if ended {
+            self.metrics.logouts.with_label_values(&[] as &[&str]).inc();
+        }
+        let mut response = logged_out();
+        response.headers_mut().append(SET_COOKIE, request.cookie.clear());
+        Ok(response)
+    }
+
+    async fn ask_to_log_out(&self, request: &LoginRequest<'_>, status: StatusCode) -> Result<Response<Bytes>, Failure> {
+        let Some(visitor) = self.visitor(request).await? else { return Ok(self.logged_out_page()) };
+        let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
+        let (name, return_to) = (visitor.name(), &self.default_return);
+        Ok(page(status, &LogoutPage { prefix: &self.prefix, name, csrf: &csrf, return_to }))
+    }
+
+    fn logged_out_page(&self) -> Response<Bytes> {
+        let login = format!("{}login", self.prefix);
+        let message = Message {
+            status: StatusCode::OK,
+            title: "You are logged out",
+            text: "There is no session in this browser any more.",
+            next: Some(Link { href: &login, text: "Log in" }),
+            retry_after: None,
+            request_id: "",
+        };
+        message_page(&self.prefix, &message)
+    }
+}

@@ -1,0 +1,462 @@
+//! How does someone become known? Our own endpoints under one prefix: login, logout, who am I, and their look.
+//!
+//! ```text
+//! login      GET  the form, or for a live session: who you are, and where to go on     POST  303 to return_to
+//! logout     GET  asks                                                                 POST  303 to the same page
+//! session    GET  the user as JSON, or 401
+//! style.css  GET
+//! ```
+//!
+//! What holds here: (a) nothing changes by GET; (b) a form counts only when a page of ours sent it, in the same browser;
+//! (c) every refused login gets the same answer, whatever the reason, but for `Retry-After`; (d) when the store cannot
+//! say, nobody is let in and nobody is logged out: 503.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::header::{ALLOW, SET_COOKIE, USER_AGENT, VARY, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+use rand::rngs::SysError;
+use tracing::{info, warn};
+
+pub mod users;
+pub mod navigation;
+pub mod return_to;
+pub mod pages;
+pub mod csrf;
+pub mod hash;
+mod form;
+mod password;
+mod throttle;
+mod logout;
+#[cfg(test)]
+mod tests;
+
+use crate::config::error::{ConfigError, Problems};
+use crate::config::model;
+use crate::identity::Identity;
+use crate::metrics::Metrics;
+use crate::session::cookie::SessionCookie;
+use crate::session::id::SessionId;
+use crate::session::record::{ClientHints, LoginMethod};
+use crate::session::store::StoreError;
+use crate::session::{Session, Sessions};
+use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
+use form::{BadForm, Form};
+use hash::{Busy, PASSWORD_BYTES_MAX};
+use pages::{Link, LoggedInPage, LoginPage, Message, Stylesheet, json, message_page, page, redirect};
+use password::{Answer, PasswordLogin};
+use return_to::ReturnTo;
+use users::{UserName, Users};
+
+/// Answers everything under the prefix. Replaced as a whole when the configuration is read again.
+#[derive(Debug)]
+pub struct Login {
+    prefix: String,
+    title: String,
+    stylesheet: Stylesheet,
+    default_return: ReturnTo,
+    users: Arc<Users>,
+    password: Option<PasswordLogin>,
+    sessions: Sessions,
+    metrics: Metrics,
+}
+
+/// What an endpoint of ours learns of a request.
+pub struct LoginRequest<'a> {
+    pub method: &'a Method,
+    pub path: &'a str,
+    pub query: Option<&'a str>,
+    pub headers: &'a HeaderMap,
+    /// Read in full for a POST, at most [`Login::FORM_BYTES_MAX`]; else empty.
+    pub body: Bytes,
+    pub client: IpAddr,
+    /// Our own origin as the browser sees it, `https://host` or `https://host:port`.
+    pub origin: &'a str,
+    /// The listener's.
+    pub cookie: &'a SessionCookie,
+    /// Whether the browser came by HTTPS.
+    pub secure: bool,
+    /// Shown on pages that tell of a failure.
+    pub request_id: &'a str,
+}
+
+/// Who is before us, when it is somebody.
+struct Visitor {
+    id: SessionId,
+    identity: Arc<Identity>,
+    /// The absolute end, Unix time in ms.
+    ends: u64,
+}
+
+/// Why there is no answer now: 503, whatever was asked.
+#[derive(Debug)]
+enum Failure {
+    Store(StoreError),
+    Busy,
+    Random(SysError),
+}
+
+#[derive(Clone, Copy)]
+enum Endpoint {
+    Login,
+    Logout,
+    Session,
+    Style,
+}
+
+/// One text for every reason. It must not tell whether the name exists.
+const REFUSED: &str =
+    "That did not work. Check the user name and the password. After several failures, wait some minutes.";
+const FORM_TOO_OLD: &str = "This page was open for too long. Please log in again.";
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+impl Login {
+    /// A larger body gets 413 before it comes here.
+    pub const FORM_BYTES_MAX: usize = Form::BYTES_MAX;
+
+    /// Reads the stylesheet. `users` are those of the file that `config` names, or nobody.
+    pub fn new(
+        config: &model::Login,
+        users: Arc<Users>,
+        sessions: Sessions,
+        metrics: Metrics,
+    ) -> Result<Self, ConfigError> {
+        let prefix = config.prefix.get_ref();
+        let is_prefix = prefix.ends_with('/') && ReturnTo::parse(prefix).is_some_and(|read| read.path() == *prefix);
+        let mut problems = Problems::in_file(Path::new("login"), "");
+        if !is_prefix {
+            problems.add(0..0, format!("prefix {prefix:?} is not a plain path that begins and ends with `/`"));
+        }
+        let target = ReturnTo::parse(config.default_return.get_ref());
+        if target.is_none() {
+            problems.add(0..0, format!("default_return {:?} is not a plain path", config.default_return.get_ref()));
+        }
+        let default_return = problems.into_result(target.unwrap_or_else(ReturnTo::root))?;
+        let stylesheet = config.stylesheet.as_ref().map(|path| path.get_ref().as_path());
+        let store = Arc::clone(sessions.store());
+        Ok(Self {
+            prefix: prefix.clone(),
+            title: config.title.clone(),
+            stylesheet: Stylesheet::load(stylesheet)?,
+            default_return,
+            users,
+            password: config.password.as_ref().map(|password| PasswordLogin::new(password, store)),
+            sessions,
+            metrics,
+        })
+    }
+
+    /// Whether a path is ours to answer; no route ever sees it.
+    pub fn owns(&self, path: &str) -> bool {
+        path.starts_with(&self.prefix)
+    }
+
+    /// Under which our endpoints live; begins and ends with `/`.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// For asking, at each request, who a user is now.
+    pub fn users(&self) -> &Arc<Users> {
+        &self.users
+    }
+
+    /// The answer to a request that is ours. The answer to HEAD has the body that GET would have; it is not to be sent.
+    pub async fn answer(&self, request: LoginRequest<'_>) -> Response<Bytes> {
+        let name = request.path.strip_prefix(&self.prefix).unwrap_or_default();
+        let Some(endpoint) = Endpoint::named(name) else { return self.not_found(&request) };
+        let answer = match (endpoint, request.method) {
+            (Endpoint::Login, &Method::GET | &Method::HEAD) => self.login_page(&request).await,
+            (Endpoint::Login, &Method::POST) => self.log_in(&request).await.map(by_fetch_metadata),
+            (Endpoint::Logout, &Method::GET | &Method::HEAD) => self.logout_page(&request).await,
+            (Endpoint::Logout, &Method::POST) => self.log_out(&request).await.map(by_fetch_metadata),
+            (Endpoint::Session, &Method::GET | &Method::HEAD) => Ok(self.session(&request).await),
+            (Endpoint::Style, &Method::GET | &Method::HEAD) => Ok(self.stylesheet.answer(request.headers)),
+            (Endpoint::Login | Endpoint::Logout | Endpoint::Session | Endpoint::Style, _) => {
+                Ok(self.wrong_method(endpoint, &request))
+            }
+        };
+        answer.unwrap_or_else(|failure| self.unavailable(&failure, &request))
+    }
+
+    /// The form. Who is logged in already sees that instead of being sent on: when a route does not accept the session,
+    /// being sent on would lead back here, in a circle.
+    async fn login_page(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+        if self.password.is_none() {
+            return Ok(self.not_found(request));
+        }
+        let asked = request.query.and_then(|query| {
+            form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "return_to").map(|(_, target)| target)
+        });
+        let return_to = self.return_to(asked.as_deref());
+        let Some(visitor) = self.visitor(request).await? else {
+            return self.login_form(request, StatusCode::OK, None, &return_to, "");
+        };
+        let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
+        let (prefix, title, name) = (&self.prefix, &self.title, visitor.name());
+        Ok(page(StatusCode::OK, &LoggedInPage { prefix, title, name, csrf: &csrf, return_to: &return_to }))
+    }
+
+    async fn log_in(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+        let Some(password_login) = &self.password else { return Ok(self.not_found(request)) };
+        let form = match self.own_form(request) {
+            Ok(form) => form,
+            Err(refusal) => return Ok(*refusal),
+        };
+        let return_to = self.return_to(form.get("return_to"));
+        let login_cookie = LoginCookie::beside(request.cookie, request.secure);
+        let key = login_cookie.find(request.headers);
+        if !key.zip(form.get("csrf")).is_some_and(|(key, token)| key.accepts(Purpose::Login, token)) {
+            info!(client = %request.client, method = "password", result = "stale_form", "login");
+            return self.login_form(request, StatusCode::FORBIDDEN, Some(FORM_TOO_OLD), &return_to, "");
+        }
+        let name = form.get("username").and_then(UserName::parse);
+        let password = form.get("password").filter(|password| password.len() <= PASSWORD_BYTES_MAX);
+        let (Some(name), Some(password)) = (name, password) else {
+            return Ok(self.bad_form(request, BadForm::Fields));
+        };
+
+        let answer = password_login.check(&self.users, &name, password.to_owned(), request.client).await;
+        let answer = answer.inspect_err(|failure| self.log_attempt(request, None, failure.label()))?;
+        match &answer {
+            Answer::Welcome(identity) => {
+                let session = self.start(request, identity).await;
+                let session =
+                    session.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
+                self.log_attempt(request, Some(&identity.user), answer.label());
+                let mut response = redirect(StatusCode::SEE_OTHER, &return_to.to_string());
+                response.headers_mut().append(SET_COOKIE, request.cookie.set(&session));
+                response.headers_mut().append(SET_COOKIE, login_cookie.clear());
+                Ok(response)
+            }
+            Answer::Wrong | Answer::Disabled | Answer::Unknown | Answer::Throttled(_) => {
+                self.log_attempt(request, self.known_name(&name), answer.label());
+                // 403 and not 401, which would have to name a scheme for a browser's own password dialog
+                // (RFC 9110, section 15.5.2).
+                let form = self.login_form(request, StatusCode::FORBIDDEN, Some(REFUSED), &return_to, name.as_str());
+                let mut response = form?;
+                if let Answer::Throttled(wait) = answer {
+                    pages::set_retry_after(&mut response, wait);
+                }
+                Ok(response)
+            }
+        }
+    }
+
+    /// A new session under a new id; the one that the browser came with is ended.
+    async fn start(&self, request: &LoginRequest<'_>, identity: &Identity) -> Result<SessionId, Failure> {
+        let user_agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let client = ClientHints { address: Some(request.client), user_agent: user_agent.to_owned() };
+        let replaces = request.cookie.find(request.headers);
+        let started = self.sessions.start(identity.clone(), LoginMethod::Password, client, replaces.as_ref()).await;
+        Ok(started?)
+    }
+
+    /// The form, bound to this browser: with the key that it has, so that its other login pages stay good, or a new one.
+    fn login_form(
+        &self,
+        request: &LoginRequest<'_>,
+        status: StatusCode,
+        alert: Option<&str>,
+        return_to: &ReturnTo,
+        username: &str,
+    ) -> Result<Response<Bytes>, Failure> {
+        let login_cookie = LoginCookie::beside(request.cookie, request.secure);
+        let key = match login_cookie.find(request.headers) {
+            Some(key) => key,
+            None => FormKey::generate()?,
+        };
+        let csrf = key.token(Purpose::Login)?;
+        let (prefix, title) = (&self.prefix, &self.title);
+        let mut response = page(status, &LoginPage { prefix, title, alert, csrf: &csrf, return_to, username });
+        response.headers_mut().append(SET_COOKIE, login_cookie.set(&key));
+        Ok(response)
+    }
+
+    /// The user as JSON, for a front end; never an id. `expires_in` is the time to the absolute end in seconds.
+    async fn session(&self, request: &LoginRequest<'_>) -> Response<Bytes> {
+        match self.visitor(request).await {
+            Ok(Some(visitor)) => {
+                let Identity { user, name, email, groups, claims: _ } = &*visitor.identity;
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+                let left = u128::from(visitor.ends).saturating_sub(now) / 1000;
+                let left = u64::try_from(left).unwrap_or(u64::MAX);
+                let body = serde_json::json!({
+                    "user": user, "name": name, "email": email, "groups": groups, "expires_in": left,
+                });
+                json(StatusCode::OK, &body)
+            }
+            Ok(None) => {
+                let mut response = json(StatusCode::UNAUTHORIZED, &serde_json::json!({ "error": "no session" }));
+                // 401 must name a scheme (RFC 9110, section 15.5.2); this one opens no dialog in a browser.
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Cookie"));
+                response
+            }
+            Err(failure) => {
+                self.note(&failure);
+                let mut response =
+                    json(StatusCode::SERVICE_UNAVAILABLE, &serde_json::json!({ "error": "temporarily unavailable" }));
+                pages::set_retry_after(&mut response, RETRY_AFTER);
+                response
+            }
+        }
+    }
+
+    /// Who has a live session and is still welcome.
+    async fn visitor(&self, request: &LoginRequest<'_>) -> Result<Option<Visitor>, Failure> {
+        let Some(id) = request.cookie.find(request.headers) else { return Ok(None) };
+        let Some(Session { record, .. }) = self.sessions.resume(&id).await? else { return Ok(None) };
+        let identity = match record.method {
+            LoginMethod::Password => self.users.current(&record.identity.user).map(Arc::clone),
+        };
+        Ok(identity.map(|identity| Visitor { id, identity, ends: record.ends }))
+    }
+
+    /// Where a login leads: where the visitor came from, when that is a page of this origin, else the configured page.
+    fn return_to(&self, asked: Option<&str>) -> ReturnTo {
+        asked.and_then(|text| self.own_page(text)).unwrap_or_else(|| self.default_return.clone())
+    }
+
+    /// The name when it is a user's. Other texts stay out of the log: some people type their password here.
+    fn known_name<'n>(&self, name: &'n UserName) -> Option<&'n str> {
+        self.users.knows(name).then(|| name.as_str())
+    }
+
+    fn log_attempt(&self, request: &LoginRequest<'_>, user: Option<&str>, result: &'static str) {
+        self.metrics.logins.with_label_values(&["password", result]).inc();
+        info!(user, client = %request.client, method = "password", result, "login");
+    }
+
+    fn not_found(&self, request: &LoginRequest<'_>) -> Response<Bytes> {
+        self.message(request, StatusCode::NOT_FOUND, "Not found", "There is no such page.")
+    }
+
+    fn wrong_method(&self, endpoint: Endpoint, request: &LoginRequest<'_>) -> Response<Bytes> {
+        let text = "This address does not take that kind of request.";
+        let mut response = self.message(request, StatusCode::METHOD_NOT_ALLOWED, "Not possible", text);
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static(endpoint.methods()));
+        response
+    }
+
+    /// The posted form, when a page of ours sent it, or the refusal of it.
+    fn own_form(&self, request: &LoginRequest<'_>) -> Result<Form, Box<Response<Bytes>>> {
+        let form = Form::parse(request.headers, &request.body).map_err(|bad| self.bad_form(request, bad))?;
+        if !is_same_origin(request.headers, request.origin) {
+            // Another site made this browser send it: no fresh form, and no cookie that could replace a good one.
+            let text = "This request did not come from a page of this site.";
+            return Err(self.message(request, StatusCode::FORBIDDEN, "Refused", text).into());
+        }
+        Ok(form)
+    }
+
+    fn bad_form(&self, request: &LoginRequest<'_>, bad: BadForm) -> Response<Bytes> {
+        let status = match bad {
+            BadForm::Type | BadForm::Fields => StatusCode::BAD_REQUEST,
+            BadForm::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        };
+        self.message(request, status, "That was not understood", "The form did not arrive as this page sends it.")
+    }
+
+    fn unavailable(&self, failure: &Failure, request: &LoginRequest<'_>) -> Response<Bytes> {
+        self.note(failure);
+        let message = Message {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            title: "Not available at the moment",
+            text: "Please try again in a few seconds.",
+            next: None,
+            retry_after: Some(RETRY_AFTER),
+            request_id: request.request_id,
+        };
+        message_page(&self.prefix, &message)
+    }
+
+    fn message(&self, request: &LoginRequest<'_>, status: StatusCode, title: &str, text: &str) -> Response<Bytes> {
+        let login = format!("{}login", self.prefix);
+        let next = self.password.is_some().then_some(Link { href: &login, text: "Log in" });
+        let request_id = request.request_id;
+        message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })
+    }
+
+    fn note(&self, failure: &Failure) {
+        match failure {
+            Failure::Store(error) => {
+                self.metrics.store_errors.with_label_values(&["login"]).inc();
+                let cause = std::error::Error::source(error).map(ToString::to_string);
+                warn!(%error, cause, "login endpoints cannot answer");
+            }
+            Failure::Busy => warn!("all places for computing password hashes are taken, and so is the queue"),
+            Failure::Random(error) => warn!(%error, "the system gives no random bytes"),
+        }
+    }
+}
+
+impl Visitor {
+    fn name(&self) -> &str {
+        self.identity.name.as_deref().unwrap_or(&self.identity.user)
+    }
+}
+
+impl Endpoint {
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "login" => Some(Self::Login),
+            "logout" => Some(Self::Logout),
+            "session" => Some(Self::Session),
+            "style.css" => Some(Self::Style),
+            _ => None,
+        }
+    }
+
+    fn methods(self) -> &'static str {
+        match self {
+            Self::Login | Self::Logout => "GET, HEAD, POST",
+            Self::Session | Self::Style => "GET, HEAD",
+        }
+    }
+}
+
+impl Failure {
+    /// For the log and the metrics.
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Store(_) => "store_unavailable",
+            Self::Busy => "busy",
+            Self::Random(_) => "no_random",
+        }
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Busy> for Failure {
+    fn from(_: Busy) -> Self {
+        Self::Busy
+    }
+}
+
+impl From<SysError> for Failure {
+    fn from(error: SysError) -> Self {
+        Self::Random(error)
+    }
+}
+
+impl fmt::Debug for LoginRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoginRequest").field("method", self.method).field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// The answer depended on these fields.
+fn by_fetch_metadata(mut response: Response<Bytes>) -> Response<Bytes> {
+    response.headers_mut().insert(VARY, HeaderValue::from_static("Sec-Fetch-Site, Origin"));
+    response
+}
