@@ -1,0 +1,347 @@
+//! How does a test get a gateway? From the same file that an operator would write, started in this process.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock, Mutex};
+
+use argon2::Argon2;
+use argon2::password_hash::PasswordHasher;
+use rustls::ClientConfig;
+use tempfile::TempDir;
+
+use super::backend::Backend;
+use super::client::{Client, Response};
+use super::redis::Redis;
+use super::tls;
+
+/// Every user's.
+pub const PASSWORD: &str = "the quick brown fox 7";
+
+/// The cheapest that the check lets pass; once per process, because it is not cheap.
+static PASSWORD_HASH: LazyLock<String> =
+    LazyLock::new(|| Argon2::default().hash_password(PASSWORD.as_bytes()).unwrap().to_string());
+
+/// Where a gateway keeps its sessions.
+#[derive(Clone, Debug)]
+pub enum Store {
+    Memory,
+    /// A URL, and whatever else stands in `[store.redis]`.
+    Redis(String),
+}
+
+impl Store {
+    pub fn of(redis: &Redis) -> Self {
+        Self::Redis(format!("url = \"{}\"", redis.url()))
+    }
+}
+
+/// The file that a gateway is started from; a builder.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pools: Vec<(String, Vec<String>, String)>,
+    routes: Vec<String>,
+    users: Vec<String>,
+    store: Store,
+    tls: bool,
+    listener: String,
+    rest: String,
+}
+
+/// A running gateway, which ends with this value.
+pub struct Gateway {
+    setup: Mutex<Setup>,
+    folder: TempDir,
+    address: SocketAddr,
+    running: Running,
+    trust: Option<Arc<ClientConfig>>,
+}
+
+impl Gateway {
+    /// One pool `app`; without a route, `/` requires a session. Users `ann` (group staff) and `bob` (no group).
+    pub fn in_front_of(backends: &[&Backend]) -> Setup {
+        Setup {
+            pools: Vec::new(),
+            routes: Vec::new(),
+            users: Vec::new(),
+            store: Store::Memory,
+            tls: false,
+            listener: String::new(),
+            rest: String::new(),
+        }
+        .pool("app", backends, "")
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn admin_address(&self) -> SocketAddr {
+        self.running.admin_address()
+    }
+
+    /// A client without a session.
+    pub fn client(&self) -> Client {
+        match &self.trust {
+            Some(trust) => Client::of_tls(self.address, Arc::clone(trust)),
+            None => Client::of(self.address),
+        }
+    }
+
+    /// A client that has logged in through the login page.
+    #[track_caller]
+    pub fn log_in(&self, user: &str) -> Client {
+        let client = self.client();
+        let response = self.try_log_in(&client, user, PASSWORD);
+        assert_eq!(response.status, 303, "{user} can log in: {}", response.text());
+        client
+    }
+
+    /// Fills in the login page and sends it; the answer to that.
+    #[track_caller]
+    pub fn try_log_in(&self, client: &Client, user: &str, password: &str) -> Response {
+        let page = client.navigate("/.cloakroom/login").send();
+        assert_eq!(page.status, 200, "there is a login page: {}", page.text());
+        let form = Form::on(&page.text());
+        let fields = form.filled_in(&[("username", user), ("password", password)]);
+        let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        client.post_form(form.action.as_deref().unwrap_or("/.cloakroom/login"), &fields).send()
+    }
+
+    /// What the admin listener says under `target`.
+    #[track_caller]
+    pub fn admin(&self, target: &str) -> Response {
+        Client::of(self.admin_address()).get(target).send()
+    }
+
+    /// The value of one metric: its name with its labels, as the text format writes them; 0 when it is not there.
+    #[track_caller]
+    pub fn metric(&self, name: &str) -> f64 {
+        let text = self.admin("/metrics").text();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// Reads a changed file, as SIGHUP does. `Err` is what it says is wrong, and nothing has changed.
+    pub fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<(), String> {
+        let changed = change(self.setup.lock().unwrap().clone());
+        self.running.reload(&changed.write(&self.folder), &self.folder)?;
+        *self.setup.lock().unwrap() = changed;
+        Ok(())
+    }
+
+    /// Ends as SIGTERM does; returns when everything in flight is done.
+    pub fn stop(self) {
+        self.running.stop();
+    }
+}
+
+impl Setup {
+    /// A further pool; `keys` are lines of its table.
+    pub fn pool(mut self, name: &str, backends: &[&Backend], keys: &str) -> Self {
+        let backends = backends.iter().map(|backend| backend.address().to_string()).collect();
+        self.pools.retain(|(n, ..)| n != name);
+        self.pools.push((name.to_owned(), backends, keys.to_owned()));
+        self
+    }
+
+    /// A route; `keys` are further lines of its table, e.g. `access = "public"`. The pool is `app` unless they say.
+    pub fn route(mut self, path: &str, keys: &str) -> Self {
+        let pool = if keys.lines().any(|line| line.trim_start().starts_with("pool")) { "" } else { "pool = \"app\"" };
+        self.routes.push(format!("[[route]]\npath = \"{path}\"\n{pool}\n{keys}\n"));
+        self
+    }
+
+    /// Forgets the routes so far.
+    pub fn without_routes(mut self) -> Self {
+        self.routes.clear();
+        self
+    }
+
+    /// A further user; `keys` are lines of the table, e.g. `groups = ["staff"]`.
+    pub fn user(mut self, name: &str, keys: &str) -> Self {
+        self.users.push(format!("[\"{name}\"]\npassword = \"{}\"\n{keys}\n", *PASSWORD_HASH));
+        self
+    }
+
+    pub fn store(mut self, store: Store) -> Self {
+        self.store = store;
+        self
+    }
+
+    /// The listener speaks TLS, with a certificate that the clients of this gateway trust.
+    pub fn tls(mut self) -> Self {
+        self.tls = true;
+        self
+    }
+
+    /// Further lines of the listener's table.
+    pub fn listener(mut self, keys: &str) -> Self {
+        let _ = writeln!(self.listener, "{keys}");
+        self
+    }
+
+    /// Whole tables, e.g. `[limits]\nhead_timeout = "1s"`.
+    pub fn with(mut self, tables: &str) -> Self {
+        let _ = writeln!(self.rest, "{tables}");
+        self
+    }
+
+    #[track_caller]
+    pub fn start(self) -> Gateway {
+        self.try_start().unwrap_or_else(|problems| panic!("the gateway starts: {problems}"))
+    }
+
+    /// # Errors
+    /// What start-up says is wrong.
+    pub fn try_start(self) -> Result<Gateway, String> {
+        let folder = TempDir::new().unwrap();
+        let running = Running::start(&self.write(&folder), &folder)?;
+        let address = running.address();
+        let trust = self.tls.then(tls::trust);
+        Ok(Gateway { setup: Mutex::new(self), folder, address, running, trust })
+    }
+
+    /// Writes the files that the configuration names; the configuration itself.
+    fn write(&self, folder: &TempDir) -> String {
+        let mut users = self.users.join("\n");
+        for (name, keys) in [
+            ("ann", "name = \"Ann Archer\"\nemail = \"ann@example.org\"\ngroups = [\"staff\"]"),
+            ("bob", "name = \"Bob Baker\"\nemail = \"bob@example.org\""),
+        ] {
+            if !users.contains(&format!("[\"{name}\"]")) {
+                let _ = write!(users, "\n[\"{name}\"]\npassword = \"{}\"\n{keys}\n", *PASSWORD_HASH);
+            }
+        }
+        let users_file = folder.path().join("users.toml");
+        std::fs::write(&users_file, users).unwrap();
+
+        let mut text = format!("[[listener]]\naddress = \"127.0.0.1:0\"\n{}", self.listener);
+        if self.tls {
+            let (cert, key) = tls::write_files(folder.path());
+            let _ = writeln!(text, "cert = {cert:?}\nkey = {key:?}");
+        }
+        match &self.store {
+            Store::Memory => text.push_str("[store.memory]\n"),
+            Store::Redis(keys) => {
+                let _ = writeln!(text, "[store.redis]\n{keys}");
+            }
+        }
+        let _ = writeln!(text, "[login.password]\nusers_file = {users_file:?}");
+        for (table, keys) in [
+            ("[server]", "threads = 2"),
+            ("[admin]", "address = \"127.0.0.1:0\""),
+            ("[log]", "level = \"warn\"\naccess = false"),
+        ] {
+            if !self.rest.contains(table) {
+                let _ = writeln!(text, "{table}\n{keys}");
+            }
+        }
+        for (name, backends, keys) in &self.pools {
+            let _ = writeln!(text, "[pool.{name}]\nbackends = {backends:?}\n{keys}");
+        }
+        if self.routes.is_empty() {
+            text.push_str("[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"required\"\n");
+        }
+        text.push_str(&self.routes.concat());
+        text.push_str(&self.rest);
+        text
+    }
+}
+
+/// The form of a page, as a browser sees it.
+#[derive(Debug)]
+pub struct Form {
+    pub action: Option<String>,
+    /// Name and value of every input that has a name.
+    pub fields: Vec<(String, String)>,
+}
+
+impl Form {
+    /// The first form of the page.
+    #[track_caller]
+    pub fn on(page: &str) -> Self {
+        let start = page.find("<form").unwrap_or_else(|| panic!("a page with a form: {page}"));
+        let form = &page[start..page[start..].find("</form>").map_or(page.len(), |end| start + end)];
+        let action = attribute(&form[..form.find('>').unwrap_or(form.len())], "action");
+        let inputs = form.match_indices("<input").map(|(at, _)| &form[at..]);
+        let fields = inputs.filter_map(|rest| {
+            let tag = &rest[..rest.find('>').unwrap_or(rest.len())];
+            Some((attribute(tag, "name")?, attribute(tag, "value").unwrap_or_default()))
+        });
+        Self { action, fields: fields.collect() }
+    }
+
+    /// Its fields, with these values typed in.
+    #[track_caller]
+    pub fn filled_in(&self, values: &[(&str, &str)]) -> Vec<(String, String)> {
+        let mut fields = self.fields.clone();
+        for (name, value) in values {
+            let field = fields.iter_mut().find(|(n, _)| n == name);
+            let field = field.unwrap_or_else(|| panic!("the form has a field {name}: {self:?}"));
+            (*value).clone_into(&mut field.1);
+        }
+        fields
+    }
+}
+
+/// The value of an attribute of a tag, its character references resolved.
+fn attribute(tag: &str, name: &str) -> Option<String> {
+    let start = tag.find(&format!(" {name}=\""))? + name.len() + 3;
+    let value = &tag[start..start + tag[start..].find('"')?];
+    let mut text = value.to_owned();
+    for (reference, character) in
+        [("&quot;", "\""), ("&#34;", "\""), ("&#39;", "'"), ("&#x27;", "'"), ("&lt;", "<"), ("&#60;", "<")]
+    {
+        text = text.replace(reference, character);
+    }
+    for (reference, character) in [("&gt;", ">"), ("&#62;", ">"), ("&#47;", "/"), ("&#38;", "&"), ("&amp;", "&")] {
+        text = text.replace(reference, character);
+    }
+    Some(text)
+}
+
+/// The gateway in this process: the only place of the tests that names `cloakroom::server`.
+struct Running(Option<cloakroom::server::Running>);
+
+impl Running {
+    fn start(text: &str, folder: &TempDir) -> Result<Self, String> {
+        let config = cloakroom::config::parse(text, &file_in(folder)).map_err(|problems| problems.to_string())?;
+        cloakroom::server::start(config).map(|running| Self(Some(running))).map_err(|problem| problem.to_string())
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.gateway().addresses()[0]
+    }
+
+    fn admin_address(&self) -> SocketAddr {
+        self.gateway().admin_address().expect("an admin listener")
+    }
+
+    fn reload(&self, text: &str, folder: &TempDir) -> Result<(), String> {
+        let config = cloakroom::config::parse(text, &file_in(folder)).map_err(|problems| problems.to_string())?;
+        self.gateway().reload(config).map_err(|problem| problem.to_string())
+    }
+
+    fn stop(mut self) {
+        if let Some(running) = self.0.take() {
+            running.stop();
+        }
+    }
+
+    fn gateway(&self) -> &cloakroom::server::Running {
+        self.0.as_ref().expect("it runs until it is stopped")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(running) = self.0.take() {
+            running.stop();
+        }
+    }
+}
+
+fn file_in(folder: &TempDir) -> PathBuf {
+    folder.path().join("cloakroom.toml")
+}
