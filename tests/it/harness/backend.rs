@@ -395,7 +395,8 @@ impl Steps {
 
     fn take_one(&self) -> io::Result<()> {
         let allowed = self.allowed.lock().unwrap();
-        let (mut allowed, waited) = self.changed.wait_timeout_while(allowed, DEADLINE, |allowed| *allowed == 0).unwrap();
+        let (mut allowed, waited) =
+            self.changed.wait_timeout_while(allowed, DEADLINE, |allowed| *allowed == 0).unwrap();
         if waited.timed_out() {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -413,7 +414,8 @@ mod tests {
     fn the_echo_keeps_order_and_spelling_of_the_fields() {
         let backend = Backend::echo();
 
-        let seen = Client::of(backend.address()).get("/a?b=c").header("X_User", "root").header("x-a", "1").send().seen();
+        let seen =
+            Client::of(backend.address()).get("/a?b=c").header("X_User", "root").header("x-a", "1").send().seen();
 
         assert_eq!((seen.method.as_str(), seen.target.as_str()), ("GET", "/a?b=c"));
         assert_eq!(seen.backend, backend.name());

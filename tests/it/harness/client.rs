@@ -523,7 +523,10 @@ mod tests {
     fn a_body_is_read_however_it_is_framed() {
         for (response, closes) in [
             ("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", false),
-            ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: v\r\n\r\n", false),
+            (
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: v\r\n\r\n",
+                false,
+            ),
             ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", false),
             ("HTTP/1.1 200 OK\r\n\r\nhello", true),
         ] {

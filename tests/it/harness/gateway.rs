@@ -345,3 +345,39 @@ impl Drop for Running {
 fn file_in(folder: &TempDir) -> PathBuf {
     folder.path().join("cloakroom.toml")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_is_read_as_a_browser_reads_it() {
+        let form = Form::on(
+            r#"<p><form method="post" action="/in?a&amp;b"><input type="hidden" name="csrf" value="&#34;x&#34;">
+               <input name="username" autofocus><input type="password" name="password"></form><form></form>"#,
+        );
+        assert_eq!(form.action.as_deref(), Some("/in?a&b"));
+        assert_eq!(
+            form.filled_in(&[("username", "ann")]),
+            [("csrf", "\"x\""), ("username", "ann"), ("password", "")].map(|(n, v)| (n.to_owned(), v.to_owned()))
+        );
+    }
+
+    #[test]
+    fn the_file_of_a_setup_is_one_that_the_gateway_reads() {
+        let (one, other) = (Backend::echo(), Backend::echo());
+        let folder = TempDir::new().unwrap();
+        let setup = Gateway::in_front_of(&[&one])
+            .pool("other", &[&other], "read_timeout = \"1s\"")
+            .route("/", "")
+            .route("/other", "pool = \"other\"\naccess = \"public\"")
+            .store(Store::Redis("url = \"redis://127.0.0.1:1\"".into()))
+            .user("eve", "disabled = true")
+            .tls()
+            .with("[log]\nlevel = \"error\"");
+        let config = cloakroom::config::parse(&setup.write(&folder), &file_in(&folder)).unwrap();
+
+        assert_eq!((config.pools.len(), config.routes.len()), (2, 2));
+        assert!(config.store.redis.is_some() && config.listeners[0].cert.is_some());
+    }
+}

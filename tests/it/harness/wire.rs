@@ -113,9 +113,7 @@ impl<S: Read> Reader<S> {
         let mut body = Vec::new();
         match length {
             Length::Exactly(bytes) => self.take(bytes, &mut body)?,
-            Length::UntilClose => {
-                while self.take_some(u64::MAX, &mut body)? != 0 {}
-            }
+            Length::UntilClose => while self.take_some(u64::MAX, &mut body)? != 0 {},
             Length::Chunked => while self.chunk(&mut body)? {},
         }
         Ok(body)
