@@ -1,3 +1,4 @@
-//! What was Cloakroom asked to do? One file per command.
+//! What can one ask of the binary? One file per command.
 
 pub mod hash_password;
+pub mod demo_backend;
