@@ -4,6 +4,7 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use askama::Template;
@@ -19,6 +20,22 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// When a connection cannot be accepted (too many open files): before the next attempt.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
+
+/// Starts one on a free port of loopback, on a thread of its own that lives as long as the process; where it listens.
+///
+/// # Errors
+/// When there is no port, no runtime or no thread.
+pub fn start(name: &'static str) -> io::Result<SocketAddr> {
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let address = listener.local_addr()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name(format!("demo-backend-{name}")).spawn(move || {
+        if let Err(err) = runtime.block_on(serve(name, listener)) {
+            tracing::warn!("demo backend: not serving: {err}");
+        }
+    })?;
+    Ok(address)
+}
 
 /// Serves on `listener` until the future is dropped; `name` is what the page says of who answered.
 ///

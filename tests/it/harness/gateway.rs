@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, Mutex};
 
 use argon2::Argon2;
 use argon2::password_hash::PasswordHasher;
+use cloakroom::config::error::ConfigError;
+use cloakroom::config::model::Config;
+use cloakroom::{config, server};
 use rustls::ClientConfig;
 use tempfile::TempDir;
 
@@ -122,17 +124,20 @@ impl Gateway {
         line.map_or(0.0, |value| value.parse().unwrap())
     }
 
-    /// Reads a changed file, as SIGHUP does. `Err` is what it says is wrong, and nothing has changed.
-    pub fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<(), String> {
+    /// Reads a changed file, as SIGHUP does; the sections that have changed but need a restart.
+    ///
+    /// # Errors
+    /// What it says is wrong; nothing has changed.
+    pub fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<Vec<&'static str>, String> {
         let changed = change(self.setup.lock().unwrap().clone());
-        self.running.reload(&changed.write(&self.folder), &self.folder)?;
+        let unchanged = self.running.reload(&changed.write(&self.folder), &self.folder)?;
         *self.setup.lock().unwrap() = changed;
-        Ok(())
+        Ok(unchanged)
     }
 
     /// Ends as SIGTERM does; returns when everything in flight is done.
     pub fn stop(self) {
-        self.running.stop();
+        drop(self.running);
     }
 }
 
@@ -302,12 +307,13 @@ fn attribute(tag: &str, name: &str) -> Option<String> {
 }
 
 /// The gateway in this process: the only place of the tests that names `cloakroom::server`.
-struct Running(Option<cloakroom::server::Running>);
+struct Running(Option<server::Running>);
 
 impl Running {
     fn start(text: &str, folder: &TempDir) -> Result<Self, String> {
-        let config = cloakroom::config::parse(text, &file_in(folder)).map_err(|problems| problems.to_string())?;
-        cloakroom::server::start(config).map(|running| Self(Some(running))).map_err(|problem| problem.to_string())
+        let prepared = read(text, folder).and_then(server::prepare).map_err(|problems| problems.to_string())?;
+        let running = server::start(prepared).map_err(|error| error.to_string())?;
+        Ok(Self(Some(running)))
     }
 
     fn address(&self) -> SocketAddr {
@@ -318,19 +324,13 @@ impl Running {
         self.gateway().admin_address().expect("an admin listener")
     }
 
-    fn reload(&self, text: &str, folder: &TempDir) -> Result<(), String> {
-        let config = cloakroom::config::parse(text, &file_in(folder)).map_err(|problems| problems.to_string())?;
-        self.gateway().reload(config).map_err(|problem| problem.to_string())
+    fn reload(&self, text: &str, folder: &TempDir) -> Result<Vec<&'static str>, String> {
+        let reloaded = read(text, folder).and_then(|config| self.gateway().reload(config));
+        reloaded.map_err(|problems| problems.to_string())
     }
 
-    fn stop(mut self) {
-        if let Some(running) = self.0.take() {
-            running.stop();
-        }
-    }
-
-    fn gateway(&self) -> &cloakroom::server::Running {
-        self.0.as_ref().expect("it runs until it is stopped")
+    fn gateway(&self) -> &server::Running {
+        self.0.as_ref().expect("it runs until it is dropped")
     }
 }
 
@@ -342,8 +342,10 @@ impl Drop for Running {
     }
 }
 
-fn file_in(folder: &TempDir) -> PathBuf {
-    folder.path().join("cloakroom.toml")
+fn read(text: &str, folder: &TempDir) -> Result<Config, ConfigError> {
+    let file = folder.path().join("cloakroom.toml");
+    std::fs::write(&file, text).unwrap();
+    config::load(&file)
 }
 
 #[cfg(test)]
@@ -375,7 +377,7 @@ mod tests {
             .user("eve", "disabled = true")
             .tls()
             .with("[log]\nlevel = \"error\"");
-        let config = cloakroom::config::parse(&setup.write(&folder), &file_in(&folder)).unwrap();
+        let config = read(&setup.write(&folder), &folder).unwrap();
 
         assert_eq!((config.pools.len(), config.routes.len()), (2, 2));
         assert!(config.store.redis.is_some() && config.listeners[0].cert.is_some());

@@ -1,0 +1,27 @@
+# What can be done here? `make` lists it. Each target installs what it misses (scripts/setup).
+
+.PHONY: help demo test bench lint ci
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Start two backends and Cloakroom in front of them, and say what to open
+	@scripts/setup cmake cc
+	cargo run --locked -- demo
+
+test: ## Run every test; those with Redis start servers of their own
+	@scripts/setup cmake cc redis-server
+	cargo test --locked
+
+bench: ## Measure what Cloakroom costs beside a bare pass-through (about ten minutes)
+	@scripts/setup cmake cc redis-server
+	cargo bench --locked --bench hot_path
+	cargo bench --locked --bench side_by_side
+
+lint: ## Look for what the compiler lets pass
+	@scripts/setup cmake cc
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+
+ci: ## Everything that must hold before a change is merged
+	.ci/run
