@@ -1,8 +1,7 @@
 //! Does the whole keep its promises? A real gateway, real backends and a real Redis, one file per promise.
 //!
-//! A test waits for facts ([`harness::eventually`]), never for times, and takes free ports, never named ones.
+//! A test waits for facts ([`harness::wait_until`]), never for times, and takes free ports, never named ones.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, and says where")]
-#![expect(unreachable_pub, reason = "`pub` marks what the harness offers to the tests")]
 
 mod harness;

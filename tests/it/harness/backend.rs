@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use serde_json::json;
 
 use super::wire::{Head, Length, Reader};
-use super::{DEADLINE, eventually};
+use super::{DEADLINE, wait_until};
 
 /// Of each connection, so much is kept; of the rest, the count.
 const BYTES_KEPT: usize = 1024 * 1024;
@@ -18,7 +18,7 @@ const BYTES_KEPT: usize = 1024 * 1024;
 const WEBSOCKET_ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
 /// A web server on a port of its own, which ends with this value.
-pub struct Backend {
+pub(crate) struct Backend {
     address: SocketAddr,
     shared: Arc<Shared>,
     acceptor: Mutex<Option<Acceptor>>,
@@ -26,16 +26,16 @@ pub struct Backend {
 
 /// A request as it came, before anybody tidied it.
 #[derive(Clone, Debug)]
-pub struct Request {
-    pub head: Head,
-    pub body: Vec<u8>,
+pub(crate) struct Request {
+    pub(crate) head: Head,
+    pub(crate) body: Vec<u8>,
     /// Its number on its connection, from 1.
-    pub on_connection: usize,
+    pub(crate) on_connection: usize,
 }
 
 /// What the backend does with a request.
 #[derive(Clone, Debug)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// 200 and what was seen, as JSON (see [`super::client::Seen`]); to a WebSocket handshake, 101 and an echo of
     /// every byte that follows.
     Echo,
@@ -53,7 +53,7 @@ pub enum Answer {
 
 impl Answer {
     /// A whole response: `Content-Length` and body are added to the fields.
-    pub fn response(status: u16, fields: &[(&str, &str)], body: impl AsRef<[u8]>) -> Self {
+    pub(crate) fn response(status: u16, fields: &[(&str, &str)], body: impl AsRef<[u8]>) -> Self {
         let body = body.as_ref();
         let fields: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let mut bytes =
@@ -63,17 +63,17 @@ impl Answer {
     }
 
     /// The connection ends in place of a response.
-    pub fn close() -> Self {
+    pub(crate) fn close() -> Self {
         Self::ExactlyThenClose(Vec::new())
     }
 }
 
 impl Request {
-    pub fn method(&self) -> &str {
+    pub(crate) fn method(&self) -> &str {
         self.head.start_line.split(' ').next().unwrap_or_default()
     }
 
-    pub fn target(&self) -> &str {
+    pub(crate) fn target(&self) -> &str {
         self.head.start_line.split(' ').nth(1).unwrap_or_default()
     }
 
@@ -84,17 +84,17 @@ impl Request {
 
 impl Backend {
     /// Answers every request with what it saw.
-    pub fn echo() -> Self {
+    pub(crate) fn echo() -> Self {
         Self::always(Answer::Echo)
     }
 
     /// Answers every request alike.
-    pub fn always(answer: Answer) -> Self {
+    pub(crate) fn always(answer: Answer) -> Self {
         Self::answering(move |_| answer.clone())
     }
 
     /// Answers each request as `answer` says.
-    pub fn answering(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+    pub(crate) fn answering(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
@@ -109,27 +109,27 @@ impl Backend {
         Self { address, shared, acceptor }
     }
 
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// As the echo says it: which of several backends answered.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.shared.name
     }
 
     /// From the next request on.
-    pub fn answer_with(&self, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) {
+    pub(crate) fn answer_with(&self, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) {
         *self.shared.answer.lock().unwrap() = Arc::new(answer);
     }
 
     /// Lets one [`Answer::AfterStep`] or one chunk of [`Answer::Chunks`] go.
-    pub fn step(&self) {
+    pub(crate) fn step(&self) {
         self.shared.steps.allow_one();
     }
 
     /// Closes the port and cuts every connection.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         if let Some(acceptor) = self.acceptor.lock().unwrap().take() {
             acceptor.stop(self.address);
         }
@@ -140,7 +140,7 @@ impl Backend {
     }
 
     /// Listens again on the same port.
-    pub fn revive(&self) {
+    pub(crate) fn revive(&self) {
         self.shared.steps.forget();
         let mut acceptor = self.acceptor.lock().unwrap();
         assert!(acceptor.is_none(), "only a killed backend can be revived");
@@ -149,41 +149,41 @@ impl Backend {
     }
 
     /// Connections accepted so far.
-    pub fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.shared.connections.lock().unwrap().len()
     }
 
     /// Connections that neither side has closed.
-    pub fn open_connections(&self) -> usize {
+    pub(crate) fn open_connections(&self) -> usize {
         self.shared.connections.lock().unwrap().iter().filter(|connection| connection.is_open()).count()
     }
 
     /// Bytes received so far, on all connections.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.shared.bytes.load(Ordering::SeqCst)
     }
 
     /// Every request so far, in the order of their ends.
-    pub fn requests(&self) -> Vec<Request> {
+    pub(crate) fn requests(&self) -> Vec<Request> {
         self.shared.requests.lock().unwrap().clone()
     }
 
     /// Waits for this many requests in all, and gives them.
     #[track_caller]
-    pub fn after_requests(&self, count: usize) -> Vec<Request> {
-        eventually(&format!("{count} requests have reached {}", self.name()), || {
+    pub(crate) fn after_requests(&self, count: usize) -> Vec<Request> {
+        wait_until(&format!("{count} requests have reached {}", self.name()), || {
             count <= self.shared.requests.lock().unwrap().len()
         });
         self.requests()
     }
 
     /// The raw bytes of every connection so far, each up to a limit.
-    pub fn received(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn received(&self) -> Vec<Vec<u8>> {
         self.shared.connections.lock().unwrap().iter().map(|c| c.received.lock().unwrap().clone()).collect()
     }
 
     /// Whether any connection has received this text, in any case.
-    pub fn has_received(&self, text: &str) -> bool {
+    pub(crate) fn has_received(&self, text: &str) -> bool {
         let wanted = text.to_ascii_lowercase().into_bytes();
         let has = |bytes: Vec<u8>| bytes.to_ascii_lowercase().windows(wanted.len()).any(|window| window == wanted);
         self.received().into_iter().any(has)
@@ -496,6 +496,6 @@ mod tests {
             assert_eq!(socket.read_exactly(5).unwrap(), text.as_bytes());
         }
         drop(socket);
-        eventually("the backend sees the end", || backend.open_connections() == 0);
+        wait_until("the backend sees the end", || backend.open_connections() == 0);
     }
 }

@@ -11,7 +11,7 @@ use super::DEADLINE;
 use super::wire::{Head, Length, Reader};
 
 /// Any key will do; this one is the example of RFC 6455, section 1.3.
-pub const WEBSOCKET_KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
+pub(crate) const WEBSOCKET_KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 
 /// What a response may say. Anything else is a leak, or a name to be added here on purpose.
 const ALLOWED_FIELDS: &[&str] = &[
@@ -43,12 +43,12 @@ const ALLOWED_FIELDS: &[&str] = &[
 ];
 
 /// The bytes of a plain GET.
-pub fn get(target: &str) -> Vec<u8> {
+pub(crate) fn get(target: &str) -> Vec<u8> {
     format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").into_bytes()
 }
 
 /// One connection: exact bytes out, messages in.
-pub struct Connection {
+pub(crate) struct Connection {
     reader: Reader<Stream>,
 }
 
@@ -59,13 +59,13 @@ enum Stream {
 
 impl Connection {
     #[track_caller]
-    pub fn open(address: SocketAddr) -> Self {
+    pub(crate) fn open(address: SocketAddr) -> Self {
         Self { reader: Reader::new(Stream::Plain(connect(address).unwrap())) }
     }
 
     /// # Errors
     /// When the port is closed, or the handshake fails.
-    pub fn open_tls(address: SocketAddr, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
+    pub(crate) fn open_tls(address: SocketAddr, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let session = ClientConnection::new(Arc::clone(trust), name).map_err(io::Error::other)?;
         let mut stream = StreamOwned::new(session, connect(address)?);
@@ -76,13 +76,13 @@ impl Connection {
     }
 
     #[track_caller]
-    pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
+    pub(crate) fn write(&mut self, bytes: impl AsRef<[u8]>) {
         self.try_write(bytes).unwrap();
     }
 
     /// # Errors
     /// When the other side has closed.
-    pub fn try_write(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    pub(crate) fn try_write(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.reader.stream().write_all(bytes.as_ref())?;
         self.reader.stream().flush()
     }
@@ -91,7 +91,7 @@ impl Connection {
     ///
     /// # Errors
     /// When there is none, or not all of it.
-    pub fn read_response(&mut self, method: &str) -> io::Result<Response> {
+    pub(crate) fn read_response(&mut self, method: &str) -> io::Result<Response> {
         loop {
             let Some(head) = self.read_head()? else { return Err(io::ErrorKind::UnexpectedEof.into()) };
             let status = status(&head)?;
@@ -109,7 +109,7 @@ impl Connection {
 
     /// # Errors
     /// When the connection ends within it.
-    pub fn read_head(&mut self) -> io::Result<Option<Head>> {
+    pub(crate) fn read_head(&mut self) -> io::Result<Option<Head>> {
         self.reader.head()
     }
 
@@ -117,7 +117,7 @@ impl Connection {
     ///
     /// # Errors
     /// When the connection ends within it.
-    pub fn read_chunk(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_chunk(&mut self) -> io::Result<Vec<u8>> {
         let mut chunk = Vec::new();
         self.reader.chunk(&mut chunk)?;
         Ok(chunk)
@@ -125,7 +125,7 @@ impl Connection {
 
     /// # Errors
     /// When the connection ends before.
-    pub fn read_exactly(&mut self, bytes: u64) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_exactly(&mut self, bytes: u64) -> io::Result<Vec<u8>> {
         self.reader.body(Length::Exactly(bytes))
     }
 
@@ -133,7 +133,7 @@ impl Connection {
     ///
     /// # Errors
     /// When it does not close within the deadline.
-    pub fn read_to_end(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn read_to_end(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         loop {
             match self.reader.take_some(u64::MAX, &mut bytes) {
@@ -147,66 +147,66 @@ impl Connection {
 
     /// Waits for the other side to close, and for nothing to come before.
     #[track_caller]
-    pub fn assert_closed(&mut self, why: &str) {
+    pub(crate) fn assert_closed(&mut self, why: &str) {
         let rest = self.read_to_end().unwrap_or_else(|err| panic!("still open ({err}): {why}"));
         assert!(rest.is_empty(), "{} bytes came before the end: {why}", rest.len());
     }
 
     /// Nothing more will be sent; reading goes on.
-    pub fn close_write(&mut self) {
+    pub(crate) fn close_write(&mut self) {
         let _ = self.reader.stream().socket().shutdown(Shutdown::Write);
     }
 
     /// Ends it with a reset in place of an orderly end, as a client does that is killed.
-    pub fn reset(mut self) {
+    pub(crate) fn reset(mut self) {
         let socket = socket2::SockRef::from(self.reader.stream().socket());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
     }
 
-    pub fn local_address(&mut self) -> SocketAddr {
+    pub(crate) fn local_address(&mut self) -> SocketAddr {
         self.reader.stream().socket().local_addr().unwrap()
     }
 }
 
 /// A response, whole.
 #[derive(Clone, Debug)]
-pub struct Response {
-    pub status: u16,
-    pub head: Head,
-    pub body: Vec<u8>,
+pub(crate) struct Response {
+    pub(crate) status: u16,
+    pub(crate) head: Head,
+    pub(crate) body: Vec<u8>,
     /// The connection ends with it.
-    pub closes: bool,
+    pub(crate) closes: bool,
 }
 
 /// What an [echoing](super::backend::Answer::Echo) backend says it saw.
 #[derive(Clone, Debug, serde::Deserialize)]
-pub struct Seen {
-    pub backend: String,
-    pub method: String,
-    pub target: String,
-    pub headers: Vec<(String, String)>,
-    pub body_bytes: usize,
+pub(crate) struct Seen {
+    pub(crate) backend: String,
+    pub(crate) method: String,
+    pub(crate) target: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body_bytes: usize,
 }
 
 impl Response {
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
     /// Every value of a field.
-    pub fn headers(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn headers(&self, name: &str) -> Vec<&str> {
         self.head.values(name)
     }
 
     /// The value of a field that is there at most once.
     #[track_caller]
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.head.value(name)
     }
 
     /// The echo of a backend that got the request.
     #[track_caller]
-    pub fn seen(&self) -> Seen {
+    pub(crate) fn seen(&self) -> Seen {
         assert_eq!(self.status, 200, "a backend answered: {self:?}");
         serde_json::from_slice(&self.body).unwrap_or_else(|err| panic!("no echo ({err}): {}", self.text()))
     }
@@ -214,13 +214,13 @@ impl Response {
 
 impl Seen {
     /// Every value of a field, whatever its case.
-    pub fn headers(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn headers(&self, name: &str) -> Vec<&str> {
         self.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
     }
 }
 
 /// A well-behaved client: keeps connections and cookies, and fails on any field that no response should have.
-pub struct Client {
+pub(crate) struct Client {
     address: SocketAddr,
     host: String,
     trust: Option<Arc<ClientConfig>>,
@@ -230,7 +230,7 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn of(address: SocketAddr) -> Self {
+    pub(crate) fn of(address: SocketAddr) -> Self {
         Self {
             address,
             host: address.to_string(),
@@ -242,38 +242,38 @@ impl Client {
     }
 
     /// Speaks TLS, and trusts whom `trust` says.
-    pub fn of_tls(address: SocketAddr, trust: Arc<ClientConfig>) -> Self {
+    pub(crate) fn of_tls(address: SocketAddr, trust: Arc<ClientConfig>) -> Self {
         Self { host: format!("localhost:{}", address.port()), trust: Some(trust), ..Self::of(address) }
     }
 
     /// What the `Host` field says.
-    pub fn with_host(mut self, host: &str) -> Self {
+    pub(crate) fn with_host(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
         self
     }
 
     /// A field that responses of this test may have.
-    pub fn allowing(mut self, field: &str) -> Self {
+    pub(crate) fn allowing(mut self, field: &str) -> Self {
         self.allowed.push(field.to_ascii_lowercase());
         self
     }
 
     /// Scheme and authority, as `Origin` says it.
-    pub fn origin(&self) -> String {
+    pub(crate) fn origin(&self) -> String {
         let scheme = if self.trust.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.host)
     }
 
-    pub fn get(&self, target: &str) -> Sending<'_> {
+    pub(crate) fn get(&self, target: &str) -> Sending<'_> {
         self.request("GET", target)
     }
 
-    pub fn request(&self, method: &str, target: &str) -> Sending<'_> {
+    pub(crate) fn request(&self, method: &str, target: &str) -> Sending<'_> {
         Sending { client: self, method: method.into(), target: target.into(), fields: Vec::new(), body: None }
     }
 
     /// A form, sent as a browser sends it from a page of the same origin.
-    pub fn post_form(&self, target: &str, fields: &[(&str, &str)]) -> Sending<'_> {
+    pub(crate) fn post_form(&self, target: &str, fields: &[(&str, &str)]) -> Sending<'_> {
         let form = form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
         self.request("POST", target)
             .header("Origin", &self.origin())
@@ -284,7 +284,7 @@ impl Client {
     }
 
     /// A GET as a browser sends it when somebody follows a link or types an address.
-    pub fn navigate(&self, target: &str) -> Sending<'_> {
+    pub(crate) fn navigate(&self, target: &str) -> Sending<'_> {
         self.get(target)
             .header("Accept", "text/html,application/xhtml+xml,*/*;q=0.8")
             .header("Sec-Fetch-Dest", "document")
@@ -296,7 +296,7 @@ impl Client {
     ///
     /// # Errors
     /// The response, when it is not 101.
-    pub fn web_socket(&self, target: &str, fields: &[(&str, &str)]) -> Result<Connection, Box<Response>> {
+    pub(crate) fn web_socket(&self, target: &str, fields: &[(&str, &str)]) -> Result<Connection, Box<Response>> {
         let mut handshake = self.get(target);
         if !fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("origin")) {
             handshake = handshake.header("Origin", &self.origin());
@@ -323,29 +323,29 @@ impl Client {
     ///
     /// # Errors
     /// When the port is closed, or the handshake fails.
-    pub fn connect(&self) -> io::Result<Connection> {
+    pub(crate) fn connect(&self) -> io::Result<Connection> {
         match &self.trust {
             Some(trust) => Connection::open_tls(self.address, "localhost", trust),
             None => Ok(Connection { reader: Reader::new(Stream::Plain(connect(self.address)?)) }),
         }
     }
 
-    pub fn cookie(&self, name: &str) -> Option<String> {
+    pub(crate) fn cookie(&self, name: &str) -> Option<String> {
         self.cookies.lock().unwrap().iter().find(|(n, _)| n == name).map(|(_, value)| value.clone())
     }
 
-    pub fn cookies(&self) -> Vec<(String, String)> {
+    pub(crate) fn cookies(&self) -> Vec<(String, String)> {
         self.cookies.lock().unwrap().clone()
     }
 
-    pub fn set_cookie(&self, name: &str, value: &str) {
+    pub(crate) fn set_cookie(&self, name: &str, value: &str) {
         let mut cookies = self.cookies.lock().unwrap();
         cookies.retain(|(n, _)| n != name);
         cookies.push((name.to_owned(), value.to_owned()));
     }
 
     /// What the `Cookie` field would say; `None` with an empty jar.
-    pub fn cookie_field(&self) -> Option<String> {
+    pub(crate) fn cookie_field(&self) -> Option<String> {
         let cookies: Vec<String> = self.cookies().iter().map(|(name, value)| format!("{name}={value}")).collect();
         (!cookies.is_empty()).then(|| cookies.join("; "))
     }
@@ -370,7 +370,7 @@ impl Client {
 
 /// A request on its way.
 #[must_use = "nothing is sent before `send`"]
-pub struct Sending<'c> {
+pub(crate) struct Sending<'c> {
     client: &'c Client,
     method: String,
     target: String,
@@ -379,12 +379,12 @@ pub struct Sending<'c> {
 }
 
 impl Sending<'_> {
-    pub fn header(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.fields.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
         self.body = Some(body.into());
         self
     }
@@ -392,7 +392,7 @@ impl Sending<'_> {
     /// # Panics
     /// Without a whole response.
     #[track_caller]
-    pub fn send(self) -> Response {
+    pub(crate) fn send(self) -> Response {
         let (method, target) = (self.method.clone(), self.target.clone());
         self.try_send().unwrap_or_else(|err| panic!("{method} {target}: no response: {err}"))
     }
@@ -400,7 +400,7 @@ impl Sending<'_> {
     /// # Errors
     /// Without a whole response.
     #[track_caller]
-    pub fn try_send(self) -> io::Result<Response> {
+    pub(crate) fn try_send(self) -> io::Result<Response> {
         let bytes = self.bytes();
         let kept = self.client.idle.lock().unwrap().pop();
         let reused = kept.is_some();
@@ -423,7 +423,7 @@ impl Sending<'_> {
     }
 
     /// What `send` would write.
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut head = format!("{} {} HTTP/1.1\r\n", self.method, self.target);
         let mut add = |name: &str, value: &str| head.push_str(&format!("{name}: {value}\r\n"));
         if !self.fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {

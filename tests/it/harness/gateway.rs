@@ -14,11 +14,11 @@ use tempfile::TempDir;
 
 use super::backend::Backend;
 use super::client::{Client, Response};
-use super::redis::Redis;
+use super::redis::RedisServer;
 use super::tls;
 
 /// Every user's.
-pub const PASSWORD: &str = "the quick brown fox 7";
+pub(crate) const PASSWORD: &str = "the quick brown fox 7";
 
 /// The cheapest that the check lets pass; once per process, because it is not cheap.
 static PASSWORD_HASH: LazyLock<String> =
@@ -26,21 +26,21 @@ static PASSWORD_HASH: LazyLock<String> =
 
 /// Where a gateway keeps its sessions.
 #[derive(Clone, Debug)]
-pub enum Store {
+pub(crate) enum Store {
     Memory,
     /// A URL, and whatever else stands in `[store.redis]`.
     Redis(String),
 }
 
 impl Store {
-    pub fn of(redis: &Redis) -> Self {
+    pub(crate) fn of(redis: &RedisServer) -> Self {
         Self::Redis(format!("url = \"{}\"", redis.url()))
     }
 }
 
 /// The file that a gateway is started from; a builder.
 #[derive(Clone, Debug)]
-pub struct Setup {
+pub(crate) struct Setup {
     pools: Vec<(String, Vec<String>, String)>,
     routes: Vec<String>,
     users: Vec<String>,
@@ -51,7 +51,7 @@ pub struct Setup {
 }
 
 /// A running gateway, which ends with this value.
-pub struct Gateway {
+pub(crate) struct Gateway {
     setup: Mutex<Setup>,
     folder: TempDir,
     address: SocketAddr,
@@ -61,7 +61,7 @@ pub struct Gateway {
 
 impl Gateway {
     /// One pool `app`; without a route, `/` requires a session. Users `ann` (group staff) and `bob` (no group).
-    pub fn in_front_of(backends: &[&Backend]) -> Setup {
+    pub(crate) fn in_front_of(backends: &[&Backend]) -> Setup {
         Setup {
             pools: Vec::new(),
             routes: Vec::new(),
@@ -74,16 +74,16 @@ impl Gateway {
         .pool("app", backends, "")
     }
 
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    pub fn admin_address(&self) -> SocketAddr {
+    pub(crate) fn admin_address(&self) -> SocketAddr {
         self.running.admin_address()
     }
 
     /// A client without a session.
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         match &self.trust {
             Some(trust) => Client::of_tls(self.address, Arc::clone(trust)),
             None => Client::of(self.address),
@@ -92,7 +92,7 @@ impl Gateway {
 
     /// A client that has logged in through the login page.
     #[track_caller]
-    pub fn log_in(&self, user: &str) -> Client {
+    pub(crate) fn log_in(&self, user: &str) -> Client {
         let client = self.client();
         let response = self.try_log_in(&client, user, PASSWORD);
         assert_eq!(response.status, 303, "{user} can log in: {}", response.text());
@@ -101,7 +101,7 @@ impl Gateway {
 
     /// Fills in the login page and sends it; the answer to that.
     #[track_caller]
-    pub fn try_log_in(&self, client: &Client, user: &str, password: &str) -> Response {
+    pub(crate) fn try_log_in(&self, client: &Client, user: &str, password: &str) -> Response {
         let page = client.navigate("/.cloakroom/login").send();
         assert_eq!(page.status, 200, "there is a login page: {}", page.text());
         let form = Form::on(&page.text());
@@ -112,13 +112,13 @@ impl Gateway {
 
     /// What the admin listener says under `target`.
     #[track_caller]
-    pub fn admin(&self, target: &str) -> Response {
+    pub(crate) fn admin(&self, target: &str) -> Response {
         Client::of(self.admin_address()).get(target).send()
     }
 
     /// The value of one metric: its name with its labels, as the text format writes them; 0 when it is not there.
     #[track_caller]
-    pub fn metric(&self, name: &str) -> f64 {
+    pub(crate) fn metric(&self, name: &str) -> f64 {
         let text = self.admin("/metrics").text();
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.map_or(0.0, |value| value.parse().unwrap())
@@ -128,7 +128,7 @@ impl Gateway {
     ///
     /// # Errors
     /// What it says is wrong; nothing has changed.
-    pub fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<Vec<&'static str>, String> {
+    pub(crate) fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<Vec<&'static str>, String> {
         let changed = change(self.setup.lock().unwrap().clone());
         let unchanged = self.running.reload(&changed.write(&self.folder), &self.folder)?;
         *self.setup.lock().unwrap() = changed;
@@ -136,14 +136,14 @@ impl Gateway {
     }
 
     /// Ends as SIGTERM does; returns when everything in flight is done.
-    pub fn stop(self) {
+    pub(crate) fn stop(self) {
         drop(self.running);
     }
 }
 
 impl Setup {
     /// A further pool; `keys` are lines of its table.
-    pub fn pool(mut self, name: &str, backends: &[&Backend], keys: &str) -> Self {
+    pub(crate) fn pool(mut self, name: &str, backends: &[&Backend], keys: &str) -> Self {
         let backends = backends.iter().map(|backend| backend.address().to_string()).collect();
         self.pools.retain(|(n, ..)| n != name);
         self.pools.push((name.to_owned(), backends, keys.to_owned()));
@@ -151,55 +151,55 @@ impl Setup {
     }
 
     /// A route; `keys` are further lines of its table, e.g. `access = "public"`. The pool is `app` unless they say.
-    pub fn route(mut self, path: &str, keys: &str) -> Self {
+    pub(crate) fn route(mut self, path: &str, keys: &str) -> Self {
         let pool = if keys.lines().any(|line| line.trim_start().starts_with("pool")) { "" } else { "pool = \"app\"" };
         self.routes.push(format!("[[route]]\npath = \"{path}\"\n{pool}\n{keys}\n"));
         self
     }
 
     /// Forgets the routes so far.
-    pub fn without_routes(mut self) -> Self {
+    pub(crate) fn without_routes(mut self) -> Self {
         self.routes.clear();
         self
     }
 
     /// A further user; `keys` are lines of the table, e.g. `groups = ["staff"]`.
-    pub fn user(mut self, name: &str, keys: &str) -> Self {
+    pub(crate) fn user(mut self, name: &str, keys: &str) -> Self {
         self.users.push(format!("[\"{name}\"]\npassword = \"{}\"\n{keys}\n", *PASSWORD_HASH));
         self
     }
 
-    pub fn store(mut self, store: Store) -> Self {
+    pub(crate) fn store(mut self, store: Store) -> Self {
         self.store = store;
         self
     }
 
     /// The listener speaks TLS, with a certificate that the clients of this gateway trust.
-    pub fn tls(mut self) -> Self {
+    pub(crate) fn tls(mut self) -> Self {
         self.tls = true;
         self
     }
 
     /// Further lines of the listener's table.
-    pub fn listener(mut self, keys: &str) -> Self {
+    pub(crate) fn listener(mut self, keys: &str) -> Self {
         let _ = writeln!(self.listener, "{keys}");
         self
     }
 
     /// Whole tables, e.g. `[limits]\nhead_timeout = "1s"`.
-    pub fn with(mut self, tables: &str) -> Self {
+    pub(crate) fn with(mut self, tables: &str) -> Self {
         let _ = writeln!(self.rest, "{tables}");
         self
     }
 
     #[track_caller]
-    pub fn start(self) -> Gateway {
+    pub(crate) fn start(self) -> Gateway {
         self.try_start().unwrap_or_else(|problems| panic!("the gateway starts: {problems}"))
     }
 
     /// # Errors
     /// What start-up says is wrong.
-    pub fn try_start(self) -> Result<Gateway, String> {
+    pub(crate) fn try_start(self) -> Result<Gateway, String> {
         let folder = TempDir::new().unwrap();
         let running = Running::start(&self.write(&folder), &folder)?;
         let address = running.address();
@@ -256,16 +256,16 @@ impl Setup {
 
 /// The form of a page, as a browser sees it.
 #[derive(Debug)]
-pub struct Form {
-    pub action: Option<String>,
+pub(crate) struct Form {
+    pub(crate) action: Option<String>,
     /// Name and value of every input that has a name.
-    pub fields: Vec<(String, String)>,
+    pub(crate) fields: Vec<(String, String)>,
 }
 
 impl Form {
     /// The first form of the page.
     #[track_caller]
-    pub fn on(page: &str) -> Self {
+    pub(crate) fn on(page: &str) -> Self {
         let start = page.find("<form").unwrap_or_else(|| panic!("a page with a form: {page}"));
         let form = &page[start..page[start..].find("</form>").map_or(page.len(), |end| start + end)];
         let action = attribute(&form[..form.find('>').unwrap_or(form.len())], "action");
@@ -279,7 +279,7 @@ impl Form {
 
     /// Its fields, with these values typed in.
     #[track_caller]
-    pub fn filled_in(&self, values: &[(&str, &str)]) -> Vec<(String, String)> {
+    pub(crate) fn filled_in(&self, values: &[(&str, &str)]) -> Vec<(String, String)> {
         let mut fields = self.fields.clone();
         for (name, value) in values {
             let field = fields.iter_mut().find(|(n, _)| n == name);

@@ -9,25 +9,25 @@
 
 #![allow(dead_code, reason = "the harness offers more than the tests of the day ask for")]
 
-pub mod backend;
-pub mod client;
-pub mod wire;
-pub mod redis;
-pub mod tls;
+pub(crate) mod backend;
+pub(crate) mod client;
+pub(crate) mod wire;
+pub(crate) mod redis;
+pub(crate) mod tls;
 
 use std::time::{Duration, Instant};
 
 /// How long anything in a test may take: far more than it needs on a busy machine, far less than a CI job.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Between two looks at a fact.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Waits until `fact` is one; fails the test with `what` after [`DEADLINE`].
 ///
-/// This is the only waiting in the tests.
+/// This and [`eventually`] are the only waiting in the tests.
 #[track_caller]
-pub fn eventually(what: &str, mut fact: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut fact: impl FnMut() -> bool) {
     let started = Instant::now();
     while !fact() {
         assert!(started.elapsed() < DEADLINE, "still not so after {DEADLINE:?}: {what}");
@@ -35,7 +35,19 @@ pub fn eventually(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
+/// As [`wait_until`], where the test runs on tokio: waits until `fact` gives something.
+pub(crate) async fn eventually<T>(what: &str, mut fact: impl AsyncFnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = fact().await {
+            return found;
+        }
+        assert!(started.elapsed() < DEADLINE, "still not so after {DEADLINE:?}: {what}");
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
 /// A port of loopback that nothing listens on at this moment.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

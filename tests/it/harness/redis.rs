@@ -1,157 +1,190 @@
-//! Where do tests keep sessions? A real `redis-server` per test, which can be killed, stopped and started again.
+//! A real redis-server of a test's own, on free ports and a unix socket, that can be stopped in every way.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::{DEADLINE, eventually, free_port};
+use super::{DEADLINE, free_port, wait_until};
 
-/// Between the choice of a free port and its use, another test may take it.
-const PORTS_TRIED_MAX: usize = 5;
+/// For [`RedisServer::with`]: every write is on disk before it is answered, so that a kill loses nothing.
+pub(crate) const KEEPS_ITS_DATA: &str = "appendonly yes";
 
-/// A Redis server on a port of its own, which ends with this value.
-pub struct Redis {
+/// Ends with its value.
+#[derive(Debug)]
+pub(crate) struct RedisServer {
+    directory: TempDir,
     port: u16,
-    folder: TempDir,
-    arguments: Vec<String>,
-    server: Mutex<Option<Child>>,
+    tls_port: Option<u16>,
+    child: Option<Child>,
 }
 
-impl Redis {
-    /// With every write on disk before it is answered, so that a kill loses nothing.
-    pub fn start() -> Self {
-        Self::start_with(&[])
+impl RedisServer {
+    pub(crate) fn start() -> Self {
+        Self::with("")
     }
 
-    /// With further arguments of `redis-server`, e.g. `["--maxmemory", "3mb"]`.
-    pub fn start_with(arguments: &[&str]) -> Self {
-        let mut redis = Self {
-            port: free_port(),
-            folder: TempDir::new().unwrap(),
-            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
-            server: Mutex::new(None),
-        };
-        for _ in 0..PORTS_TRIED_MAX {
-            if redis.spawn() {
-                return redis;
-            }
-            redis.port = free_port();
+    /// `conf`: further lines of redis.conf.
+    pub(crate) fn with(conf: &str) -> Self {
+        Self::begin(conf, false)
+    }
+
+    /// Speaks TLS, too, as `localhost`; its authority is [`Self::authority`].
+    pub(crate) fn with_tls() -> Self {
+        Self::begin("", true)
+    }
+
+    fn begin(conf: &str, tls: bool) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut server = Self { directory, port: 0, tls_port: None, child: None };
+        if tls {
+            let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+            std::fs::write(server.path("cert.pem"), certified.cert.pem()).unwrap();
+            std::fs::write(server.path("key.pem"), certified.signing_key.serialize_pem()).unwrap();
         }
-        panic!("redis-server does not start with {arguments:?}");
+        // A port that was free may be taken by the time that the server comes; then it leaves, and we take others.
+        for _ in 0..10 {
+            server.port = free_port();
+            server.tls_port = tls.then(free_port);
+            server.write_conf(conf);
+            if server.try_start() {
+                return server;
+            }
+        }
+        panic!("redis-server does not start: {}", std::fs::read_to_string(server.path("log")).unwrap_or_default());
     }
 
-    pub fn url(&self) -> String {
+    fn write_conf(&self, conf: &str) {
+        let directory = self.directory.path().display();
+        let mut text = format!(
+            "bind 127.0.0.1\nport {}\nunixsocket {directory}/redis.sock\ndir {directory}\nlogfile {directory}/log\n\
+             save \"\"\ndaemonize no\nappendfsync always\n{conf}\n",
+            self.port
+        );
+        if let Some(port) = self.tls_port {
+            text += &format!(
+                "tls-port {port}\ntls-cert-file {directory}/cert.pem\ntls-key-file {directory}/key.pem\n\
+                 tls-ca-cert-file {directory}/cert.pem\ntls-auth-clients no\n"
+            );
+        }
+        std::fs::write(self.path("redis.conf"), text).unwrap();
+    }
+
+    /// Whether it came up and answers.
+    fn try_start(&mut self) -> bool {
+        let server = Command::new("redis-server").arg(self.path("redis.conf")).stdout(Stdio::null()).spawn();
+        let mut child = server.expect("redis-server is installed: see scripts/setup");
+        let started = Instant::now();
+        loop {
+            if child.try_wait().unwrap().is_some() {
+                return false;
+            }
+            if self.answers() {
+                self.child = Some(child);
+                return true;
+            }
+            assert!(started.elapsed() < DEADLINE, "redis-server never answers");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Any answer but that it still loads its data; a wish for a password is one.
+    fn answers(&self) -> bool {
+        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) else { return false };
+        stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        let mut reply = [0; 8];
+        stream.write_all(b"PING\r\n").is_ok()
+            && stream.read_exact(&mut reply[..7]).is_ok()
+            && !reply.starts_with(b"-LOADIN")
+    }
+
+    pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    pub fn port(&self) -> u16 {
+    pub(crate) fn tls_url(&self) -> String {
+        format!("rediss://localhost:{}", self.tls_port.expect("started with TLS"))
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path("redis.sock")
+    }
+
+    pub(crate) fn authority(&self) -> PathBuf {
+        self.path("cert.pem")
+    }
+
+    pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    /// Listens here too.
-    pub fn socket(&self) -> PathBuf {
-        self.folder.path().join("redis.sock")
-    }
-
-    /// Gone at once, as in a power cut.
-    pub fn kill(&self) {
-        if let Some(mut server) = self.server.lock().unwrap().take() {
-            server.kill().unwrap();
-            server.wait().unwrap();
+    /// SIGKILL: no farewell to anybody.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
     }
 
-    /// Starts again on the same port, with the data that it had.
-    pub fn restart(&self) {
-        self.kill();
-        assert!(self.spawn(), "redis-server starts again on port {}", self.port);
+    /// SIGSTOP: it keeps its connections, accepts new ones, and says nothing.
+    pub(crate) fn pause(&self) {
+        self.signal("STOP");
+        wait_until("redis-server is stopped", || self.state() == Some('T'));
     }
-    /// Starts again on the same port, with nothing.
-    pub fn restart_empty(&self) {
+
+    /// SIGCONT.
+    pub(crate) fn resume(&self) {
+        self.signal("CONT");
+    }
+
+    /// On the same ports; with its data, if it was told to append them to a file.
+    pub(crate) fn restart(&mut self) {
         self.kill();
-        for entry in std::fs::read_dir(self.folder.path()).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() { std::fs::remove_dir_all(path).unwrap() } else { std::fs::remove_file(path).unwrap() }
+        let started = Instant::now();
+        while !self.try_start() {
+            assert!(started.elapsed() < DEADLINE, "redis-server does not come back");
+        }
+    }
+
+    pub(crate) fn restart_empty(&mut self) {
+        self.kill();
+        let files = self.path("appendonlydir");
+        if files.exists() {
+            std::fs::remove_dir_all(files).unwrap();
         }
         self.restart();
     }
 
-    /// Alive, and silent: connections open and nothing is answered, until [`Self::resume`].
-    pub fn pause(&self) {
-        self.signal("STOP");
-        eventually("redis-server is stopped", || self.state() == Some('T'));
+    /// A connection of the test's own, behind the back of the store.
+    pub(crate) fn client(&self) -> redis::Connection {
+        redis::Client::open(self.url()).unwrap().get_connection().unwrap()
     }
 
-    pub fn resume(&self) {
-        self.signal("CONT");
-    }
-
-    /// The reply to an inline command, raw: `"+PONG"`, `":3"`, `"$5"` (of a bulk reply the first line only).
-    #[track_caller]
-    pub fn command(&self, command: &str) -> String {
-        self.try_command(command).unwrap_or_else(|| panic!("redis did not answer {command}"))
-    }
-
-    /// How many keys there are.
-    #[track_caller]
-    pub fn keys(&self) -> usize {
-        self.command("DBSIZE").trim_start_matches(':').parse().unwrap()
-    }
-
-    /// Whether it came up; when not, its port was taken or its arguments are wrong.
-    fn spawn(&self) -> bool {
-        let mut server = Command::new("redis-server");
-        server.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
-        server.args(["--appendonly", "yes", "--appendfsync", "always"]);
-        server.arg("--dir").arg(self.folder.path()).arg("--unixsocket").arg(self.socket());
-        server.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null());
-        let mut child = server.spawn().expect("redis-server is installed: see scripts/setup");
-        let mut ended = false;
-        eventually("redis-server answers or ends", || {
-            ended = child.try_wait().unwrap().is_some();
-            ended || self.try_command("PING").is_some_and(|reply| is_ready(&reply))
-        });
-        *self.server.lock().unwrap() = (!ended).then_some(child);
-        !ended
-    }
-
-    fn try_command(&self, command: &str) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
-        stream.set_read_timeout(Some(DEADLINE)).ok()?;
-        stream.write_all(format!("{command}\r\n").as_bytes()).ok()?;
-        let mut reply = String::new();
-        BufReader::new(stream).read_line(&mut reply).ok()?;
-        (!reply.is_empty()).then(|| reply.trim_end().to_owned())
-    }
-
-    /// As the kernel has it: `T` is stopped by a signal.
+    /// As the kernel has it: `T` is stopped by a signal (proc_pid_stat(5), field 3).
     fn state(&self) -> Option<char> {
-        let process = self.server.lock().unwrap().as_ref()?.id();
-        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        let pid = self.child.as_ref()?.id();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         stat.rsplit(") ").next()?.chars().next()
     }
 
     fn signal(&self, name: &str) {
-        let server = self.server.lock().unwrap();
-        let process = server.as_ref().expect("a running server").id().to_string();
-        let status = Command::new("sh").args(["-c", &format!("kill -{name} {process}")]).status().unwrap();
-        assert!(status.success(), "signal {name} was not delivered");
+        let pid = self.child.as_ref().expect("it runs").id();
+        let sent = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        Path::new(self.directory.path()).join(name)
     }
 }
 
-impl Drop for Redis {
+impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// A server that asks for a password first is up; one that is loading its data is not.
-fn is_ready(reply: &str) -> bool {
-    reply == "+PONG" || reply.starts_with("-NOAUTH")
 }
 
 #[cfg(test)]
@@ -159,32 +192,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_survives_a_kill_and_not_an_empty_restart() {
-        let redis = Redis::start();
-        assert_eq!(redis.command("SET a 1"), "+OK");
+    fn data_survives_a_kill_when_it_is_appended_to_a_file_and_never_an_empty_restart() {
+        let mut server = RedisServer::with(KEEPS_ITS_DATA);
+        let () = redis::cmd("SET").arg("a").arg(1).exec(&mut server.client()).unwrap();
+        let keys = |server: &RedisServer| redis::cmd("DBSIZE").query::<usize>(&mut server.client()).unwrap();
 
-        redis.kill();
-        assert!(TcpStream::connect(("127.0.0.1", redis.port())).is_err(), "a killed server has no port");
-        redis.restart();
-        assert_eq!(redis.keys(), 1, "every write was on disk");
+        server.kill();
+        assert!(TcpStream::connect(("127.0.0.1", server.port())).is_err(), "a killed server has no port");
+        server.restart();
+        assert_eq!(keys(&server), 1, "every write was on disk");
 
-        redis.restart_empty();
-        assert_eq!(redis.keys(), 0);
+        server.restart_empty();
+        assert_eq!(keys(&server), 0);
     }
 
     #[test]
     fn a_paused_server_takes_connections_and_answers_when_it_is_resumed() {
-        let redis = Redis::start();
-        redis.pause();
-        let mut asked = TcpStream::connect(("127.0.0.1", redis.port())).unwrap();
+        let server = RedisServer::start();
+        server.pause();
+        let mut asked = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
         asked.write_all(b"PING\r\n").unwrap();
         asked.set_nonblocking(true).unwrap();
         assert!(asked.peek(&mut [0]).is_err(), "nobody answers");
         asked.set_nonblocking(false).unwrap();
 
-        redis.resume();
-        let mut reply = String::new();
-        BufReader::new(asked).read_line(&mut reply).unwrap();
-        assert_eq!(reply, "+PONG\r\n");
+        server.resume();
+        let mut reply = [0; 7];
+        asked.read_exact(&mut reply).unwrap();
+        assert_eq!(&reply, b"+PONG\r\n");
     }
 }

@@ -10,7 +10,7 @@ static CERTIFIED: LazyLock<CertifiedKey<KeyPair>> =
     LazyLock::new(|| generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap());
 
 /// Writes the certificate chain and its key as PEM files into `folder`.
-pub fn write_files(folder: &Path) -> (PathBuf, PathBuf) {
+pub(crate) fn write_files(folder: &Path) -> (PathBuf, PathBuf) {
     let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
     std::fs::write(&cert, CERTIFIED.cert.pem()).unwrap();
     std::fs::write(&key, CERTIFIED.signing_key.serialize_pem()).unwrap();
@@ -18,7 +18,7 @@ pub fn write_files(folder: &Path) -> (PathBuf, PathBuf) {
 }
 
 /// A client that trusts that certificate and no other.
-pub fn trust() -> Arc<ClientConfig> {
+pub(crate) fn trust() -> Arc<ClientConfig> {
     let mut roots = RootCertStore::empty();
     roots.add(CERTIFIED.cert.der().clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());

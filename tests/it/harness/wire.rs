@@ -8,7 +8,7 @@ use std::io::{self, Read};
 const HEAD_BYTES_MAX: usize = 1024 * 1024;
 
 /// Bytes from a connection, looked at one message at a time.
-pub struct Reader<S> {
+pub(crate) struct Reader<S> {
     stream: S,
     buffer: Vec<u8>,
     start: usize,
@@ -16,14 +16,14 @@ pub struct Reader<S> {
 
 /// A start line and its fields, in order and in the spelling of the sender.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Head {
-    pub start_line: String,
-    pub fields: Vec<(String, String)>,
+pub(crate) struct Head {
+    pub(crate) start_line: String,
+    pub(crate) fields: Vec<(String, String)>,
 }
 
 /// How long a body is (RFC 9112, section 6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Length {
+pub(crate) enum Length {
     Exactly(u64),
     Chunked,
     UntilClose,
@@ -31,20 +31,20 @@ pub enum Length {
 
 impl Head {
     /// Every value of a field, in order, whatever its case.
-    pub fn values(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn values(&self, name: &str) -> Vec<&str> {
         self.fields.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
     }
 
     /// The value of a field that is there once.
     #[track_caller]
-    pub fn value(&self, name: &str) -> Option<&str> {
+    pub(crate) fn value(&self, name: &str) -> Option<&str> {
         let values = self.values(name);
         assert!(values.len() <= 1, "{name} is there more than once: {values:?}");
         values.first().copied()
     }
 
     /// What frames the body; `otherwise` when nothing does.
-    pub fn length(&self, otherwise: Length) -> Length {
+    pub(crate) fn length(&self, otherwise: Length) -> Length {
         if self.values("transfer-encoding").iter().any(|value| value.to_ascii_lowercase().ends_with("chunked")) {
             return Length::Chunked;
         }
@@ -56,7 +56,7 @@ impl Head {
     }
 
     /// Whether the sender closes, or asks to close, the connection after this message.
-    pub fn closes(&self) -> bool {
+    pub(crate) fn closes(&self) -> bool {
         self.values("connection").iter().any(|value| value.to_ascii_lowercase().contains("close"))
     }
 
@@ -73,11 +73,11 @@ impl Head {
 }
 
 impl<S: Read> Reader<S> {
-    pub fn new(stream: S) -> Self {
+    pub(crate) fn new(stream: S) -> Self {
         Self { stream, buffer: Vec::new(), start: 0 }
     }
 
-    pub fn stream(&mut self) -> &mut S {
+    pub(crate) fn stream(&mut self) -> &mut S {
         &mut self.stream
     }
 
@@ -85,7 +85,7 @@ impl<S: Read> Reader<S> {
     ///
     /// # Errors
     /// `UnexpectedEof` when it ends within the head, and what the stream says.
-    pub fn head(&mut self) -> io::Result<Option<Head>> {
+    pub(crate) fn head(&mut self) -> io::Result<Option<Head>> {
         let mut searched = 0;
         loop {
             let unread = &self.buffer[self.start..];
@@ -109,7 +109,7 @@ impl<S: Read> Reader<S> {
     ///
     /// # Errors
     /// `UnexpectedEof` when the connection ends within it, and what the stream says.
-    pub fn body(&mut self, length: Length) -> io::Result<Vec<u8>> {
+    pub(crate) fn body(&mut self, length: Length) -> io::Result<Vec<u8>> {
         let mut body = Vec::new();
         match length {
             Length::Exactly(bytes) => self.take(bytes, &mut body)?,
@@ -123,7 +123,7 @@ impl<S: Read> Reader<S> {
     ///
     /// # Errors
     /// As [`Self::body`]; `InvalidData` for a size that is none.
-    pub fn chunk(&mut self, body: &mut Vec<u8>) -> io::Result<bool> {
+    pub(crate) fn chunk(&mut self, body: &mut Vec<u8>) -> io::Result<bool> {
         let line = self.line()?;
         let size = line.split(';').next().unwrap_or_default().trim();
         let size = u64::from_str_radix(size, 16)
@@ -141,7 +141,7 @@ impl<S: Read> Reader<S> {
     ///
     /// # Errors
     /// What the stream says.
-    pub fn take_some(&mut self, limit: u64, body: &mut Vec<u8>) -> io::Result<usize> {
+    pub(crate) fn take_some(&mut self, limit: u64, body: &mut Vec<u8>) -> io::Result<usize> {
         if self.unread() == 0 && self.fill()? == 0 {
             return Ok(0);
         }
