@@ -18,6 +18,8 @@ pub struct Metrics {
     pub logins: IntCounterVec,
     pub logouts: IntCounterVec,
     pub connections: IntGauge,
+    /// 1 or 0
+    pub store_up: IntGauge,
     /// pool, backend
     pub backend_requests: IntCounterVec,
     /// pool, backend, kind: connect, response
@@ -58,11 +60,8 @@ impl Metrics {
             ),
             logins: counter(&registry, "cloakroom_logins_total", "Login attempts.", &["method", "result"]),
             logouts: counter(&registry, "cloakroom_logouts_total", "Logouts.", &[]),
-            connections: {
-                let gauge = IntGauge::new("cloakroom_connections", "Open client connections.").expect("a valid name");
-                registry.register(Box::new(gauge.clone())).expect("a name used once");
-                gauge
-            },
+            connections: gauge(&registry, "cloakroom_connections", "Open client connections."),
+            store_up: gauge(&registry, "cloakroom_store_up", "Whether the session store answered when last asked."),
             backend_requests: counter(
                 &registry,
                 "cloakroom_backend_requests_total",
@@ -92,6 +91,12 @@ impl Default for Metrics {
     fn default() -> Self {
         Self::new()
     }
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    let gauge = IntGauge::new(name, help).expect("a valid name");
+    registry.register(Box::new(gauge.clone())).expect("a name used once");
+    gauge
 }
 
 fn counter(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {

@@ -30,9 +30,8 @@ pub fn start(name: &'static str) -> io::Result<SocketAddr> {
     let address = listener.local_addr()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new().name(format!("demo-backend-{name}")).spawn(move || {
-        if let Err(err) = runtime.block_on(serve(name, listener)) {
-            tracing::warn!("demo backend: not serving: {err}");
-        }
+        let Err(err) = runtime.block_on(serve(name, listener));
+        tracing::warn!("demo backend: not serving: {err}");
     })?;
     Ok(address)
 }

@@ -1,4 +1,112 @@
-//! What can one ask of the binary? One file per command.
+//! What can one ask of the binary? One file per command; each gives its exit code, and text for `main` to print.
 
-pub mod hash_password;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub mod run;
+pub mod check;
+pub mod demo;
 pub mod demo_backend;
+pub mod hash_password;
+pub mod health;
+
+/// It ran, and failed.
+pub const FAILED: u8 = 1;
+/// The configuration is wrong (`EX_CONFIG` of sysexits.h). Wrong arguments are 2, as everywhere.
+pub const BAD_CONFIG: u8 = 78;
+
+/// Hand in your session, keep the ticket: a reverse proxy and load balancer that externalizes sessions.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the gateway until SIGTERM; SIGHUP reloads the file.
+    Run {
+        #[arg(long, short, value_name = "FILE", default_value = "/etc/cloakroom/cloakroom.toml")]
+        config: PathBuf,
+    },
+    /// Say all that is wrong with these files, doing what start-up does short of listening and connecting.
+    Check {
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Show it: two backends and a gateway with a user, on loopback.
+    Demo {
+        /// Keep the sessions in this Redis; a restart then keeps you logged in.
+        #[arg(long, value_name = "URL")]
+        redis: Option<String>,
+        /// The first port to try.
+        #[arg(long, default_value_t = 8080)]
+        port: u16,
+    },
+    /// Make a password hash for users.toml: asks twice on a terminal, reads one line from a pipe.
+    HashPassword,
+    /// Ask a running gateway whether it is ready; exit code 0 means yes.
+    Health {
+        /// Its `[admin] address`.
+        #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9900")]
+        admin: SocketAddr,
+    },
+}
+
+/// What `main` prints with.
+pub struct Terminal<'a> {
+    pub out: &'a mut dyn io::Write,
+    pub err: &'a mut dyn io::Write,
+}
+
+impl std::fmt::Debug for Terminal<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Terminal")
+    }
+}
+
+impl Terminal<'_> {
+    /// A line of the answer. A reader that is gone needs none.
+    pub fn say(&mut self, line: impl std::fmt::Display) {
+        let _ = writeln!(self.out, "{line}");
+        let _ = self.out.flush();
+    }
+
+    /// A failure, with its causes.
+    pub fn fail(&mut self, error: &dyn std::error::Error, code: u8) -> ExitCode {
+        let _ = writeln!(self.err, "error: {error}");
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let _ = writeln!(self.err, "  caused by: {error}");
+            cause = error.source();
+        }
+        ExitCode::from(code)
+    }
+
+    /// What is wrong with the configuration; it words itself.
+    pub fn refuse(&mut self, error: &crate::config::error::ConfigError) -> ExitCode {
+        let _ = writeln!(self.err, "{error}");
+        ExitCode::from(BAD_CONFIG)
+    }
+}
+
+pub fn main(arguments: Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
+    match arguments.command {
+        Command::Run { config } => run::run(&config, terminal),
+        Command::Check { files } => check::check(&files, terminal),
+        Command::Demo { redis, port } => demo::demo(redis, port, terminal),
+        Command::HashPassword => match hash_password::hash_password() {
+            Ok(hash) => {
+                terminal.say(hash);
+                ExitCode::SUCCESS
+            }
+            Err(error) => terminal.fail(&error, FAILED),
+        },
+        Command::Health { admin } => health::health(admin, terminal),
+    }
+}

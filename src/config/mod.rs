@@ -35,6 +35,7 @@ fn parse_within(
     let not_toml = |error| ConfigError::not_toml(file, text, &error);
     let tree = DeTable::parse(text).map_err(not_toml)?;
     let mut config = Config::deserialize(toml::Deserializer::from(tree.clone())).map_err(not_toml)?;
+    config.file = file.to_owned();
 
     let mut problems = Problems::in_file(file, text);
     resolve(&mut config, &directory_of(file), environment, &mut problems);
@@ -56,6 +57,7 @@ fn resolve(
     problems: &mut Problems<'_>,
 ) {
     let Config {
+        file: _,
         listeners,
         store: Store { redis, memory: _ },
         login: Login { stylesheet, password, prefix: _, title: _, default_return: _ },

@@ -16,6 +16,9 @@ use super::value::{self, Bytes, Cidr, Duration, Secret, Template};
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// Where it was read from.
+    #[serde(skip)]
+    pub file: PathBuf,
     #[serde(default)]
     pub server: Server,
     /// At least one.

@@ -13,6 +13,7 @@ use http::HeaderValue;
 use super::Identity;
 use super::presets::{self, Field, GroupList};
 use crate::config::model;
+use crate::config::value::{Template, TemplatePart};
 
 /// The headers of one configuration.
 #[derive(Clone, Debug)]
@@ -147,39 +148,19 @@ fn encode(text: &str, also: &[char], to: &mut String) {
     }
 }
 
-/// `"{user}@{claim.realm}"`; a brace itself is written twice. What is no field that we know never has a value, so that
-/// the header is never sent.
-fn parts(template: &str) -> Vec<Part> {
-    let mut parts = Vec::new();
-    let mut literal = String::new();
-    let mut rest = template.trim();
-    while let Some(brace) = rest.find(['{', '}']) {
-        literal.push_str(&rest[..brace]);
-        rest = &rest[brace..];
-        if let Some(after) = rest.strip_prefix("{{").or_else(|| rest.strip_prefix("}}")) {
-            literal.push_str(&rest[..1]);
-            rest = after;
-            continue;
-        }
-        let (field, after) = rest[1..].split_once('}').unwrap_or_default();
-        if !literal.is_empty() {
-            parts.push(Part::Text(literal_text(&literal)));
-            literal.clear();
-        }
-        parts.push(match field {
-            "user" => Part::Field(Field::User),
-            "name" => Part::Field(Field::Name),
-            "email" => Part::Field(Field::Email),
-            "groups" => Part::Field(Field::Groups),
-            other => Part::Claim(other.strip_prefix("claim.").unwrap_or_default().to_owned()),
-        });
-        rest = after;
-    }
-    literal.push_str(rest);
-    if !literal.is_empty() {
-        parts.push(Part::Text(literal_text(&literal)));
-    }
+/// Spaces at either end are the receiver's to trim, so that they are not sent at all.
+fn parts(template: &Template) -> Vec<Part> {
+    let parts = template.parts().iter();
     parts
+        .map(|part| match part {
+            TemplatePart::Text(text) => Part::Text(literal_text(text)),
+            TemplatePart::User => Part::Field(Field::User),
+            TemplatePart::Name => Part::Field(Field::Name),
+            TemplatePart::Email => Part::Field(Field::Email),
+            TemplatePart::Groups => Part::Field(Field::Groups),
+            TemplatePart::Claim(name) => Part::Claim(name.clone()),
+        })
+        .collect()
 }
 
 /// As the operator wrote it, `%` and spaces included; only what no value may hold is encoded.
@@ -312,7 +293,10 @@ mod tests {
         let spanned = |text: &str| Spanned::new(0..0, text.to_owned());
         model::Identity {
             preset,
-            headers: headers.iter().map(|(name, template)| (spanned(name), spanned(template))).collect(),
+            headers: headers
+                .iter()
+                .map(|(name, template)| (spanned(name), Spanned::new(0..0, template.parse().unwrap())))
+                .collect(),
             strip: strip.iter().map(|name| spanned(name)).collect(),
         }
     }

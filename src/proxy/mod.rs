@@ -1,4 +1,607 @@
-//! Where is the request now? The journey of one request through the gateway.
+//! Where is the request now? Pingora's phases, each one short step of the journey that `lib.rs` tells.
 
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use http::{HeaderValue, Method, Response, header};
+use ipnet::IpNet;
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::Digest;
+use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session as HttpSession};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType, Result};
+
+use crate::config::model::Access;
+use crate::login::{Login, LoginRequest};
+use crate::metrics::Metrics;
+use crate::session::cookie::ReservedCookies;
+use crate::session::record::LoginMethod;
+use crate::session::{Session, Sessions};
+
+pub mod context;
+pub mod connection;
 pub mod guard;
 pub mod route;
+pub mod rules;
+pub mod admit;
+pub mod forward;
+pub mod reply;
+pub mod access_log;
+
+use access_log::{AccessLog, Entry};
+use admit::{Step, Who, admit};
+use connection::Refusals;
+use context::{Connection, RequestContext};
+use guard::Refusal;
+use reply::{Outcome, Rejection};
+use rules::Rules;
+
+/// Pingora's contract of `request_filter`: we have answered.
+const REPLIED: bool = true;
+/// Pingora's contract of `request_filter`: on to a backend.
+const FORWARD: bool = false;
+
+/// An id from a trusted proxy is kept when it is no longer than this.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// The application that pingora drives. One for all workers; each worker has a pingora proxy around a clone.
+#[derive(Clone, Debug)]
+pub struct Gateway {
+    pub rules: Arc<ArcSwap<Rules>>,
+    pub sessions: Sessions,
+    pub cookies: Arc<ReservedCookies>,
+    pub trusted_proxies: Arc<[IpNet]>,
+    pub body_timeout: Duration,
+    pub write_timeout: Duration,
+    pub metrics: Metrics,
+    pub access_log: AccessLog,
+}
+
+/// Where a request goes from the session to the backend, or our own answer.
+enum Decision {
+    Forward,
+    Reply { response: Response<Bytes>, outcome: Outcome },
+}
+
+#[async_trait]
+impl ProxyHttp for Gateway {
+    type CTX = RequestContext;
+
+    fn new_ctx(&self) -> RequestContext {
+        RequestContext::new(self.rules.load_full())
+    }
+
+    /// Called for every request, with what [`connection::serve`] knows of the connection.
+    fn on_connection_reuse(
+        &self,
+        downstream: &mut HttpSession,
+        context: &mut RequestContext,
+        connection: Box<dyn std::any::Any + Send + Sync>,
+    ) {
+        if let Ok(connection) = connection.downcast::<Arc<Connection>>() {
+            self.open(downstream, context, *connection);
+        }
+    }
+
+    async fn request_filter(&self, downstream: &mut HttpSession, context: &mut RequestContext) -> Result<bool> {
+        match self.decide(downstream, context).await {
+            Decision::Forward => {
+                if is_expecting_continue(downstream.req_header()) {
+                    // Pingora leaves this to the backend, and a backend that does not know it stalls the upload.
+                    downstream.write_continue_response().await?;
+                    context.continued = true;
+                }
+                Ok(FORWARD)
+            }
+            Decision::Reply { response, outcome } => {
+                context.outcome = Some(outcome);
+                let close = downstream.is_process_shutting_down();
+                reply::send(downstream, response, &context.request_id, close).await?;
+                Ok(REPLIED)
+            }
+        }
+    }
+
+    async fn request_body_filter(
+        &self,
+        _: &mut HttpSession,
+        body: &mut Option<Bytes>,
+        _: bool,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        if context.is_upgrade {
+            return Ok(()); // after the upgrade these are messages without end, not a body
+        }
+        context.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        if context.body_bytes_max < context.body_bytes {
+            context.failure = Some(Rejection::BodyTooLarge);
+            return Err(Error::explain(ErrorType::HTTPStatus(413), "request body over the limit").into_down());
+        }
+        Ok(())
+    }
+
+    async fn upstream_peer(&self, _: &mut HttpSession, context: &mut RequestContext) -> Result<Box<HttpPeer>> {
+        let next = context.pool.as_ref().and_then(|pool| {
+            let backend = pool.next(&mut context.tried)?;
+            Some((pool, backend, backend.address()?))
+        });
+        let Some((pool, backend, address)) = next else {
+            let why = *context.failure.get_or_insert(Rejection::NoBackend);
+            return Err(
+                Error::explain(ErrorType::HTTPStatus(why.status().as_u16()), "no backend left to try").into_up()
+            );
+        };
+        self.metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]).inc();
+        let timeouts = pool.timeouts();
+        let mut peer = HttpPeer::new(address, false, String::new());
+        let options = &mut peer.options;
+        let pause = if context.is_upgrade { timeouts.websocket } else { timeouts.read };
+        options.connection_timeout = Some(timeouts.connect);
+        options.total_connection_timeout = Some(timeouts.connect);
+        options.read_timeout = Some(pause);
+        options.write_timeout = Some(timeouts.write);
+        options.idle_timeout = Some(timeouts.idle);
+        context.backend = Some(Arc::clone(backend));
+        Ok(Box::new(peer))
+    }
+
+    /// Nothing was sent yet, so another backend may be tried whatever the method.
+    fn fail_to_connect(
+        &self,
+        _: &mut HttpSession,
+        _: &HttpPeer,
+        context: &mut RequestContext,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        if let Some(backend) = &context.backend {
+            if !backend.is_resting() {
+                tracing::warn!(backend = backend.name(), cause = %error, "backend does not connect");
+            }
+            backend.rest();
+        }
+        self.count_backend_failure(context, "connect");
+        context.failure = Some(Rejection::NoBackend);
+        error.set_retry(true);
+        error
+    }
+
+    async fn connected_to_upstream(
+        &self,
+        _: &mut HttpSession,
+        _reused: bool,
+        _: &HttpPeer,
+        _: std::os::unix::io::RawFd,
+        _: Option<&Digest>,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        if let Some(backend) = &context.backend {
+            backend.wake();
+        }
+        Ok(())
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        _: &mut HttpSession,
+        upstream: &mut RequestHeader,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        forward::request(upstream, context, &self.cookies)
+    }
+
+    async fn response_filter(
+        &self,
+        downstream: &mut HttpSession,
+        response: &mut ResponseHeader,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        if downstream.is_process_shutting_down() {
+            downstream.set_keepalive(None);
+        }
+        if response.status == http::StatusCode::SWITCHING_PROTOCOLS
+            && let Some(pool) = &context.pool
+        {
+            downstream.set_read_timeout(Some(pool.timeouts().websocket));
+        }
+        forward::response(response, context, &self.cookies)
+    }
+
+    /// The connection broke after it was made. Only what may be done twice is tried again, and only while neither
+    /// the client has a byte of the response nor we have forgotten a byte of the request (invariant 8).
+    fn error_while_proxy(
+        &self,
+        _: &HttpPeer,
+        downstream: &mut HttpSession,
+        mut error: Box<Error>,
+        context: &mut RequestContext,
+        _client_reused: bool,
+    ) -> Box<Error> {
+        let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
+        let backend_failed = *error.esource() == ErrorSource::Upstream;
+        if backend_failed {
+            self.count_backend_failure(context, if timed_out { "timeout" } else { "response" });
+            context.failure = Some(if timed_out { Rejection::BackendTimeout } else { Rejection::BackendFailed });
+        }
+        let begun = downstream.response_written().is_some_and(|response| !response.status.is_informational());
+        let may_repeat = downstream.req_header().method.is_idempotent()
+            && !downstream.as_ref().retry_buffer_truncated()
+            && !context.is_upgrade;
+        error.set_retry(backend_failed && !timed_out && !begun && may_repeat);
+        error
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        downstream: &mut HttpSession,
+        error: &Error,
+        context: &mut RequestContext,
+    ) -> FailToProxy {
+        let rejection = rejection(error, context);
+        let begun = downstream.response_written().is_some_and(|response| !response.status.is_informational());
+        let outcome = match rejection {
+            None => Outcome::ClientGone,
+            Some(_) if begun => Outcome::Truncated,
+            Some(rejection) => Outcome::Rejected(rejection),
+        };
+        context.outcome = Some(outcome);
+        let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
+        match outcome {
+            Outcome::ClientGone => tracing::debug!(request_id = context.request_id, cause = %error, "client left"),
+            Outcome::Forwarded
+            | Outcome::Answered
+            | Outcome::LoginRedirect
+            | Outcome::Refused
+            | Outcome::Truncated
+            | Outcome::Rejected(_) => tracing::warn!(
+                request_id = context.request_id,
+                outcome = outcome.label(),
+                backend,
+                cause = %error,
+                "request failed"
+            ),
+        }
+        let mut error_code = 0;
+        if let Outcome::Rejected(rejection) = outcome {
+            error_code = rejection.status().as_u16();
+            let wants_page = wants_page(downstream.req_header());
+            let response = rejection.response(wants_page, context.rules.login.prefix(), &context.request_id);
+            if let Err(error) = reply::send(downstream, response, &context.request_id, true).await {
+                tracing::debug!(request_id = context.request_id, %error, "client left before its error page");
+            }
+        }
+        FailToProxy { error_code, can_reuse_downstream: false }
+    }
+
+    async fn logging(&self, downstream: &mut HttpSession, error: Option<&Error>, context: &mut RequestContext) {
+        let status = downstream.response_written().map_or(0, |response| response.status.as_u16());
+        let outcome = context.outcome.unwrap_or(match error {
+            None => Outcome::Forwarded,
+            Some(error) => rejection(error, context).map_or(Outcome::ClientGone, |_| Outcome::Truncated),
+        });
+        self.record(downstream, context, status, outcome);
+    }
+
+    /// We log each failure once, in `fail_to_proxy`, without the request's query.
+    fn suppress_error_log(&self, _: &HttpSession, _: &RequestContext, _: &Error) -> bool {
+        true
+    }
+
+    fn suppress_proxy_warn_log(&self, _: &HttpSession, _: &RequestContext, _: &Error, _: ProxyWarnLogContext) -> bool {
+        true
+    }
+}
+
+impl Gateway {
+    /// The first facts: whose connection, what address, which id.
+    fn open(&self, downstream: &mut HttpSession, context: &mut RequestContext, connection: Arc<Connection>) {
+        let headers = &downstream.req_header().headers;
+        context.trusted_peer = self.trusts(connection.peer);
+        context.client = connection.peer;
+        if context.trusted_peer {
+            context.client = self.client_address(headers, connection.peer);
+            if let Some(id) = headers.get("x-request-id").filter(|id| is_request_id(id)).and_then(|id| id.to_str().ok())
+            {
+                context.request_id = id.to_owned();
+            }
+        }
+        if context.request_id.is_empty() {
+            context.request_id = context::new_request_id();
+        }
+        context.connection = Some(connection);
+        downstream.set_read_timeout(Some(self.body_timeout));
+        downstream.set_write_timeout(Some(self.write_timeout));
+    }
+
+    /// Route, session, admission: the way to a backend, or our own answer.
+    async fn decide(&self, downstream: &mut HttpSession, context: &mut RequestContext) -> Decision {
+        let rules = Arc::clone(&context.rules);
+        let Some(connection) = context.connection.clone() else {
+            return reject(downstream, context, Rejection::Internal);
+        };
+        if rules.login.owns(downstream.req_header().uri.path()) {
+            return self.log_in_or_out(downstream, context, &rules.login, &connection).await;
+        }
+        let request = downstream.req_header();
+        let Some(route) = rules.routes.find(host(request), request.uri.path()) else {
+            return reject(downstream, context, Rejection::NoRoute);
+        };
+        context.route = Some(Arc::clone(route));
+        context.pool = rules.pools.get(&route.pool).cloned();
+        context.is_upgrade = request.headers.contains_key(header::UPGRADE);
+        context.body_bytes_max = route.body_bytes_max;
+        if content_length(request).is_some_and(|length| route.body_bytes_max < length) {
+            return reject(downstream, context, Rejection::BodyTooLarge);
+        }
+
+        let who = match route.access {
+            Access::Public => Who::Unasked,
+            Access::Optional | Access::Required => self.resolve(request, context, &connection).await,
+        };
+        let identity = match admit(route.access, &route.groups, who) {
+            Step::Forward(identity) => identity,
+            Step::Reply(Rejection::Unauthenticated) if wants_page(request) => {
+                return send_to_login(request, context, &rules.login, &connection);
+            }
+            Step::Reply(rejection) => return reject(downstream, context, rejection),
+        };
+        let asks_for_session = route.access != Access::Public;
+        if context.is_upgrade && asks_for_session && !is_own_origin(request, &connection, &route.websocket_origins) {
+            return reject(downstream, context, Rejection::ForeignOrigin);
+        }
+        context.identity = identity;
+        Decision::Forward
+    }
+
+    /// Who has this cookie?
+    async fn resolve(&self, request: &RequestHeader, context: &mut RequestContext, connection: &Connection) -> Who {
+        let Some(id) = connection.listener.cookie.find(&request.headers) else { return Who::Nobody };
+        let started = Instant::now();
+        let resumed = self.sessions.resume(&id).await;
+        let (result, who) = match resumed {
+            Ok(Some(session)) => {
+                context.session = Some(id.key().log_hash());
+                ("live", self.user_of(&session, &context.rules))
+            }
+            Ok(None) => {
+                context.session_is_gone = true;
+                ("none", Who::Nobody)
+            }
+            Err(error) => {
+                self.metrics.store_errors.with_label_values(&["load"]).inc();
+                tracing::debug!(
+                    request_id = context.request_id,
+                    error = &error as &dyn std::error::Error,
+                    "session not resolved"
+                );
+                ("unavailable", Who::Unknown)
+            }
+        };
+        self.metrics.session_resolve_seconds.with_label_values(&[result]).observe(started.elapsed().as_secs_f64());
+        who
+    }
+
+    /// Who a live session is now: of a user of the users file, what the file says today.
+    fn user_of(&self, session: &Session, rules: &Rules) -> Who {
+        match session.record.method {
+            LoginMethod::Password => match rules.login.users().current(&session.record.identity.user).cloned() {
+                Some(identity) => Who::User(identity),
+                None => Who::Nobody, // removed or disabled since
+            },
+        }
+    }
+
+    /// One of our own endpoints.
+    async fn log_in_or_out(
+        &self,
+        downstream: &mut HttpSession,
+        context: &RequestContext,
+        login: &Login,
+        connection: &Connection,
+    ) -> Decision {
+        let body = if downstream.req_header().method == Method::POST {
+            match self.read_form(downstream).await {
+                Ok(body) => body,
+                Err(rejection) => return reject(downstream, context, rejection),
+            }
+        } else {
+            Bytes::new()
+        };
+        let request = downstream.req_header();
+        let origin = format!("{}://{}", connection.listener.scheme, host(request));
+        let response = login
+            .answer(LoginRequest {
+                method: &request.method,
+                path: request.uri.path(),
+                query: request.uri.query(),
+                headers: &request.headers,
+                body,
+                client: context.client,
+                origin: &origin,
+                cookie: &connection.listener.cookie,
+                secure: connection.listener.scheme == "https",
+                request_id: &context.request_id,
+            })
+            .await;
+        Decision::Reply { response, outcome: Outcome::Answered }
+    }
+
+    /// The body of a form, whole, capped in size and in time.
+    async fn read_form(&self, downstream: &mut HttpSession) -> Result<Bytes, Rejection> {
+        let bytes_max = Login::FORM_BYTES_MAX;
+        if content_length(downstream.req_header()).is_some_and(|length| bytes_max as u64 <= length.saturating_sub(1)) {
+            return Err(Rejection::BodyTooLarge);
+        }
+        if is_expecting_continue(downstream.req_header()) {
+            downstream.write_continue_response().await.map_err(|_| Rejection::BodyTooSlow)?;
+        }
+        let read = async {
+            let mut body = BytesMut::new();
+            while let Some(chunk) = downstream.read_request_body().await.map_err(|_| Rejection::BodyTooSlow)? {
+                if bytes_max < body.len() + chunk.len() {
+                    return Err(Rejection::BodyTooLarge);
+                }
+                body.extend_from_slice(&chunk);
+            }
+            Ok(body.freeze())
+        };
+        tokio::time::timeout(self.body_timeout, read).await.unwrap_or(Err(Rejection::BodyTooSlow))
+    }
+
+    fn trusts(&self, peer: IpAddr) -> bool {
+        self.trusted_proxies.iter().any(|network| network.contains(&peer.to_canonical()))
+    }
+
+    /// The nearest address that no trusted proxy has: what is to the left of it anybody may have written.
+    fn client_address(&self, headers: &http::HeaderMap, peer: IpAddr) -> IpAddr {
+        let mut client = peer;
+        let fields = headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+        let hops: Vec<_> = fields.flat_map(|field| field.split(',')).collect();
+        for hop in hops.iter().rev() {
+            let Ok(address) = hop.trim().parse::<IpAddr>() else { break };
+            client = address.to_canonical();
+            if !self.trusts(client) {
+                break;
+            }
+        }
+        client
+    }
+
+    fn count_backend_failure(&self, context: &RequestContext, kind: &str) {
+        if let (Some(pool), Some(backend)) = (&context.pool, &context.backend) {
+            self.metrics.backend_failures.with_label_values(&[pool.name(), backend.name(), kind]).inc();
+        }
+    }
+
+    /// One line, one count (invariant 9).
+    fn record(&self, downstream: &HttpSession, context: &RequestContext, status: u16, outcome: Outcome) {
+        let duration = context.started.elapsed();
+        let route = context.route.as_ref().map(|route| route.name.as_str());
+        let request = downstream.req_header();
+        let status_code = http::StatusCode::from_u16(status);
+        let status_label = status_code.as_ref().map_or("0", http::StatusCode::as_str);
+        self.metrics.requests.with_label_values(&[route.unwrap_or("-"), status_label, outcome.label()]).inc();
+        self.metrics.request_seconds.with_label_values(&[route.unwrap_or("-")]).observe(duration.as_secs_f64());
+        if self.access_log.is_silent() {
+            return;
+        }
+        self.access_log.write(&Entry {
+            time: access_log::timestamp(),
+            request_id: &context.request_id,
+            client: context.client,
+            method: request.method.as_str(),
+            host: host(request),
+            path: request.uri.path(),
+            status,
+            outcome: outcome.label(),
+            reason: None,
+            route,
+            backend: context.backend.as_ref().map(|backend| backend.name()),
+            user: context.identity.as_ref().map(|identity| identity.user.as_str()),
+            session: context.session.as_deref(),
+            bytes_in: downstream.body_bytes_read(),
+            bytes_out: downstream.body_bytes_sent(),
+            duration_ms: duration.as_secs_f64() * 1e3,
+        });
+    }
+}
+
+impl Refusals for Gateway {
+    fn refused(&self, connection: &Connection, refusal: &Refusal) -> String {
+        let request_id = context::new_request_id();
+        let outcome = Outcome::Refused.label();
+        self.metrics.requests.with_label_values(&["-", refusal.status.as_str(), outcome]).inc();
+        self.access_log.write(&Entry {
+            time: access_log::timestamp(),
+            request_id: &request_id,
+            client: connection.peer,
+            method: "-",
+            host: "-",
+            path: "",
+            status: refusal.status.as_u16(),
+            outcome,
+            reason: Some(refusal.reason),
+            route: None,
+            backend: None,
+            user: None,
+            session: None,
+            bytes_in: 0,
+            bytes_out: 0,
+            duration_ms: 0.0,
+        });
+        request_id
+    }
+}
+
+/// To the login page and back. The cookie goes only when the store said that its session is gone (invariant 4).
+fn send_to_login(
+    request: &RequestHeader,
+    context: &RequestContext,
+    login: &Login,
+    connection: &Connection,
+) -> Decision {
+    let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
+    let mut response = login.login_redirect(target);
+    if context.session_is_gone {
+        response.headers_mut().append(header::SET_COOKIE, connection.listener.cookie.clear());
+    }
+    Decision::Reply { response, outcome: Outcome::LoginRedirect }
+}
+
+fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {
+    let wants_page = wants_page(downstream.req_header());
+    let response = rejection.response(wants_page, context.rules.login.prefix(), &context.request_id);
+    Decision::Reply { response, outcome: Outcome::Rejected(rejection) }
+}
+
+/// What an error of pingora's means to the client; nothing when it is gone.
+fn rejection(error: &Error, context: &RequestContext) -> Option<Rejection> {
+    match error.esource() {
+        ErrorSource::Downstream => match error.etype() {
+            ErrorType::HTTPStatus(413) => Some(Rejection::BodyTooLarge),
+            ErrorType::ReadTimedout => Some(Rejection::BodyTooSlow),
+            _ => None,
+        },
+        ErrorSource::Upstream => Some(context.failure.unwrap_or(Rejection::BackendFailed)),
+        ErrorSource::Internal | ErrorSource::Unset => Some(context.failure.unwrap_or(Rejection::Internal)),
+    }
+}
+
+/// The guard has made sure that there is exactly one, and that it is ASCII.
+fn host(request: &RequestHeader) -> &str {
+    request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+}
+
+fn content_length(request: &RequestHeader) -> Option<u64> {
+    request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn wants_page(request: &RequestHeader) -> bool {
+    Login::wants_page(&request.method, &request.headers)
+}
+
+/// The guard has made sure that nothing else is expected.
+fn is_expecting_continue(request: &RequestHeader) -> bool {
+    request.version == http::Version::HTTP_11 && request.headers.contains_key(header::EXPECT)
+}
+
+/// Browsers always send `Origin` with a WebSocket handshake, and with it the user's cookie, whatever page asks
+/// (RFC 6455, section 10.2). Who sends none is no browser.
+fn is_own_origin(request: &RequestHeader, connection: &Connection, others: &[String]) -> bool {
+    let mut origins = request.headers.get_all(header::ORIGIN).iter();
+    let (origin, further) = (origins.next(), origins.next());
+    let Some(origin) = origin else { return true };
+    let Ok(origin) = origin.to_str() else { return false };
+    let own = origin.strip_prefix(connection.listener.scheme).and_then(|rest| rest.strip_prefix("://"));
+    let is_own = own.is_some_and(|authority| authority.eq_ignore_ascii_case(host(request)));
+    further.is_none() && (is_own || others.iter().any(|other| other.eq_ignore_ascii_case(origin)))
+}
+
+fn is_request_id(id: &HeaderValue) -> bool {
+    let bytes = id.as_bytes();
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
+    (1..=REQUEST_ID_BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(is_plain)
+}

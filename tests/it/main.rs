@@ -5,3 +5,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed, and says where")]
 
 mod harness;
+mod identity_headers;
+mod guard;
+mod proxying;
+mod login_journey;
+mod store_down;
+mod operation;
+mod tidy;

@@ -110,6 +110,21 @@ impl Gateway {
         client.post_form(form.action.as_deref().unwrap_or("/.cloakroom/login"), &fields).send()
     }
 
+    /// Logs out through the page that asks.
+    #[track_caller]
+    pub fn log_out(&self, client: &Client) {
+        let fields = self.log_out_form(client);
+        let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let response = client.post_form("/.cloakroom/logout", &fields).send();
+        assert_eq!(response.status, 303, "somebody can log out: {}", response.text());
+    }
+
+    /// The fields of the form that logs this client out.
+    #[track_caller]
+    pub fn log_out_form(&self, client: &Client) -> Vec<(String, String)> {
+        Form::on(&client.navigate("/.cloakroom/logout").send().text()).fields
+    }
+
     /// What the admin listener says under `target`.
     #[track_caller]
     pub(crate) fn admin(&self, target: &str) -> Response {
@@ -160,6 +175,12 @@ impl Setup {
     /// Forgets the routes so far.
     pub(crate) fn without_routes(mut self) -> Self {
         self.routes.clear();
+        self
+    }
+
+    /// Forgets the further users so far.
+    pub fn without_users(mut self) -> Self {
+        self.users.clear();
         self
     }
 

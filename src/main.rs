@@ -1,0 +1,11 @@
+//! Arguments in, a command done, an exit code out. The only place that touches the terminal.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cloakroom::cli::{self, Arguments, Terminal};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    cli::main(arguments, &mut Terminal { out: &mut std::io::stdout(), err: &mut std::io::stderr() })
+}

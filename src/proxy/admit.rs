@@ -1,0 +1,81 @@
+//! May this request pass? A route's demand meets what is known of the user; the only place that decides.
+
+use std::sync::Arc;
+
+use crate::config::model::Access;
+use crate::identity::Identity;
+
+use super::reply::Rejection;
+
+/// What is known of who asks.
+#[derive(Debug)]
+pub enum Who {
+    /// The route is public: nobody looked.
+    Unasked,
+    /// No session.
+    Nobody,
+    User(Arc<Identity>),
+    /// The store could not say.
+    Unknown,
+}
+
+/// What happens to the request next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// To a backend, with what it may know.
+    Forward(Option<Arc<Identity>>),
+    Reply(Rejection),
+}
+
+/// `groups` are those of the route: the user must be in one, unless there are none.
+pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
+    match (access, who) {
+        (Access::Public, _) => Step::Forward(None),
+        // Serving a user as a stranger would be a logout in all but name (invariant 4).
+        (Access::Optional | Access::Required, Who::Unknown) => Step::Reply(Rejection::StoreUnavailable),
+        (Access::Optional, Who::User(identity)) => Step::Forward(Some(identity)),
+        (Access::Optional, Who::Nobody | Who::Unasked) => Step::Forward(None),
+        (Access::Required, Who::Nobody | Who::Unasked) => Step::Reply(Rejection::Unauthenticated),
+        (Access::Required, Who::User(identity)) => {
+            if groups.is_empty() || identity.groups.iter().any(|group| groups.contains(group)) {
+                Step::Forward(Some(identity))
+            } else {
+                Step::Reply(Rejection::MissingGroup)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_demand_meets_every_user() {
+        let ann = Arc::new(Identity { user: "ann".into(), groups: vec!["staff".into()], ..Identity::default() });
+        let staff = ["admins".to_owned(), "staff".to_owned()];
+        let admins = ["admins".to_owned(), "Staff".to_owned()];
+        let user = || Who::User(Arc::clone(&ann));
+        let forward = |known: bool| Step::Forward(known.then(|| Arc::clone(&ann)));
+        let cases = [
+            (Access::Public, &[][..], Who::Unasked, forward(false)),
+            (Access::Public, &[], user(), forward(false)),
+            (Access::Public, &[], Who::Unknown, forward(false)),
+            (Access::Optional, &[], Who::Nobody, forward(false)),
+            (Access::Optional, &[], user(), forward(true)),
+            (Access::Optional, &[], Who::Unknown, Step::Reply(Rejection::StoreUnavailable)),
+            (Access::Required, &[], Who::Nobody, Step::Reply(Rejection::Unauthenticated)),
+            (Access::Required, &[], Who::Unasked, Step::Reply(Rejection::Unauthenticated)),
+            (Access::Required, &[], Who::Unknown, Step::Reply(Rejection::StoreUnavailable)),
+            (Access::Required, &[], user(), forward(true)),
+            (Access::Required, &staff, user(), forward(true)),
+            (Access::Required, &admins, user(), Step::Reply(Rejection::MissingGroup)),
+            (Access::Required, &admins, Who::Nobody, Step::Reply(Rejection::Unauthenticated)),
+            (Access::Required, &admins, Who::Unknown, Step::Reply(Rejection::StoreUnavailable)),
+        ];
+        for (access, groups, who, expected) in cases {
+            let case = format!("{access:?} {groups:?} {who:?}");
+            assert_eq!(admit(access, groups, who), expected, "{case}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! One client connection: each request head is read and judged here, whole and raw, before pingora sees a byte.
+//!
+//! Pingora reads heads with a timer per read, up to 1 MiB, and repairs what it does not like; so we read them, under
+//! one deadline and one limit, and hand over only what the guard accepts.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use http::StatusCode;
+use pingora::apps::{HttpPersistentSettings, HttpServerApp};
+use pingora::protocols::Stream;
+use pingora::protocols::http::ServerSession;
+use pingora::server::ShutdownWatch;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::context::Connection;
+use super::guard::{self, HeadLimits, Refusal};
+use super::reply::{self, LINGER};
+
+/// Enough for most heads; grows up to `HeadRules::bytes_max`.
+const FIRST_READ_BYTES: usize = 4096;
+
+/// While we shut down, how long an idle connection may still bring a request: one that its client had begun to send
+/// is answered (with `Connection: close`), not reset.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
+
+/// What a request head may cost.
+#[derive(Clone, Debug)]
+pub struct HeadRules {
+    pub bytes_max: usize,
+    pub limits: HeadLimits,
+    /// From the first byte to the last, in total; also from the accept to the first byte.
+    pub timeout: Duration,
+    /// From one response to the next request.
+    pub keepalive: Duration,
+}
+
+/// Why there is no head.
+#[derive(Debug)]
+enum NoHead {
+    /// The client left, or had nothing to say for too long: nothing is owed.
+    Over,
+    Refused(Refusal),
+}
+
+/// Hears of each request that does not reach the application.
+pub trait Refusals: Send + Sync {
+    /// Says it in the log and the metrics; gives the id that the client is told.
+    fn refused(&self, connection: &Connection, refusal: &Refusal) -> String;
+}
+
+/// Serves requests on one connection until either side ends it.
+pub async fn serve<A>(
+    mut stream: Stream,
+    connection: Arc<Connection>,
+    rules: Arc<HeadRules>,
+    app: Arc<A>,
+    refusals: Arc<dyn Refusals>,
+    mut shutdown: ShutdownWatch,
+) where
+    A: HttpServerApp + Send + Sync + 'static,
+{
+    let mut settings: Option<HttpPersistentSettings> = None;
+    loop {
+        let idle = if settings.is_some() { rules.keepalive } else { rules.timeout };
+        let head = match read_head(&mut stream, &rules, idle, &mut shutdown).await {
+            Ok(head) => head,
+            Err(NoHead::Over) => return,
+            Err(NoHead::Refused(refusal)) => {
+                let request_id = refusals.refused(&connection, &refusal);
+                refuse(stream, &refusal, &request_id).await;
+                return;
+            }
+        };
+        let mut session = ServerSession::new_http1(stream);
+        let mut next = settings.take().unwrap_or_else(|| {
+            session.set_keepalive(Some(rules.keepalive.as_secs()));
+            HttpPersistentSettings::for_session(&session)
+        });
+        next.set_pipelined_prefix(head);
+        next.set_user_context(Box::new(Arc::clone(&connection)));
+        next.apply_to_session(&mut session);
+        let Some(reused) = app.process_new_http(session, &shutdown).await else { return };
+        (stream, settings) = reused.consume();
+        if settings.is_none() {
+            return;
+        }
+    }
+}
+
+/// The next head, accepted, and what of the body came with it.
+async fn read_head(
+    stream: &mut Stream,
+    rules: &HeadRules,
+    idle: Duration,
+    shutdown: &mut ShutdownWatch,
+) -> Result<BytesMut, NoHead> {
+    let mut buffer = BytesMut::with_capacity(FIRST_READ_BYTES);
+    let first = tokio::select! {
+        biased; // data that is there is served before a shutdown is looked at
+        first = timeout(idle, stream.read_buf(&mut buffer)) => Some(first),
+        _ = shutdown.wait_for(|shutting_down| *shutting_down) => None,
+    };
+    let first = match first {
+        Some(first) => first,
+        None => timeout(LAST_REQUEST, stream.read_buf(&mut buffer)).await,
+    };
+    let (Ok(Ok(1..)), deadline) = (first, Instant::now() + rules.timeout) else { return Err(NoHead::Over) };
+    let mut searched = 0;
+    loop {
+        if let Some(end) = guard::head_end(&buffer, searched) {
+            if rules.bytes_max < end {
+                return Err(NoHead::Refused(TOO_LARGE));
+            }
+            return match guard::inspect(&buffer[..end], &rules.limits) {
+                Ok(()) => Ok(buffer),
+                Err(refusal) => Err(NoHead::Refused(refusal)),
+            };
+        }
+        if rules.bytes_max <= buffer.len() {
+            // Without a line end there is nothing but a target yet.
+            return Err(NoHead::Refused(if buffer.contains(&b'\n') { TOO_LARGE } else { TARGET_TOO_LARGE }));
+        }
+        searched = buffer.len();
+        match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
+            Ok(Ok(1..)) => {}
+            Ok(Ok(0) | Err(_)) => return Err(NoHead::Over),
+            Err(_) => return Err(NoHead::Refused(TOO_SLOW)),
+        }
+    }
+}
+
+const TOO_LARGE: Refusal = Refusal { status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, reason: "head_too_large" };
+const TARGET_TOO_LARGE: Refusal = Refusal { status: StatusCode::URI_TOO_LONG, reason: "target_too_long" };
+const TOO_SLOW: Refusal = Refusal { status: StatusCode::REQUEST_TIMEOUT, reason: "head_too_slow" };
+
+/// Answers and closes. Goes on reading for a moment, because closing on unread bytes resets the connection, and the
+/// reset can overtake the answer (RFC 9112, section 9.6).
+async fn refuse(mut stream: Stream, refusal: &Refusal, request_id: &str) {
+    let farewell = async {
+        stream.write_all(&reply::refusal(refusal.status, refusal.reason, request_id)).await?;
+        stream.flush().await?;
+        stream.shutdown().await?;
+        let mut rest = [0; 4096];
+        while 0 < stream.read(&mut rest).await? {}
+        std::io::Result::Ok(())
+    };
+    // The client may be gone or stuck: either way we are done.
+    let _ = timeout(LINGER, farewell).await;
+}

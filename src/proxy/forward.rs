@@ -1,0 +1,134 @@
+//! What leaves for the backend, and what comes back from it: look-alikes and our cookies out, hop-by-hop out,
+//! forwarding and identity headers in.
+
+use http::{HeaderName, HeaderValue, header};
+use pingora::http::{RequestHeader, ResponseHeader};
+
+use crate::session::cookie::{ReservedCookies, Stripped};
+
+use super::context::RequestContext;
+
+/// In `Via` (RFC 9110, section 7.6.3).
+const PSEUDONYM: &str = "1.1 cloakroom";
+
+/// Fields that concern one connection only (RFC 9110, section 7.6.1). `Connection`, `Transfer-Encoding` and
+/// `Upgrade` are pingora's to write.
+const HOP_BY_HOP: [HeaderName; 5] = [
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::TE,
+    header::TRAILER,
+];
+
+/// Makes the request that a backend sees of the one that the client sent. Called once per attempt, always with the
+/// client's own fields: nothing of an earlier attempt is left.
+pub fn request(
+    upstream: &mut RequestHeader,
+    context: &RequestContext,
+    cookies: &ReservedCookies,
+) -> pingora::Result<()> {
+    let rules = &context.rules;
+    let forwarded_for = upstream.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+    let mut forwarded_for =
+        if context.trusted_peer { forwarded_for.collect::<Vec<_>>().join(", ") } else { String::new() };
+    let forwarded_host = context.trusted_peer.then(|| upstream.headers.get("x-forwarded-host").cloned()).flatten();
+    let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get("x-forwarded-proto").cloned()).flatten();
+
+    // Remove, then insert, on every way: an anonymous request loses its look-alikes like any other (invariant 1).
+    let alien = |name: &&HeaderName| {
+        rules.identity.is_reserved(name.as_str()) || crate::identity::headers::is_forwarding(name.as_str())
+    };
+    let aliens: Vec<_> = upstream.headers.keys().filter(alien).cloned().collect();
+    for name in aliens {
+        upstream.remove_header(&name);
+    }
+
+    match cookies.strip(&upstream.headers) {
+        Stripped::Unchanged => {}
+        Stripped::Removed => {
+            upstream.remove_header(&header::COOKIE);
+        }
+        Stripped::Replaced(value) => upstream.insert_header(header::COOKIE, value)?,
+    }
+
+    if context.continued {
+        upstream.remove_header(&header::EXPECT);
+    }
+    upstream.remove_header(&header::PROXY_AUTHORIZATION);
+
+    if let Some(connection) = &context.connection {
+        if !forwarded_for.is_empty() {
+            forwarded_for.push_str(", ");
+        }
+        forwarded_for.push_str(&connection.peer.to_string());
+        let scheme = || HeaderValue::from_static(connection.listener.scheme);
+        upstream.insert_header("X-Forwarded-Proto", forwarded_proto.unwrap_or_else(scheme))?;
+    }
+    upstream.insert_header("X-Forwarded-For", forwarded_for)?;
+    if let Some(host) = forwarded_host.or_else(|| upstream.headers.get(header::HOST).cloned()) {
+        upstream.insert_header("X-Forwarded-Host", host)?;
+    }
+    upstream.insert_header("X-Request-Id", context.request_id.as_str())?;
+    upstream.append_header(header::VIA, HeaderValue::from_static(PSEUDONYM))?;
+
+    if let Some(identity) = &context.identity {
+        for (name, value) in rules.identity.render(identity) {
+            upstream.insert_header(name, value)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the response that the client sees of the one that a backend sent.
+pub fn response(
+    response: &mut ResponseHeader,
+    context: &RequestContext,
+    cookies: &ReservedCookies,
+) -> pingora::Result<()> {
+    remove_hop_by_hop(response);
+
+    // A backend that sets a cookie under our name could log somebody in or out.
+    if response.headers.get_all(header::SET_COOKIE).iter().any(|line| cookies.is_set_by(line.as_bytes())) {
+        let others = response.headers.get_all(header::SET_COOKIE).iter();
+        let others: Vec<_> = others.filter(|line| !cookies.is_set_by(line.as_bytes())).cloned().collect();
+        response.remove_header(&header::SET_COOKIE);
+        for line in others {
+            response.append_header(header::SET_COOKIE, line)?;
+        }
+    }
+
+    let guards = context.identity.is_some() && context.route.as_ref().is_some_and(|route| route.cache_guard);
+    let says_nothing = || {
+        let headers = &response.headers;
+        ![header::CACHE_CONTROL, header::EXPIRES, header::PRAGMA].iter().any(|name| headers.contains_key(name))
+    };
+    if guards && says_nothing() {
+        response.insert_header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-store"))?;
+    }
+    if !response.headers.contains_key("x-request-id") {
+        response.insert_header("x-request-id", context.request_id.as_str())?;
+    }
+    Ok(())
+}
+
+/// Pingora leaves these in an HTTP/1 response, and what `Connection` nominates with them.
+fn remove_hop_by_hop(response: &mut ResponseHeader) {
+    let nominated: Vec<HeaderName> = response
+        .headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|token| token.trim().parse().ok())
+        .filter(|name| {
+            ![header::CONNECTION, header::UPGRADE, header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(name)
+        })
+        .collect();
+    for name in HOP_BY_HOP.iter().chain(&nominated) {
+        response.remove_header(name);
+    }
+    if response.status != http::StatusCode::SWITCHING_PROTOCOLS {
+        response.remove_header(&header::UPGRADE);
+    }
+}

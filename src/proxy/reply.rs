@@ -1,0 +1,256 @@
+//! Every response that we write ourselves. The client learns the class of a failure; the log has the cause.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use pingora::http::ResponseHeader;
+use pingora::proxy::Session as HttpSession;
+use serde::Serialize;
+
+use crate::login::pages::{Message, message_page};
+
+/// After this many seconds a client may try again what failed for want of a store or a backend.
+const RETRY_AFTER: &str = "2";
+
+/// Why a request is answered by us and not by a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    /// No session, and the route requires one.
+    Unauthenticated,
+    /// A session, but not in one of the route's groups.
+    MissingGroup,
+    /// A WebSocket from a page of another origin.
+    ForeignOrigin,
+    NoRoute,
+    BodyTooLarge,
+    /// The client did not send what it announced in time.
+    BodyTooSlow,
+    /// The store could not say whether there is a session.
+    StoreUnavailable,
+    /// No backend could be connected.
+    NoBackend,
+    /// A backend took the request and failed.
+    BackendFailed,
+    BackendTimeout,
+    /// Our own mistake.
+    Internal,
+}
+
+/// What became of a request, for the log and the metrics; a closed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A backend's response went to the client, whatever its status.
+    Forwarded,
+    /// One of our own endpoints answered.
+    Answered,
+    /// Sent to the login page.
+    LoginRedirect,
+    /// The guard did not let it in.
+    Refused,
+    /// The client left before it had its response.
+    ClientGone,
+    /// The backend's response broke off after it had begun.
+    Truncated,
+    Rejected(Rejection),
+}
+
+impl Rejection {
+    pub const fn status(self) -> StatusCode {
+        match self {
+            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Self::MissingGroup | Self::ForeignOrigin => StatusCode::FORBIDDEN,
+            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::StoreUnavailable | Self::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
+            Self::BackendFailed => StatusCode::BAD_GATEWAY,
+            Self::BackendTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// For the log, the metrics and the `error` of a JSON reply.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Unauthenticated => "unauthenticated",
+            Self::MissingGroup => "missing_group",
+            Self::ForeignOrigin => "foreign_origin",
+            Self::NoRoute => "no_route",
+            Self::BodyTooLarge => "body_too_large",
+            Self::BodyTooSlow => "body_too_slow",
+            Self::StoreUnavailable => "store_unavailable",
+            Self::NoBackend => "no_backend",
+            Self::BackendFailed => "backend_failed",
+            Self::BackendTimeout => "backend_timeout",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// A title and the next move, for people.
+    const fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Unauthenticated => ("Not logged in", "Log in and try again."),
+            Self::MissingGroup => {
+                ("Not allowed", "Your account is not in a group that may see this. Ask whoever runs this site.")
+            }
+            Self::ForeignOrigin => ("Not allowed", "A page of another site may not open this connection."),
+            Self::NoRoute => ("Not found", "There is nothing at this address. Check it for a slip."),
+            Self::BodyTooLarge => ("Too large", "What you sent is larger than this address takes."),
+            Self::BodyTooSlow => ("Too slow", "Your request did not arrive in time. Try again."),
+            Self::StoreUnavailable => (
+                "Back in a moment",
+                "We cannot look up your login just now. You are still logged in: try again shortly.",
+            ),
+            Self::NoBackend => ("Back in a moment", "The application cannot be reached just now. Try again shortly."),
+            Self::BackendFailed => ("Something went wrong", "The application did not answer properly. Try again."),
+            Self::BackendTimeout => ("Something went wrong", "The application took too long to answer. Try again."),
+            Self::Internal => {
+                ("Something went wrong", "This is our mistake. Try again, or tell whoever runs this site.")
+            }
+        }
+    }
+
+    /// The response: a page for a person, JSON for a program.
+    ///
+    /// `prefix` is that of our own endpoints, which have the style of the page.
+    pub fn response(self, wants_page: bool, prefix: &str, request_id: &str) -> Response<Bytes> {
+        let (title, text) = self.words();
+        let mut response = if wants_page {
+            message_page(
+                prefix,
+                &Message { status: self.status(), title, text, next: None, retry_after: None, request_id },
+            )
+        } else {
+            json(self.status(), &Failure { error: self.label(), message: text, request_id })
+        };
+        let headers = response.headers_mut();
+        match self {
+            // RFC 9110, section 11.6.1 asks for a challenge with every 401; no registered scheme means "a cookie".
+            Self::Unauthenticated => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
+            }
+            Self::StoreUnavailable | Self::NoBackend => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+            }
+            Self::MissingGroup
+            | Self::ForeignOrigin
+            | Self::NoRoute
+            | Self::BodyTooLarge
+            | Self::BodyTooSlow
+            | Self::BackendFailed
+            | Self::BackendTimeout
+            | Self::Internal => {}
+        }
+        response
+    }
+}
+
+impl Outcome {
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Forwarded => "forwarded",
+            Self::Answered => "answered",
+            Self::LoginRedirect => "login_redirect",
+            Self::Refused => "refused",
+            Self::ClientGone => "client_gone",
+            Self::Truncated => "truncated",
+            Self::Rejected(rejection) => rejection.label(),
+        }
+    }
+}
+
+/// A failure, for a program.
+#[derive(Serialize)]
+struct Failure<'a> {
+    error: &'a str,
+    message: &'a str,
+    request_id: &'a str,
+}
+
+fn json(status: StatusCode, failure: &Failure<'_>) -> Response<Bytes> {
+    let mut response = Response::new(Bytes::from(serde_json::to_vec(failure).unwrap_or_default()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// Sends a response of ours. `close` ends the connection after it.
+pub async fn send(
+    downstream: &mut HttpSession,
+    response: Response<Bytes>,
+    request_id: &str,
+    close: bool,
+) -> pingora::Result<()> {
+    let (parts, body) = response.into_parts();
+    let head_only = downstream.req_header().method == http::Method::HEAD;
+    let mut head = ResponseHeader::build(parts.status, Some(parts.headers.len() + 2))?;
+    for (name, value) in &parts.headers {
+        head.append_header(name.clone(), value.clone())?;
+    }
+    // Without a length the body would be delimited by the end of the connection.
+    head.insert_header(header::CONTENT_LENGTH, body.len())?;
+    head.insert_header("x-request-id", request_id)?;
+    if close {
+        downstream.set_keepalive(None);
+    }
+    let no_body = head_only || body.is_empty();
+    downstream.write_response_header(Box::new(head), no_body).await?;
+    if !no_body {
+        downstream.write_response_body(Some(body), true).await?;
+    }
+    Ok(())
+}
+
+/// The answer to bytes that are no request that we accept, as it goes on the wire; the connection ends with it.
+pub fn refusal(status: StatusCode, reason: &str, request_id: &str) -> Vec<u8> {
+    let body = format!("{{\"error\":\"{reason}\",\"request_id\":\"{request_id}\"}}\n");
+    format!(
+        "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
+         X-Content-Type-Options: nosniff\r\nX-Request-Id: {request_id}\r\n{}Date: {}\r\nConnection: close\r\n\r\n{body}",
+        status.as_u16(),
+        status.canonical_reason().unwrap_or("Error"),
+        body.len(),
+        if status == StatusCode::METHOD_NOT_ALLOWED { "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n" } else { "" },
+        httpdate::fmt_http_date(std::time::SystemTime::now()),
+    )
+    .into_bytes()
+}
+
+/// How long a closing connection goes on reading, so that the client sees our answer and not a reset
+/// (RFC 9112, section 9.6).
+pub const LINGER: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_that_passes_says_when_to_come_back() {
+        for rejection in [Rejection::StoreUnavailable, Rejection::NoBackend] {
+            for wants_page in [true, false] {
+                let response = rejection.response(wants_page, "/.cloakroom/", "id");
+                assert_eq!(response.headers()[header::RETRY_AFTER], RETRY_AFTER, "{rejection:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_gets_json_with_the_class_and_no_cause() {
+        let response = Rejection::BackendFailed.response(false, "/.cloakroom/", "id");
+        let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+        assert_eq!((&body["error"], &body["request_id"]), (&"backend_failed".into(), &"id".into()));
+        assert_eq!(response.headers()[header::CACHE_CONTROL], "no-store");
+    }
+
+    #[test]
+    fn a_refusal_closes_and_states_its_length() {
+        let text = String::from_utf8(refusal(StatusCode::BAD_REQUEST, "bare_lf", "id")).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.ends_with("Connection: close"), "{head}");
+        assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{head}");
+    }
+}

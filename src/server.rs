@@ -1,0 +1,461 @@
+//! The composition root: a checked configuration in, a running gateway out; reload and shutdown.
+//!
+//! Each worker is one thread with a runtime of its own, a pingora proxy of its own (and so a pool of backend
+//! connections of its own) and a store connection of its own: requests of different workers never wake each other.
+//! All workers accept from the same sockets, so the idle one takes the next connection.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use pingora::apps::HttpServerApp;
+use pingora::proxy::http_proxy;
+use pingora::server::configuration::ServerConf;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+
+use crate::admin::{Admin, Health, Quiet};
+use crate::backend::{balance, discover};
+use crate::config::error::ConfigError;
+use crate::config::model::{self, Config, Scheme};
+use crate::listener::{Certificate, Listener, Worker};
+use crate::login::Login;
+use crate::login::users::Users;
+use crate::metrics::Metrics;
+use crate::proxy::Gateway;
+use crate::proxy::access_log::{self, AccessLog};
+use crate::proxy::connection::HeadRules;
+use crate::proxy::context::ListenerFacts;
+use crate::proxy::guard::HeadLimits;
+use crate::proxy::rules::Rules;
+use crate::session::cookie::{ReservedCookies, SessionCookie};
+use crate::session::store::SessionStore;
+use crate::session::store::memory::MemoryStore;
+use crate::session::store::redis::RedisStore;
+use crate::session::{Lifetime, Sessions};
+
+/// Idle connections to backends that one worker keeps.
+const BACKEND_CONNECTIONS_KEPT: usize = 512;
+
+/// Start-up waits this long for the names of backends; what is not known by then is found in the background.
+const FIRST_RESOLVE_MAX: Duration = Duration::from_secs(5);
+
+/// Everything that a configuration names, read and checked; nothing bound, nothing connected.
+#[derive(Debug)]
+pub struct Prepared {
+    config: Config,
+    rules: Rules,
+    sessions: Sessions,
+    certificates: Vec<Option<Arc<Certificate>>>,
+    metrics: Metrics,
+}
+
+/// A gateway at work.
+#[derive(Debug)]
+pub struct Running {
+    addresses: Vec<SocketAddr>,
+    admin_address: Option<SocketAddr>,
+    rules: Arc<ArcSwap<Rules>>,
+    certificates: Vec<Option<Arc<Certificate>>>,
+    sessions: Sessions,
+    metrics: Metrics,
+    resolve: Arc<Notify>,
+    /// As it was at the start.
+    config: Config,
+    shutdown: watch::Sender<bool>,
+    workers: Vec<JoinHandle<()>>,
+    background: Option<JoinHandle<()>>,
+    ended: watch::Sender<bool>,
+    access_log: Option<access_log::Writer>,
+}
+
+/// Why a gateway did not start.
+#[derive(Debug)]
+pub struct StartError {
+    what: String,
+    cause: io::Error,
+}
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for StartError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+/// Reads and checks all that `config` names: what `cloakroom check` does, and every start and reload first.
+pub fn prepare(config: Config) -> Result<Prepared, ConfigError> {
+    let store = open_store(&config)?;
+    prepare_with_store(config, store)
+}
+
+/// As [`prepare`], on a store that is already there.
+pub fn prepare_with_store(config: Config, store: Arc<dyn SessionStore>) -> Result<Prepared, ConfigError> {
+    let lifetime = Lifetime {
+        idle: config.session.idle_timeout.get_ref().get(),
+        absolute: config.session.absolute_timeout.get_ref().get(),
+    };
+    let sessions = Sessions::new(store, lifetime);
+    let metrics = Metrics::new();
+    let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<_, _>>()?;
+    let login = build_login(&config, &sessions, &metrics)?;
+    let rules = Rules::build(&config, login, None);
+    Ok(Prepared { config, rules, sessions, certificates, metrics })
+}
+
+fn open_store(config: &Config) -> Result<Arc<dyn SessionStore>, ConfigError> {
+    match &config.store.redis {
+        Some(redis) => match RedisStore::new(redis.get_ref()) {
+            Ok(store) => Ok(Arc::new(store)),
+            Err(error) => Err(ConfigError::of_file(&config.file, &error.to_string(), "see [store.redis]")),
+        },
+        None => {
+            let memory = config.store.memory.as_ref().map(|memory| memory.get_ref().clone()).unwrap_or_default();
+            Ok(Arc::new(MemoryStore::new(memory.sessions_max)))
+        }
+    }
+}
+
+fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Result<Login, ConfigError> {
+    let users = match &config.login.password {
+        Some(password) => Users::load(password.users_file.get_ref())?,
+        None => Users::default(),
+    };
+    Login::new(&config.login, Arc::new(users), sessions.clone(), metrics.clone())
+}
+
+/// Binds every socket, then starts the workers. When this fails nothing runs and nothing stays bound.
+pub fn start(prepared: Prepared) -> Result<Running, StartError> {
+    // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let Prepared { config, rules, sessions, certificates, metrics } = prepared;
+    let bound =
+        config.listeners.iter().zip(&certificates).map(|(listener, certificate)| bind(listener, certificate, &config));
+    let listeners = bound.collect::<Result<Vec<_>, _>>()?;
+    let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
+    let (access_log, log_writer) = open_access_log(&config.log)?;
+
+    let (shutdown, shutting_down) = watch::channel(false);
+    let (ended, _) = watch::channel(false);
+    let pools: Vec<_> = rules.pools.values().cloned().collect();
+    discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
+    let rules = Arc::new(ArcSwap::from_pointee(rules));
+    let gateway = Gateway {
+        rules: Arc::clone(&rules),
+        sessions: sessions.clone(),
+        cookies: Arc::new(reserved_cookies(&config)),
+        trusted_proxies: config.server.trusted_proxies.iter().map(|network| network.0).collect(),
+        body_timeout: config.limits.body_timeout.get(),
+        write_timeout: config.limits.write_timeout.get(),
+        metrics: metrics.clone(),
+        access_log,
+    };
+    let head_rules = Arc::new(HeadRules {
+        bytes_max: config.limits.head_bytes.0 as usize,
+        limits: HeadLimits {
+            headers_max: config.limits.headers_max,
+            target_bytes: config.limits.target_bytes.0 as usize,
+        },
+        timeout: config.limits.head_timeout.get(),
+        keepalive: config.limits.keepalive_timeout.get(),
+    });
+    let connections = Arc::new(Semaphore::new(config.server.connections_max));
+    let addresses = listeners.iter().map(Listener::address).collect();
+    let threads = match config.server.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+
+    let drain_timeout = config.server.drain_timeout.get();
+    let mut running = Running {
+        addresses,
+        admin_address: admin.as_ref().map(Listener::address),
+        rules,
+        certificates,
+        sessions: sessions.clone(),
+        metrics: metrics.clone(),
+        resolve: Arc::new(Notify::new()),
+        shutdown,
+        config,
+        workers: Vec::new(),
+        background: None,
+        ended,
+        access_log: log_writer,
+    };
+    for index in 0..threads {
+        let listeners = listeners.iter().map(Listener::try_clone).collect::<io::Result<Vec<_>>>();
+        let listeners = listeners.map_err(|cause| StartError { what: "cannot share a listener".into(), cause })?;
+        let plan = WorkerPlan {
+            listeners,
+            gateway: gateway.clone(),
+            head_rules: Arc::clone(&head_rules),
+            connections: Arc::clone(&connections),
+            shutdown: shutting_down.clone(),
+            drain_timeout,
+        };
+        running.workers.push(thread(format!("worker-{index}"), move || plan.run())?);
+    }
+    let background = Background {
+        admin,
+        sessions,
+        metrics,
+        rules: Arc::clone(&running.rules),
+        resolve: Arc::clone(&running.resolve),
+        shutdown: shutting_down,
+        ended: running.ended.subscribe(),
+    };
+    running.background = Some(thread("background".to_owned(), move || background.run())?);
+    Ok(running)
+}
+
+impl Running {
+    /// In the order of the configuration; with the port that the system chose for port 0.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
+    }
+
+    /// Replaces routes, pools, identity, login, users and certificates, all or nothing. Gives the names of the
+    /// sections that have changed but need a restart.
+    pub fn reload(&self, config: Config) -> Result<Vec<&'static str>, ConfigError> {
+        let applied = self.apply(config);
+        let result = if applied.is_ok() { "applied" } else { "refused" };
+        self.metrics.reloads.with_label_values(&[result]).inc();
+        applied
+    }
+
+    fn apply(&self, config: Config) -> Result<Vec<&'static str>, ConfigError> {
+        let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<Vec<_>, _>>()?;
+        let login = build_login(&config, &self.sessions, &self.metrics)?;
+        let previous = self.rules.load_full();
+        let rules = Rules::build(&config, login, Some(&previous));
+        let pools: Vec<_> = rules.pools.values().cloned().collect();
+        discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
+        self.rules.store(Arc::new(rules));
+        for current in self.certificates.iter().flatten() {
+            if let Some(new) = certificates.iter().flatten().find(|new| new.is_same(current)) {
+                current.replace(new);
+            }
+        }
+        self.resolve.notify_one();
+        Ok(restart_needed(&self.config, &config))
+    }
+
+    /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.
+    pub fn stop(mut self) {
+        let _ = self.shutdown.send(true);
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+        let _ = self.ended.send(true);
+        if let Some(background) = self.background.take() {
+            let _ = background.join();
+        }
+        drop(self.access_log.take());
+    }
+}
+
+/// One worker thread's share.
+struct WorkerPlan {
+    listeners: Vec<Listener>,
+    gateway: Gateway,
+    head_rules: Arc<HeadRules>,
+    connections: Arc<Semaphore>,
+    shutdown: watch::Receiver<bool>,
+    drain_timeout: Duration,
+}
+
+impl WorkerPlan {
+    fn run(self) {
+        on_own_runtime(async move {
+            let conf = Arc::new(ServerConf {
+                threads: 1,
+                // Each attempt is another backend, counted in `Tried`; this only has to be no lower.
+                max_retries: balance::ATTEMPTS_MAX + 1,
+                upstream_keepalive_pool_size: BACKEND_CONNECTIONS_KEPT,
+                ..ServerConf::default()
+            });
+            let (alive, mut drained) = mpsc::channel(1);
+            let worker = Worker {
+                refusals: Arc::new(self.gateway.clone()),
+                metrics: self.gateway.metrics.clone(),
+                app: Arc::new(http_proxy(&conf, self.gateway)),
+                head_rules: self.head_rules,
+                connections: self.connections,
+                shutdown: self.shutdown.clone(),
+                alive,
+            };
+            let app = Arc::clone(&worker.app);
+            for listener in self.listeners {
+                tokio::spawn(accept(listener, worker.clone()));
+            }
+            drop(worker);
+            let mut shutdown = self.shutdown;
+            let _ = shutdown.wait_for(|shutting_down| *shutting_down).await;
+            app.http_cleanup().await;
+            if tokio::time::timeout(self.drain_timeout, drained.recv()).await.is_err() {
+                tracing::warn!("connections cut: they took longer than server.drain_timeout");
+            }
+        });
+    }
+}
+
+/// What goes on beside the requests.
+struct Background {
+    admin: Option<Listener>,
+    sessions: Sessions,
+    metrics: Metrics,
+    rules: Arc<ArcSwap<Rules>>,
+    resolve: Arc<Notify>,
+    shutdown: watch::Receiver<bool>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Background {
+    fn run(self) {
+        let Self { admin, sessions, metrics, rules, resolve, shutdown, mut ended } = self;
+        on_own_runtime(async move {
+            let health = Arc::new(Health::default());
+            if let Some(listener) = admin {
+                // Health and metrics are told until the very end: only then does this listener close.
+                let (alive, _) = mpsc::channel(1);
+                let worker = Worker {
+                    app: Arc::new(Admin { metrics: metrics.clone(), health: Arc::clone(&health), shutdown }),
+                    refusals: Arc::new(Quiet),
+                    head_rules: Arc::new(ADMIN_HEADS),
+                    connections: Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX)),
+                    metrics: Metrics::new(),
+                    shutdown: ended.clone(),
+                    alive,
+                };
+                tokio::spawn(accept(listener, worker));
+            }
+            let watched = async { health.watch(&**sessions.store(), &metrics).await };
+            let resolved = async {
+                loop {
+                    let _ = tokio::time::timeout(discover::INTERVAL, resolve.notified()).await;
+                    let pools: Vec<_> = rules.load().pools.values().cloned().collect();
+                    discover::resolve(&pools).await;
+                }
+            };
+            tokio::select! {
+                () = watched => {}
+                () = resolved => {}
+                _ = ended.wait_for(|ended| *ended) => {}
+            }
+        });
+    }
+}
+
+const ADMIN_CONNECTIONS_MAX: usize = 64;
+
+const ADMIN_HEADS: HeadRules = HeadRules {
+    bytes_max: 16 << 10,
+    limits: HeadLimits { headers_max: 64, target_bytes: 2 << 10 },
+    timeout: Duration::from_secs(5),
+    keepalive: Duration::from_secs(60),
+};
+
+async fn accept<A>(listener: Listener, worker: Worker<A>)
+where
+    A: HttpServerApp + Send + Sync + 'static,
+{
+    let address = listener.address();
+    if let Err(error) = listener.run(worker).await {
+        tracing::error!(%address, %error, "listener stopped");
+    }
+}
+
+fn bind(
+    listener: &model::Listener,
+    certificate: &Option<Arc<Certificate>>,
+    config: &Config,
+) -> Result<Listener, StartError> {
+    let is_https =
+        certificate.is_some() || listener.scheme.as_ref().is_some_and(|scheme| *scheme.get_ref() == Scheme::Https);
+    let facts =
+        ListenerFacts { scheme: if is_https { "https" } else { "http" }, cookie: session_cookie(config, is_https) };
+    let address = *listener.address.get_ref();
+    Listener::bind(address, certificate.clone(), facts).map_err(|cause| cannot_listen(address, cause))
+}
+
+fn bind_admin(config: &Config) -> Result<Listener, StartError> {
+    let address = *config.admin.address.get_ref();
+    let facts = ListenerFacts { scheme: "http", cookie: session_cookie(config, false) };
+    Listener::bind(address, None, facts).map_err(|cause| cannot_listen(address, cause))
+}
+
+fn cannot_listen(address: SocketAddr, cause: io::Error) -> StartError {
+    let hint = match cause.kind() {
+        io::ErrorKind::AddrInUse => ": another process has this port; end it, or choose another `address`",
+        io::ErrorKind::PermissionDenied => {
+            ": ports below 1024 need CAP_NET_BIND_SERVICE; choose a higher one, or grant it"
+        }
+        io::ErrorKind::AddrNotAvailable => ": no interface of this machine has this address",
+        _ => "",
+    };
+    StartError { what: format!("cannot listen on {address}{hint}"), cause }
+}
+
+fn session_cookie(config: &Config, secure: bool) -> SessionCookie {
+    let same_site = match config.session.same_site {
+        model::SameSite::Strict => ::cookie::SameSite::Strict,
+        model::SameSite::Lax => ::cookie::SameSite::Lax,
+    };
+    SessionCookie::new(config.session.cookie.get_ref(), secure, same_site)
+}
+
+/// The session cookie and the login's own, which no backend may see or set.
+fn reserved_cookies(config: &Config) -> ReservedCookies {
+    let session = config.session.cookie.get_ref();
+    ReservedCookies::new([session.as_str(), &format!("{session}-login")])
+}
+
+fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<access_log::Writer>), StartError> {
+    if !config.access {
+        return Ok((AccessLog::silent(), None));
+    }
+    let (log, writer) = AccessLog::to(io::stdout(), config.format)
+        .map_err(|cause| StartError { what: "cannot start the access log".into(), cause })?;
+    Ok((log, Some(writer)))
+}
+
+fn thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    let what = format!("cannot start thread {name}");
+    std::thread::Builder::new().name(name).spawn(run).map_err(|cause| StartError { what, cause })
+}
+
+fn on_own_runtime(work: impl Future<Output = ()>) {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            runtime.block_on(work);
+            // A name being resolved or a password being hashed must not hold up the end.
+            runtime.shutdown_background();
+        }
+        Err(error) => tracing::error!(%error, "cannot start a runtime"),
+    }
+}
+
+/// The sections that differ and that only a restart applies.
+fn restart_needed(running: &Config, new: &Config) -> Vec<&'static str> {
+    let sections = [
+        ("server", running.server != new.server),
+        ("listener", running.listeners != new.listeners),
+        ("limits", running.limits != new.limits),
+        ("store", running.store != new.store),
+        ("session", running.session != new.session),
+        ("admin", running.admin != new.admin),
+        ("log", running.log != new.log),
+    ];
+    sections.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
+}

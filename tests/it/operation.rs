@@ -1,0 +1,338 @@
+//! Does the operator's day go well? Check, start, reload, stop, logs, metrics (invariants 9 and 10).
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::harness::backend::{Answer, Backend};
+use crate::harness::client::{Client, Connection};
+use crate::harness::gateway::{Gateway, PASSWORD};
+use crate::harness::{eventually, free_port};
+
+const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
+
+fn cloakroom(arguments: &[&str]) -> Output {
+    Command::new(CLOAKROOM).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// A process of the binary, which ends with this value.
+struct Process(Child);
+
+impl Process {
+    fn run(config: &Path) -> Self {
+        let child = Command::new(CLOAKROOM)
+            .args(["run", "--config", config.to_str().unwrap()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Self(child.unwrap())
+    }
+
+    fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder with a configuration on fixed ports, for a process of its own.
+fn deployment(backends: &[&Backend], rest: &str) -> (tempfile::TempDir, std::path::PathBuf, std::net::SocketAddr) {
+    let folder = tempfile::tempdir().unwrap();
+    let (port, admin) = (free_port(), free_port());
+    let addresses: Vec<_> = backends.iter().map(|backend| backend.address().to_string()).collect();
+    let hash = Command::new(CLOAKROOM)
+        .arg("hash-password")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .and_then(|mut child| {
+            use std::io::Write;
+            writeln!(child.stdin.take().unwrap(), "{PASSWORD}")?;
+            child.wait_with_output()
+        })
+        .unwrap();
+    let hash = String::from_utf8(hash.stdout).unwrap();
+    std::fs::write(folder.path().join("users.toml"), format!("[ann]\npassword = \"{}\"\n", hash.trim_end())).unwrap();
+    let text = format!(
+        "[[listener]]\naddress = \"127.0.0.1:{port}\"\n[admin]\naddress = \"127.0.0.1:{admin}\"\n\
+         [login.password]\nusers_file = \"users.toml\"\n[pool.app]\nbackends = {addresses:?}\n\
+         [[route]]\npath = \"/\"\npool = \"app\"\naccess = \"public\"\n\
+         [[route]]\npath = \"/private\"\npool = \"app\"\n{rest}"
+    );
+    let file = folder.path().join("cloakroom.toml");
+    std::fs::write(&file, text).unwrap();
+    (folder, file, ([127, 0, 0, 1], port).into())
+}
+
+fn is_up(address: std::net::SocketAddr) -> bool {
+    std::net::TcpStream::connect(address).is_ok()
+}
+
+#[test]
+fn check_says_all_that_is_wrong_and_the_next_move() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("bad.toml");
+    std::fs::write(&file, "[[listener]]\naddress = \"127.0.0.1:1\"\n\n[pool.app]\nbackends = [\"127.0.0.1:2\"]\n\n[[route]]\npath = \"/\"\npool = \"ap\"\naccess = \"public\"\n\n[[route]]\npath = \"/a//b\"\npool = \"app\"\naccess = \"public\"\n").unwrap();
+    let output = cloakroom(&["check", file.to_str().unwrap()]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    for part in ["bad.toml:9:8", "bad.toml:13:8", "^", "hint:"] {
+        assert!(text.contains(part), "{part} in:\n{text}");
+    }
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn a_start_that_cannot_be_fails_at_once_and_says_why() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "");
+    let _taken = std::net::TcpListener::bind(address).unwrap();
+    let output = cloakroom(&["run", "--config", file.to_str().unwrap()]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains(&format!("cannot listen on {address}")) && text.contains("another process"), "{text}");
+
+    let missing = cloakroom(&["run", "--config", "/nowhere/at/all.toml"]);
+    let text = String::from_utf8(missing.stderr).unwrap();
+    assert_eq!(missing.status.code(), Some(78), "{text}");
+    assert!(text.contains("/nowhere/at/all.toml") && text.contains("cannot be read"), "{text}");
+}
+
+#[test]
+fn a_password_hash_is_printed_alone() {
+    let (_folder, file, _) = deployment(&[&Backend::echo()], "");
+    let users = std::fs::read_to_string(file.with_file_name("users.toml")).unwrap();
+    let hash = users.split('"').nth(1).unwrap();
+    assert!(hash.starts_with("$argon2id$v=19$") && !hash.contains(char::is_whitespace), "{hash}");
+    assert_eq!(cloakroom(&["check", file.to_str().unwrap()]).status.code(), Some(0), "and it passes the check");
+}
+
+#[test]
+fn a_term_under_load_fails_no_request_that_had_begun() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "");
+    let mut process = Process::run(&file);
+    eventually("the gateway listens", || is_up(address));
+    let (answered, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let mut connection = Connection::open(address);
+                loop {
+                    // What is sent before the gateway said that it closes must be answered.
+                    connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+                    let response = connection.read_response("GET").expect("a request that had begun is answered");
+                    assert_eq!(response.status, 200);
+                    answered.fetch_add(1, Ordering::SeqCst);
+                    if response.closes {
+                        return;
+                    }
+                    assert!(!ended.load(Ordering::SeqCst) || !response.closes);
+                }
+            });
+        }
+        eventually("there is load", || 200 < answered.load(Ordering::SeqCst));
+        process.signal("TERM");
+    });
+    ended.store(true, Ordering::SeqCst);
+    let status = process.0.wait().unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(!is_up(address), "and nothing listens any more");
+}
+
+#[test]
+fn a_request_in_flight_at_the_term_gets_its_answer() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let (_folder, file, address) = deployment(&[&backend], "");
+    let mut process = Process::run(&file);
+    eventually("the gateway listens", || is_up(address));
+    let mut connection = Connection::open(address);
+    connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    backend.after_requests(1);
+    process.signal("TERM");
+    eventually("it accepts no more", || !is_up(address));
+    backend.step();
+    let response = connection.read_response("GET").unwrap();
+    assert_eq!((response.status, response.closes), (200, true));
+    assert_eq!(process.0.wait().unwrap().code(), Some(0), "as soon as it is drained, long before the drain time-out");
+}
+
+#[test]
+fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
+    let (one, two) = (Backend::echo(), Backend::echo());
+    let (_folder, file, address) = deployment(&[&one], "");
+    let process = Process::run(&file);
+    eventually("the gateway listens", || is_up(address));
+    let client = Client::of(address);
+    assert_eq!(client.get("/").send().seen().backend, one.name());
+
+    let good = std::fs::read_to_string(&file).unwrap();
+    let admin: std::net::SocketAddr = good
+        .split('"')
+        .find(|part| part.starts_with("127.0.0.1") && *part != address.to_string())
+        .unwrap()
+        .parse()
+        .unwrap();
+    let reloads = |result: &str| {
+        let text = Client::of(admin).get("/metrics").send().text();
+        let name = format!("cloakroom_reloads_total{{result=\"{result}\"}} ");
+        text.lines().find_map(|line| line.strip_prefix(&name).map(str::to_owned)).unwrap_or_default()
+    };
+    std::fs::write(&file, good.replace("[pool.app]", "[pool.app")).unwrap();
+    process.signal("HUP");
+    eventually("the broken file is refused", || reloads("refused") == "1");
+    assert_eq!(client.get("/").send().seen().backend, one.name(), "the old configuration works on");
+
+    std::fs::write(&file, good.replace(&one.address().to_string(), &two.address().to_string())).unwrap();
+    process.signal("HUP");
+    eventually("the good file is applied", || reloads("applied") == "1");
+    assert_eq!(client.get("/").send().seen().backend, two.name());
+}
+
+#[test]
+fn reloads_under_load_fail_no_request() {
+    let backends = [Backend::echo(), Backend::echo()];
+    let gateway = Gateway::in_front_of(&[&backends[0]]).route("/", "access = \"public\"").start();
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let client = gateway.client();
+                while !stop.load(Ordering::SeqCst) {
+                    assert_eq!(client.get("/").send().status, 200);
+                    answered.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        for round in 0..20 {
+            let before = answered.load(Ordering::SeqCst);
+            gateway.reload(|setup| setup.pool("app", &[&backends[round % 2]], "")).unwrap();
+            let broken = gateway.reload(|setup| setup.route("/x", "pool = \"nowhere\""));
+            assert!(broken.unwrap_err().contains("nowhere"));
+            eventually("requests go on", || before + 8 < answered.load(Ordering::SeqCst));
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert_eq!(gateway.metric("cloakroom_reloads_total{result=\"applied\"}"), 20.0);
+}
+
+#[test]
+fn every_request_leaves_one_line_and_nothing_secret() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "[log]\nformat = \"json\"\nlevel = \"trace\"");
+    let mut process = Process::run(&file);
+    eventually("the gateway listens", || is_up(address));
+    let client = Client::of(address);
+    let page = client.navigate("/.cloakroom/login").send();
+    let form =
+        crate::harness::gateway::Form::on(&page.text()).filled_in(&[("username", "ann"), ("password", PASSWORD)]);
+    let fields: Vec<_> = form.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(client.post_form("/.cloakroom/login", &fields).send().status, 303);
+    let cookie = client.cookie("session").unwrap();
+    client.get("/private?token=in-the-query").header("Authorization", "Bearer in-a-field").send();
+    client.get("/a//b").send();
+    let nobody = Client::of(address);
+    nobody.get("/private").send();
+    nobody.navigate("/private").send();
+    backend.kill();
+    nobody.get("/").send();
+    process.signal("TERM");
+    let (out, err) = (process.0.stdout.take().unwrap(), process.0.stderr.take().unwrap());
+    let noise = std::thread::spawn(move || std::io::read_to_string(err).unwrap());
+    let lines: Vec<String> = BufReader::new(out).lines().map(Result::unwrap).collect();
+    let outcomes: Vec<String> = lines
+        .iter()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+        .map(|line| format!("{} {}", line["status"], line["outcome"].as_str().unwrap()))
+        .collect();
+    let expected = [
+        "200 answered",
+        "303 answered",
+        "200 forwarded",
+        "400 refused",
+        "401 unauthenticated",
+        "302 login_redirect",
+        "503 no_backend",
+    ];
+    assert_eq!(outcomes, expected, "each request one line, in order");
+    assert!(lines[2].contains("\"user\":\"ann\"") && lines[2].contains("\"route\":\"/private\""), "{}", lines[2]);
+    let everything = lines.join("\n") + &noise.join().unwrap();
+    for secret in [cookie.as_str(), &cookie[2..], PASSWORD, "in-the-query", "in-a-field", "$argon2id"] {
+        assert!(!everything.contains(secret), "{secret} is in the log, even at level trace");
+    }
+}
+
+#[test]
+fn metrics_tell_what_happened_and_nothing_of_whom() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&backend]).start();
+    let ann = gateway.log_in("ann");
+    ann.get("/").send();
+    gateway.try_log_in(&gateway.client(), "ann", "wrong");
+    gateway.client().get("/").send();
+    let count = |name: &str| gateway.metric(name);
+    assert_eq!(count("cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"}"), 1.0);
+    assert_eq!(count("cloakroom_requests_total{outcome=\"unauthenticated\",route=\"/\",status=\"401\"}"), 1.0);
+    assert_eq!(count("cloakroom_session_resolve_seconds_count{result=\"live\"}"), 1.0);
+    assert_eq!(count("cloakroom_request_seconds_count{route=\"/\"}"), 2.0);
+    assert_eq!(count("cloakroom_store_up"), 1.0);
+    let text = gateway.admin("/metrics").text();
+    for family in ["cloakroom_logins_total", "cloakroom_connections", "cloakroom_backend_requests_total"] {
+        assert!(text.contains(family), "{family}");
+    }
+    let cookie = ann.cookie("session").unwrap();
+    assert!(!text.contains(&cookie) && !text.contains("ann"), "no label names a person or a session");
+    assert_eq!(gateway.admin("/health/live").status, 200);
+    assert_eq!(gateway.admin("/health/ready").status, 200);
+    assert_eq!(gateway.admin("/else").status, 404);
+    assert_eq!(gateway.client().get("/metrics").send().status, 401, "not on the public listener");
+}
+
+#[test]
+fn the_health_command_asks_a_running_gateway() {
+    let gateway = Gateway::in_front_of(&[&Backend::echo()]).start();
+    let admin = gateway.admin_address().to_string();
+    eventually("the gateway is ready", || cloakroom(&["health", "--admin", &admin]).status.code() == Some(0));
+    gateway.stop();
+    assert_eq!(cloakroom(&["health", "--admin", &admin]).status.code(), Some(1));
+}
+
+#[test]
+fn the_demo_starts_on_the_next_free_port_and_lets_its_user_in() {
+    let first = free_port();
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", first)).unwrap();
+    let child = Command::new(CLOAKROOM)
+        .args(["demo", "--port", &first.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut process = Process(child.unwrap());
+    let mut said = BufReader::new(process.0.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut word = |name: &str| {
+        let line = said.by_ref().find(|line| line.trim_start().starts_with(name)).unwrap();
+        line.split_whitespace().last().unwrap().to_owned()
+    };
+    let url = word("open");
+    let (user, password) = (word("user"), word("password"));
+    let address: std::net::SocketAddr = url.trim_start_matches("http://").trim_end_matches('/').parse().unwrap();
+    assert_ne!(address.port(), first);
+    let client = Client::of(address);
+    let page = client.navigate("/.cloakroom/login").send();
+    let form =
+        crate::harness::gateway::Form::on(&page.text()).filled_in(&[("username", &user), ("password", &password)]);
+    let fields: Vec<_> = form.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(client.post_form("/.cloakroom/login", &fields).send().status, 303);
+    let (one, two) = (client.navigate("/").send().text(), client.navigate("/").send().text());
+    assert!(one.contains("Demo User") && one.to_lowercase().contains("x-forwarded-user"), "{one}");
+    assert_ne!(one, two, "the other backend answers");
+    process.signal("TERM");
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+}

@@ -1,0 +1,338 @@
+//! Does a request get to a backend that can answer it, once, and as it was sent? (invariant 8)
+
+use std::collections::BTreeMap;
+
+use crate::harness::backend::{Answer, Backend};
+use crate::harness::client::{Client, Connection};
+use crate::harness::eventually;
+use crate::harness::gateway::{Gateway, Setup};
+
+fn public(backends: &[&Backend]) -> Setup {
+    Gateway::in_front_of(backends).route("/", "access = \"public\"")
+}
+
+fn who_answers(client: &Client, times: usize) -> Vec<String> {
+    (0..times).map(|_| client.get("/").send().seen().backend).collect()
+}
+
+#[test]
+fn backends_take_strict_turns_across_connections_and_workers() {
+    let backends = [Backend::echo(), Backend::echo(), Backend::echo()];
+    let gateway = public(&[&backends[0], &backends[1], &backends[2]]).start();
+    let mut count = BTreeMap::<String, usize>::new();
+    for _ in 0..10 {
+        for name in who_answers(&gateway.client(), 3) {
+            *count.entry(name).or_default() += 1;
+        }
+    }
+    assert!(count.values().all(|&n| n == 10), "each third request: {count:?}");
+    let turns = who_answers(&gateway.client(), 6);
+    assert_eq!(turns[..3], turns[3..], "in the same order each time round");
+}
+
+#[test]
+fn a_dead_backend_costs_no_request_whatever_its_method() {
+    let (alive, dead) = (Backend::echo(), Backend::echo());
+    let gateway = public(&[&dead, &alive]).start();
+    let client = gateway.client();
+    dead.kill();
+    for method in ["GET", "POST", "PUT", "DELETE", "PATCH"] {
+        for _ in 0..4 {
+            let seen = client.request(method, "/").body("hello").send().seen();
+            assert_eq!((seen.backend.as_str(), seen.body_bytes), (alive.name(), 5), "{method}");
+        }
+    }
+    dead.revive();
+    eventually("the revived backend is back in turn", || client.get("/").send().seen().backend == dead.name());
+    assert!(
+        1.0 <= gateway.metric(&format!(
+            "cloakroom_backend_failures_total{{backend=\"{}\",kind=\"connect\",pool=\"app\"}}",
+            dead.address()
+        ))
+    );
+}
+
+#[test]
+fn a_request_that_may_be_repeated_survives_a_backend_that_dies_on_it() {
+    let (alive, dying) = (Backend::echo(), Backend::always(Answer::close()));
+    let gateway = public(&[&dying, &alive]).start();
+    let client = gateway.client();
+    for method in ["GET", "PUT", "DELETE", "OPTIONS"] {
+        for _ in 0..2 {
+            assert_eq!(client.request(method, "/").body("hello").send().seen().backend, alive.name(), "{method}");
+        }
+    }
+    assert!(!dying.requests().is_empty(), "it was asked");
+}
+
+#[test]
+fn a_request_that_must_not_be_repeated_is_sent_once() {
+    let dying = Backend::always(Answer::close());
+    let gateway = public(&[&dying, &dying]).start();
+    let client = gateway.client();
+    for (sent, method) in ["POST", "PATCH"].into_iter().enumerate() {
+        let response = client.request(method, "/").body("hello").send();
+        assert_eq!(response.status, 502, "{method}");
+        assert_eq!(dying.requests().len(), sent + 1, "{method}: never twice");
+    }
+}
+
+#[test]
+fn when_no_backend_can_be_reached_the_client_is_told_when_to_come_back() {
+    let dead = Backend::echo();
+    let gateway = public(&[&dead]).start();
+    dead.kill();
+    for _ in 0..3 {
+        let response = gateway.client().get("/").send();
+        assert_eq!((response.status, response.header("retry-after")), (503, Some("2")));
+        assert!(!response.text().contains("127.0.0.1"), "no address of ours: {}", response.text());
+    }
+    dead.revive();
+    assert_eq!(gateway.client().get("/").send().status, 200, "and no restart is needed");
+}
+
+#[test]
+fn a_backend_that_is_only_a_name_nobody_knows_ends_nothing() {
+    let alive = Backend::echo();
+    let gateway = public(&[&alive])
+        .with("[pool.nowhere]\nbackends = [\"no-such-host.invalid:80\"]")
+        .route("/nowhere", "access = \"public\"\npool = \"nowhere\"")
+        .start();
+    assert_eq!(gateway.client().get("/nowhere").send().status, 503);
+    assert_eq!(gateway.client().get("/").send().status, 200);
+}
+
+#[test]
+fn a_backend_by_name_is_found() {
+    let alive = Backend::echo();
+    let gateway = public(&[&alive])
+        .with(&format!("[pool.named]\nbackends = [\"localhost:{}\"]", alive.address().port()))
+        .route("/named", "access = \"public\"\npool = \"named\"")
+        .start();
+    eventually("localhost has an address that answers", || gateway.client().get("/named").send().status == 200);
+}
+
+#[test]
+fn a_silent_backend_is_given_up_in_time() {
+    let silent = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let gateway = Gateway::in_front_of(&[])
+        .pool("app", &[&silent], "read_timeout = \"200ms\"")
+        .route("/", "access = \"public\"")
+        .start();
+    let response = gateway.client().get("/").send();
+    assert_eq!(response.status, 504);
+    assert_eq!(silent.requests().len(), 1, "a slow answer is not asked for twice");
+}
+
+#[test]
+fn garbage_from_a_backend_is_a_502_and_nothing_of_it_is_passed_on() {
+    for garbage in [
+        "garbage\r\n\r\n",
+        "HTTP/1.1 abc\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    ] {
+        let backend = Backend::always(Answer::ExactlyThenClose(garbage.as_bytes().to_vec()));
+        let gateway = public(&[&backend]).start();
+        let response = gateway.client().request("POST", "/").body("x").send();
+        assert_eq!(response.status, 502, "{garbage:?}");
+        assert!(!response.text().contains("garbage"));
+    }
+}
+
+#[test]
+fn a_response_that_breaks_off_is_not_made_to_look_whole() {
+    let backend = Backend::answering(|_| {
+        Answer::ExactlyThenClose(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this".to_vec())
+    });
+    let gateway = public(&[&backend]).start();
+    let broken = gateway.client().get("/").try_send();
+    assert!(broken.is_err(), "the client can tell: {broken:?}");
+}
+
+#[test]
+fn a_response_streams_while_it_is_made() {
+    let backend = Backend::always(Answer::Chunks(vec![b"one".to_vec(), b"two".to_vec()]));
+    let gateway = public(&[&backend]).start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    backend.step();
+    connection.read_head().unwrap().unwrap();
+    assert_eq!(connection.read_chunk().unwrap(), b"one", "before the second chunk exists");
+    backend.step();
+    assert_eq!(connection.read_chunk().unwrap(), b"two");
+}
+
+#[test]
+fn a_request_streams_while_it_is_sent() {
+    let backend = Backend::echo();
+    let gateway = public(&[&backend]).start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n");
+    connection.write(vec![b'x'; 100_000]);
+    eventually("the first half is at the backend", || 100_000 <= backend.bytes());
+    connection.write(vec![b'x'; 100_000]);
+    assert_eq!(connection.read_response("POST").unwrap().seen().body_bytes, 200_000);
+}
+
+#[test]
+fn a_request_arrives_as_it_was_sent_with_what_a_proxy_adds() {
+    let backend = Backend::echo();
+    let gateway = public(&[&backend]).start();
+    let client = gateway.client();
+    let seen = client
+        .get("/a?b=c")
+        .header("X-Custom", "1")
+        .header("X-Custom", "2")
+        .header("Authorization", "Basic eDp5")
+        .header("Cookie", "a=1")
+        .header("Cookie", "b=2")
+        .header("Keep-Alive", "timeout=5")
+        .header("Proxy-Authorization", "Basic eDp5")
+        .header("TE", "trailers")
+        .header("Connection", "X-Hop")
+        .header("X-Hop", "1")
+        .header("X-Forwarded-For", "203.0.113.9")
+        .send()
+        .seen();
+    assert_eq!(seen.target, "/a?b=c");
+    assert_eq!(seen.headers("x-custom"), ["1", "2"]);
+    assert_eq!(seen.headers("authorization"), ["Basic eDp5"], "credentials for the backend are the backend's");
+    assert_eq!(seen.headers("cookie"), ["a=1; b=2"], "one line");
+    for hop in ["keep-alive", "proxy-authorization", "x-hop", "te"] {
+        assert!(seen.headers(hop).is_empty(), "{hop} concerns one connection only");
+    }
+    assert_eq!(seen.headers("x-forwarded-for"), ["127.0.0.1"], "what an untrusted client says is not passed on");
+    assert_eq!(seen.headers("x-forwarded-proto"), ["http"]);
+    assert_eq!(seen.headers("x-forwarded-host"), seen.headers("host"));
+    assert_eq!(seen.headers("via"), ["1.1 cloakroom"]);
+    assert_eq!(seen.headers("x-request-id")[0].len(), 32);
+}
+
+#[test]
+fn a_trusted_proxy_is_believed_and_nobody_else() {
+    let backend = Backend::echo();
+    for (trusted, expected) in [("[\"127.0.0.0/8\"]", "203.0.113.9, 127.0.0.1"), ("[]", "127.0.0.1")] {
+        let gateway = public(&[&backend]).with(&format!("[server]\ntrusted_proxies = {trusted}")).start();
+        let seen = gateway
+            .client()
+            .get("/")
+            .header("X-Forwarded-For", "203.0.113.9")
+            .header("X-Forwarded-Proto", "https")
+            .header("X-Forwarded-Host", "shop.example.org")
+            .header("X-Request-Id", "from-the-edge-1")
+            .header("Forwarded", "for=192.0.2.1")
+            .send()
+            .seen();
+        let believed = expected.contains("203");
+        assert_eq!(seen.headers("x-forwarded-for"), [expected]);
+        assert_eq!(seen.headers("x-forwarded-proto"), [if believed { "https" } else { "http" }]);
+        assert_eq!(seen.headers("x-forwarded-host")[0] == "shop.example.org", believed);
+        assert_eq!(seen.headers("x-request-id")[0] == "from-the-edge-1", believed);
+        assert!(seen.headers("forwarded").is_empty(), "we speak X-Forwarded-*, and only one of the two");
+    }
+}
+
+#[test]
+fn fields_of_the_backend_connection_stay_behind_us() {
+    let fields = [
+        ("Connection", "X-Hop, keep-alive"),
+        ("X-Hop", "1"),
+        ("Keep-Alive", "timeout=5"),
+        ("Proxy-Authenticate", "Basic"),
+        ("Trailer", "X"),
+        ("Upgrade", "h2c"),
+    ];
+    let backend = Backend::always(Answer::response(200, &fields, "hello"));
+    let gateway = public(&[&backend]).start();
+    let response = gateway.client().get("/").send();
+    assert_eq!(response.text(), "hello");
+    for (name, _) in &fields[1..] {
+        assert!(response.headers(name).is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn what_a_user_sees_is_kept_out_of_shared_caches() {
+    let answers = [
+        (vec![], Some("private, no-store")),
+        (vec![("Cache-Control", "public, max-age=60")], Some("public, max-age=60")),
+        (vec![("Expires", "Thu, 01 Jan 2037 00:00:00 GMT")], None),
+    ];
+    for (fields, expected) in answers {
+        let backend = Backend::always(Answer::response(200, &fields, ""));
+        let gateway = Gateway::in_front_of(&[&backend])
+            .route("/", "")
+            .route("/free", "cache_guard = false")
+            .route("/public", "access = \"public\"")
+            .start();
+        let own = fields.iter().find(|(name, _)| *name == "Cache-Control").map(|(_, value)| *value);
+        let ann = gateway.log_in("ann");
+        let cache_control = |target: &str| {
+            let response = ann.get(target).header("Accept", "*/*").try_send();
+            response.unwrap().header("cache-control").map(str::to_owned)
+        };
+        let ann_allowing = |target: &str| cache_control(target);
+        if own.is_none() && fields.is_empty() || own.is_some() {
+            assert_eq!(ann_allowing("/").as_deref(), expected, "{fields:?}");
+            assert_eq!(ann_allowing("/free").as_deref(), own);
+            assert_eq!(ann_allowing("/public").as_deref(), own, "nobody is known here");
+        }
+    }
+}
+
+#[test]
+fn hosts_choose_their_routes_and_a_slip_of_spelling_changes_nothing() {
+    let (exact, below, any) = (Backend::echo(), Backend::echo(), Backend::echo());
+    let gateway = Gateway::in_front_of(&[&any])
+        .pool("exact", &[&exact], "")
+        .pool("below", &[&below], "")
+        .route("/", "access = \"public\"")
+        .route("/", "access = \"public\"\nhost = \"a.example.org\"\npool = \"exact\"")
+        .route("/", "access = \"public\"\nhost = \"*.example.org\"\npool = \"below\"")
+        .start();
+    for (host, backend) in [
+        ("a.example.org", &exact),
+        ("A.EXAMPLE.ORG", &exact),
+        ("a.example.org.", &exact),
+        ("a.example.org:8080", &exact),
+        ("b.example.org", &below),
+        ("x.a.example.org", &below),
+        ("example.org", &any),
+        ("aexample.org", &any),
+        ("127.0.0.1", &any),
+    ] {
+        let seen = gateway.client().with_host(host).get("/").send().seen();
+        assert_eq!(seen.backend, backend.name(), "{host}");
+    }
+}
+
+#[test]
+fn head_and_empty_answers_leave_the_connection_usable() {
+    let backend = Backend::answering(|request| match request.target() {
+        "/204" => Answer::Exactly(b"HTTP/1.1 204 No Content\r\n\r\n".to_vec()),
+        "/304" => Answer::Exactly(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n".to_vec()),
+        "/head" => Answer::Exactly(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n".to_vec()),
+        _ => Answer::Echo,
+    });
+    let gateway = public(&[&backend]).start();
+    let client = gateway.client();
+    for _ in 0..3 {
+        assert_eq!(client.get("/204").send().status, 204);
+        assert_eq!(client.get("/304").send().status, 304);
+        assert_eq!(client.request("HEAD", "/head").send().status, 200);
+        assert_eq!(client.get("/last").send().seen().target, "/last", "each answer belongs to its request");
+    }
+}
+
+#[test]
+fn tls_is_spoken_and_the_cookie_is_then_secure() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&backend]).tls().start();
+    let ann = gateway.log_in("ann");
+    let seen = ann.get("/").send().seen();
+    assert_eq!(seen.headers("x-forwarded-user"), ["ann"]);
+    assert_eq!(seen.headers("x-forwarded-proto"), ["https"]);
+    assert!(ann.cookie("__Host-session").is_some() && ann.cookie("session").is_none());
+    let plain = Client::of(gateway.address()).get("/").try_send();
+    assert!(plain.is_err(), "plain HTTP is not spoken on a TLS port");
+}
