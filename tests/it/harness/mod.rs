@@ -11,6 +11,7 @@
 
 pub(crate) mod backend;
 pub(crate) mod client;
+pub(crate) mod gateway;
 pub(crate) mod wire;
 pub(crate) mod redis;
 pub(crate) mod tls;

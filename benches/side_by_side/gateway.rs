@@ -1,0 +1,95 @@
+//! What does Cloakroom cost? A gateway as it is shipped, its store filled with sessions as logins would fill it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use argon2::Argon2;
+use argon2::password_hash::PasswordHasher;
+use cloakroom::config::model::Config;
+use cloakroom::identity::Identity;
+use cloakroom::server;
+use cloakroom::session::cookie::SessionCookie;
+use cloakroom::session::record::{ClientHints, LoginMethod};
+use cloakroom::session::store::SessionStore;
+use cloakroom::session::store::memory::MemoryStore;
+use cloakroom::session::store::redis::RedisStore;
+use cloakroom::session::{Lifetime, Sessions};
+
+use super::{SESSIONS, THREADS, process};
+
+/// `store` is `memory` or the URL of a Redis.
+pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
+    let folder = tempfile::tempdir().unwrap();
+    let users = folder.path().join("users.toml");
+    let hash = Argon2::default().hash_password(b"not used by the load").unwrap();
+    // A session counts only as long as its user is in the file.
+    let tables = (0..SESSIONS).map(|number| {
+        let Identity { user, name, email, groups, .. } = user(number);
+        let (name, email) = (name.unwrap(), email.unwrap());
+        format!("[{user}]\npassword = \"{hash}\"\nname = {name:?}\nemail = {email:?}\ngroups = {groups:?}\n")
+    });
+    std::fs::write(&users, tables.collect::<String>()).unwrap();
+    let store_table =
+        if store == "memory" { "[store.memory]".into() } else { format!("[store.redis]\nurl = {store:?}") };
+    let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();
+    let text = format!(
+        "[server]\nthreads = {THREADS}\n[[listener]]\naddress = \"127.0.0.1:0\"\n{store_table}\n\
+         [login.password]\nusers_file = {users:?}\n[admin]\nenabled = false\n\
+         [pool.app]\nbackends = {backends:?}\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"required\"\n"
+    );
+    let config = {
+        let file = folder.path().join("cloakroom.toml");
+        std::fs::write(&file, text).unwrap();
+        cloakroom::config::load(&file).unwrap()
+    };
+    let cookie = SessionCookie::new(config.session.cookie.get_ref(), false, cookie::SameSite::Lax);
+
+    let (prepared, cookies) = match &config.store.redis {
+        Some(redis) => {
+            let cookies = fill(Arc::new(RedisStore::new(redis.get_ref()).unwrap()), &config, &cookie);
+            (server::prepare(config), cookies)
+        }
+        None => {
+            let store = Arc::new(MemoryStore::new(SESSIONS * 2));
+            let cookies = fill(Arc::clone(&store) as _, &config, &cookie);
+            (server::prepare_with_store(config, store), cookies)
+        }
+    };
+    let running = server::start(prepared.unwrap()).unwrap();
+    process::announce(ready, running.addresses()[0], &cookies);
+    process::wait_for_end_of_parent();
+    running.stop();
+}
+
+/// Starts the sessions that the load will use; their cookies, as a browser sends them.
+fn fill(store: Arc<dyn SessionStore>, config: &Config, cookie: &SessionCookie) -> Vec<String> {
+    let lifetime = Lifetime {
+        idle: config.session.idle_timeout.get_ref().get(),
+        absolute: config.session.absolute_timeout.get_ref().get(),
+    };
+    let sessions = Sessions::new(store, lifetime);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut cookies = Vec::with_capacity(SESSIONS);
+        for number in 0..SESSIONS {
+            let client = ClientHints {
+                address: Some(std::net::Ipv4Addr::LOCALHOST.into()),
+                user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0".into(),
+            };
+            let id = sessions.start(user(number), LoginMethod::Password, client, None).await.unwrap();
+            cookies.push(format!("{}={}", cookie.name(), id.to_cookie_value()));
+        }
+        cookies
+    })
+}
+
+fn user(number: usize) -> Identity {
+    Identity {
+        user: format!("user-{number}"),
+        name: Some(format!("User Number {number}")),
+        email: Some(format!("user-{number}@example.org")),
+        groups: vec!["staff".into(), "editors".into()],
+        ..Identity::default()
+    }
+}
