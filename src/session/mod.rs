@@ -75,7 +75,9 @@ impl Sessions {
         replaces: Option<&SessionId>,
     ) -> Result<SessionId, StoreError> {
         let id = SessionId::generate(&identity.user).map_err(|error| StoreError::Unavailable(error.into()))?;
-        client.user_agent.truncate(client.user_agent.floor_char_boundary(USER_AGENT_BYTES_MAX));
+        let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
+        let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
+        client.user_agent.truncate(at.unwrap_or_default());
         let session = NewSession { identity, method, client };
         let replaces = replaces.map(SessionId::key);
         self.store.create(&id.key(), session, self.lifetime, replaces.as_ref()).await?;

@@ -12,3 +12,6 @@ mod login_journey;
 mod store_down;
 mod operation;
 mod tidy;
+
+mod store_contract;
+mod store_redis_faults;

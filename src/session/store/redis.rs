@@ -381,7 +381,8 @@ impl SessionStore for RedisStore {
             let mut commands = redis::pipe();
             commands.cmd("PEXPIREAT").arg(&name).arg(expires).arg("GT").ignore().cmd("PTTL").arg(&name);
             let (time_to_live,): (i64,) = commands.query_async(&mut connection).await?;
-            Ok(0 < time_to_live)
+            // In its last millisecond it has 0 left, and lives.
+            Ok(0 <= time_to_live)
         });
         touched.await
     }
@@ -462,7 +463,7 @@ async fn read(mut connection: MultiplexedConnection, name: String) -> RedisResul
     commands.cmd("GET").arg(&name).cmd("PTTL").arg(&name);
     let replies = connection.send_packed_commands(&commands, 0, 2).await?;
     match <[Value; 2]>::try_from(replies) {
-        Ok([Value::Nil, Value::Int(_)] | [Value::BulkString(_), Value::Int(-2 | 0)]) => Ok(Found::Nothing),
+        Ok([Value::Nil, Value::Int(-2..)] | [Value::BulkString(_), Value::Int(-2)]) => Ok(Found::Nothing),
         Ok([Value::BulkString(_), Value::Int(-1)]) => Ok(Found::Immortal),
         Ok([Value::BulkString(bytes), Value::Int(time_to_live)]) => match u64::try_from(time_to_live) {
             Ok(time_to_live) => Ok(Found::Session(bytes, Duration::from_millis(time_to_live))),

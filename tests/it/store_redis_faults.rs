@@ -1,0 +1,399 @@
+//! Whatever happens to Redis: an error at once, never a wrong answer, and recovery without a restart.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use cloakroom::config::model;
+use cloakroom::config::value::Duration as ConfigDuration;
+use cloakroom::session::id::SessionKey;
+use cloakroom::session::store::redis::RedisStore;
+use cloakroom::session::store::{SessionStore, StoreError};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+
+use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
+use crate::harness::{DEADLINE, eventually};
+use crate::store_contract::{LONG, id_of, session_of, settings};
+
+/// Short, for a store that is going to be down.
+fn impatient(url: &str) -> model::RedisStore {
+    model::RedisStore {
+        connect_timeout: ConfigDuration::from_millis(300),
+        response_timeout: ConfigDuration::from_millis(200),
+        ..settings(url)
+    }
+}
+
+fn store(server: &RedisServer) -> Arc<RedisStore> {
+    Arc::new(RedisStore::new(&impatient(&server.url())).unwrap())
+}
+
+fn patient_store(server: &RedisServer) -> Arc<RedisStore> {
+    Arc::new(RedisStore::new(&settings(&server.url())).unwrap())
+}
+
+/// Tried again when the machine is too busy for an impatient store.
+async fn create(store: &RedisStore, user: &str) -> SessionKey {
+    eventually("a session is created", async || {
+        let key = id_of(user).key();
+        store.create(&key, session_of(user), LONG, None).await.ok().map(|()| key)
+    })
+    .await
+}
+
+/// The user of a session, where an answer comes; that one comes in the end, good or bad, is part of every promise.
+async fn load(store: &RedisStore, key: &SessionKey) -> Result<Option<String>, StoreError> {
+    let answer = timeout(DEADLINE, store.load(key)).await.expect("nobody waits for ever");
+    answer.map(|stored| stored.map(|stored| stored.record.identity.user.clone()))
+}
+
+async fn until_down(store: &RedisStore, key: &SessionKey) {
+    eventually("the store is seen to be down", async || match load(store, key).await {
+        Err(StoreError::Unavailable(_)) => Some(()),
+        Err(StoreError::Refused(cause)) => panic!("being down is no refusal: {cause}"),
+        Ok(user) => {
+            assert!(user.is_some(), "a store that goes down logs nobody out");
+            None
+        }
+    })
+    .await;
+}
+
+async fn until_back(store: &RedisStore, key: &SessionKey) -> Option<String> {
+    eventually("the store is back", async || load(store, key).await.ok()).await
+}
+
+/// Users who come all the time, as long as this lives; each answer that comes is his own or nothing.
+struct Traffic {
+    tasks: tokio::task::JoinSet<()>,
+    answers: Arc<AtomicUsize>,
+    failures: Arc<AtomicUsize>,
+}
+
+impl Traffic {
+    async fn on(store: &Arc<RedisStore>) -> Self {
+        let (answers, failures) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0..16 {
+            let user = format!("user{n}");
+            let key = create(store, &user).await;
+            let (store, answers, failures) = (Arc::clone(store), Arc::clone(&answers), Arc::clone(&failures));
+            tasks.spawn(async move {
+                loop {
+                    match load(&store, &key).await {
+                        Ok(found) => {
+                            assert!(found.is_none_or(|found| found == user), "an answer for somebody else");
+                            answers.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(_) => {
+                            failures.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            });
+        }
+        Self { tasks, answers, failures }
+    }
+
+    /// Every one of them goes on to be answered.
+    async fn flows(&self) {
+        let before = self.answers.load(Ordering::Relaxed);
+        eventually("traffic flows", async || (before + 200 < self.answers.load(Ordering::Relaxed)).then_some(())).await;
+    }
+
+    async fn stop(mut self) -> usize {
+        self.tasks.abort_all();
+        while let Some(ended) = self.tasks.join_next().await {
+            assert!(ended.is_err_and(|error| error.is_cancelled()), "a user met a panic");
+        }
+        self.failures.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test]
+async fn a_killed_redis_is_unavailable_and_its_sessions_come_back_with_its_data() {
+    let mut server = RedisServer::with(KEEPS_ITS_DATA);
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let traffic = Traffic::on(&store).await;
+    for _ in 0..3 {
+        traffic.flows().await;
+        server.kill();
+        until_down(&store, &key).await;
+        assert!(matches!(store.ping().await, Err(StoreError::Unavailable(_))), "readiness tells");
+        assert!(store.destroy(&key).await.is_err(), "a logout that did not happen is not told as one");
+        server.restart();
+        assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"), "still logged in");
+        traffic.flows().await;
+    }
+    assert!(0 < traffic.stop().await);
+}
+
+#[tokio::test]
+async fn a_redis_that_comes_back_empty_knows_nobody() {
+    let mut server = RedisServer::with(KEEPS_ITS_DATA);
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    server.kill();
+    until_down(&store, &key).await;
+    server.restart_empty();
+    assert_eq!(until_back(&store, &key).await, None, "now the store says that there is no such session");
+    let again = create(&store, "ann").await;
+    assert_eq!(load(&store, &again).await.unwrap().as_deref(), Some("ann"));
+}
+
+#[tokio::test]
+async fn a_frozen_redis_is_unavailable_and_answers_nobody_late() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let traffic = Traffic::on(&store).await;
+    for _ in 0..3 {
+        traffic.flows().await;
+        server.pause();
+        until_down(&store, &key).await;
+        // Polled once: who comes while the store is known to be down does not wait at all.
+        eventually("everybody is told at once", async || {
+            tokio::select! {
+                biased;
+                answer = load(&store, &key) => answer.is_err().then_some(()),
+                () = std::future::ready(()) => None,
+            }
+        })
+        .await;
+        server.resume();
+        assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"));
+    }
+    traffic.flows().await;
+    assert!(0 < traffic.stop().await);
+}
+
+#[tokio::test]
+async fn a_redis_that_froze_while_nobody_came_is_found_by_the_heartbeat() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    server.pause();
+    eventually("the first who comes is told at once", async || {
+        tokio::select! {
+            biased;
+            answer = store.ping() => answer.is_err().then_some(()),
+            () = std::future::ready(()) => None,
+        }
+    })
+    .await;
+    server.resume();
+    assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"));
+}
+
+#[tokio::test]
+async fn a_redis_that_is_not_there_yet_is_awaited_in_the_background() {
+    let mut server = RedisServer::start();
+    let store = store(&server);
+    let key = id_of("ann").key();
+    server.kill();
+    until_down(&store, &key).await;
+    server.restart();
+    assert_eq!(until_back(&store, &key).await, None);
+}
+
+#[tokio::test]
+async fn a_connection_that_the_server_closes_is_replaced() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    for _ in 0..10 {
+        let closed: usize =
+            redis::cmd("CLIENT").arg("KILL").arg("TYPE").arg("normal").query(&mut server.client()).unwrap();
+        assert!(0 < closed);
+        assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"));
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_a_refusal_that_can_be_put_right_without_a_restart() {
+    let server = RedisServer::start();
+    let mut client = server.client();
+    let _: () = redis::cmd("ACL")
+        .arg("SETUSER")
+        .arg("proxy")
+        .arg("on")
+        .arg(">other")
+        .arg("~*")
+        .arg("+@all")
+        .query(&mut client)
+        .unwrap();
+    let url = format!("redis://proxy:hunter2@127.0.0.1:{}", server.port());
+    let store = RedisStore::new(&settings(&url)).unwrap();
+    let key = id_of("ann").key();
+    let error = store.load(&key).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+    assert!(!format!("{error:?} {store:?}").contains("hunter2"), "a password is in an error");
+
+    let _: () = redis::cmd("ACL").arg("SETUSER").arg("proxy").arg(">hunter2").query(&mut client).unwrap();
+    assert_eq!(until_back(&store, &key).await, None);
+}
+
+#[tokio::test]
+async fn without_its_password_a_redis_refuses() {
+    let server = RedisServer::with("requirepass hunter2");
+    let error = patient_store(&server).load(&id_of("ann").key()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_missing_permission_is_a_refusal_and_costs_no_connection() {
+    let server = RedisServer::with("user default on nopass ~* +@all -set -ping");
+    let store = patient_store(&server);
+    let refused = store.create(&id_of("ann").key(), session_of("ann"), LONG, None).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+    assert!(store.load(&id_of("ann").key()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_replica_takes_no_logins_until_it_is_a_primary_again() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let mut client = server.client();
+    // A primary that is not there: the replica keeps its data and waits.
+    let _: () = redis::cmd("REPLICAOF").arg("127.0.0.1").arg(1).query(&mut client).unwrap();
+    let refused = store.create(&id_of("bob").key(), session_of("bob"), LONG, Some(&key)).await;
+    assert!(matches!(refused, Err(StoreError::Unavailable(_))), "not now, rather than no: {refused:?}");
+    assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"), "who is in stays in");
+    let _: () = redis::cmd("REPLICAOF").arg("NO").arg("ONE").query(&mut client).unwrap();
+    eventually("logins work again", async || {
+        store.create(&id_of("bob").key(), session_of("bob"), LONG, Some(&key)).await.ok()
+    })
+    .await;
+    assert_eq!(until_back(&store, &key).await, None);
+}
+
+/// What a liar says to the connection's greeting, to its first PING, and to everything after.
+#[derive(Clone, Copy)]
+enum Lie {
+    Silence,
+    HangUp,
+    /// To everything.
+    Always(&'static [u8]),
+    /// After a good greeting.
+    Later(&'static [u8]),
+}
+
+async fn lie(listener: TcpListener, lie: Lie) {
+    loop {
+        let Ok((mut stream, _)) = listener.accept().await else { return };
+        tokio::spawn(async move {
+            let mut request = [0; 4096];
+            let mut requests = 0;
+            while let Ok(1..) = stream.read(&mut request).await {
+                requests += 1;
+                let reply: &[u8] = match (lie, requests) {
+                    (Lie::Silence, _) => continue,
+                    (Lie::HangUp, _) => return,
+                    (Lie::Always(reply), _) => reply,
+                    (Lie::Later(_), 1) => b"%1\r\n$5\r\nproto\r\n:3\r\n",
+                    (Lie::Later(_), 2) => b"+PONG\r\n",
+                    (Lie::Later(reply), _) => reply,
+                };
+                if stream.write_all(reply).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn nonsense_is_never_a_session_and_never_a_panic() {
+    let lies = [
+        ("silence", Lie::Silence),
+        ("hangs up", Lie::HangUp),
+        ("another protocol", Lie::Always(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")),
+        ("noise", Lie::Always(b"\x00\xff\xfe\r\n\x01\r\n")),
+        ("an endless length", Lie::Always(b"$99999999999999999999\r\n")),
+        ("noise later", Lie::Later(b"\x00\xff\xfe\r\n")),
+        ("a huge length", Lie::Later(b"*2\r\n$536870912\r\nab")),
+        ("a negative array", Lie::Later(b"*-7\r\n:-7\r\n")),
+        ("numbers for strings", Lie::Later(b":1\r\n:1\r\n:1\r\n:1\r\n")),
+        ("strings for numbers", Lie::Later(b"+a\r\n+b\r\n+c\r\n+d\r\n")),
+        ("arrays for strings", Lie::Later(b"*1\r\n+a\r\n*0\r\n*0\r\n*0\r\n")),
+        ("half an answer", Lie::Later(b"$3\r\nab")),
+        ("a value without its expiry", Lie::Later(b"$1\r\na\r\n$-1\r\n")),
+        ("a negative life", Lie::Later(b"$1\r\na\r\n:-9\r\n")),
+    ];
+    for (what, kind) in lies {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("redis://{}", listener.local_addr().unwrap());
+        let liar = tokio::spawn(lie(listener, kind));
+        let store = RedisStore::new(&impatient(&url)).unwrap();
+        let key = id_of("ann").key();
+        for _ in 0..3 {
+            let answer = load(&store, &key).await;
+            assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{what}: {answer:?}");
+            let answers = async {
+                (
+                    store.create(&key, session_of("ann"), LONG, None).await.is_err(),
+                    store.touch(&key, LONG.idle, 1).await.is_err(),
+                    store.increment("x", LONG.idle).await.is_err(),
+                )
+            };
+            let refused = timeout(DEADLINE, answers).await.expect("nobody waits for ever");
+            assert_eq!(refused, (true, true, true), "{what}: nonsense must not be told as success");
+        }
+        liar.abort();
+    }
+}
+
+/// Callers that go away at any point leave no reply behind that another could take for his own.
+#[tokio::test]
+async fn ten_thousand_cancelled_loads_never_give_a_user_the_session_of_another() {
+    let server = RedisServer::start();
+    let store = patient_store(&server);
+    let mut sessions = Vec::new();
+    for n in 0..100 {
+        let user = format!("user{n}");
+        sessions.push((create(&store, &user).await, user));
+    }
+    let sessions = Arc::new(sessions);
+
+    let mut tasks = tokio::task::JoinSet::new();
+    for seed in 0..50 {
+        let (store, sessions) = (Arc::clone(&store), Arc::clone(&sessions));
+        tasks.spawn(async move {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let (mut completed, mut cancelled) = (0, 0);
+            while cancelled < 200 {
+                let (key, user) = &sessions[rng.random_range(0..sessions.len())];
+                let patience = if rng.random_ratio(1, 4) { usize::MAX } else { rng.random_range(0..60) };
+                let gives_up = async {
+                    for _ in 0..patience {
+                        tokio::task::yield_now().await;
+                    }
+                };
+                tokio::select! {
+                    biased;
+                    stored = store.load(key) => {
+                        let stored = stored.unwrap().expect("it lives");
+                        assert_eq!(&stored.record.identity.user, user, "the session of another");
+                        completed += 1;
+                    }
+                    () = gives_up => cancelled += 1,
+                }
+            }
+            completed
+        });
+    }
+    let completed: usize = tasks.join_all().await.into_iter().sum();
+    assert!(1_000 < completed, "those who wait are answered, too: {completed}");
+    for (key, user) in sessions.iter() {
+        assert_eq!(load(&store, key).await.unwrap().as_ref(), Some(user), "the connection is in step");
+    }
+    let list: String = redis::cmd("CLIENT").arg("LIST").query(&mut server.client()).unwrap();
+    assert_eq!(list.lines().count(), 2, "cancelling costs no connection");
+}
