@@ -225,10 +225,12 @@ impl Running {
         self.admin_address
     }
 
-    /// Replaces routes, pools, identity, login, users and certificates, all or nothing. Gives the names of the
-    /// sections that have changed but need a restart.
-    pub fn reload(&self, config: Config) -> Result<Vec<&'static str>, ConfigError> {
-        let applied = self.apply(config);
+    /// Replaces routes, pools, identity, login, users and certificates by those of `config`, all or nothing. Gives
+    /// the names of the sections that have changed but need a restart.
+    ///
+    /// `config` is what reading the file gave: a file that cannot be read counts as a refused reload, too.
+    pub fn reload(&self, config: Result<Config, ConfigError>) -> Result<Vec<&'static str>, ConfigError> {
+        let applied = config.and_then(|config| self.apply(config));
         let result = if applied.is_ok() { "applied" } else { "refused" };
         self.metrics.reloads.with_label_values(&[result]).inc();
         applied

@@ -44,7 +44,7 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
 
 /// A broken file changes nothing (invariant 10).
 fn reload(running: &Running, file: &Path) {
-    match config::load(file).and_then(|config| running.reload(config)) {
+    match running.reload(config::load(file)) {
         Ok(restart_needed) if restart_needed.is_empty() => tracing::info!("configuration reloaded"),
         Ok(restart_needed) => {
             let sections = restart_needed.join(", ");
@@ -95,12 +95,13 @@ pub(super) fn start_log(config: &Log) {
     let level = match config.level {
         LogLevel::Error => "error",
         LogLevel::Warn => "warn",
-        // Pingora tells each retry and each broken connection at these levels; our own lines have them already.
-        LogLevel::Info => "info,pingora_core=error,pingora_proxy=error",
-        LogLevel::Debug => "debug,pingora_core=info,pingora_proxy=info",
+        LogLevel::Info => "info",
+        LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
-    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(level)).with_writer(std::io::stderr);
+    // The level is for our own lines. At the finer ones, libraries print whole requests with their cookies.
+    let filter = EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level}"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second start in one process keeps the first log.
     let _ = match config.format {
         LogFormat::Text => log.with_ansi(false).finish().try_init(),

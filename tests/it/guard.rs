@@ -56,7 +56,7 @@ fn cases() -> Vec<(Vec<u8>, u16)> {
     }
     add("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400);
     add("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400);
-    add("POST / HTTP/1.1\r\nHost: a\r\nContent_Length: 5\r\nContent-Length: 5\r\n\r\nhello", 200);
+    add("POST / HTTP/1.1\r\nHost: a\r\nContent_Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400);
 
     // Lines
     add("GET / HTTP/1.1\nHost: a\n\n", 400);

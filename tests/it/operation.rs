@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, PASSWORD};
-use crate::harness::{eventually, free_port};
+use crate::harness::{free_port, wait_until};
 
 const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
 
@@ -120,7 +120,7 @@ fn a_term_under_load_fails_no_request_that_had_begun() {
     let backend = Backend::echo();
     let (_folder, file, address) = deployment(&[&backend], "");
     let mut process = Process::run(&file);
-    eventually("the gateway listens", || is_up(address));
+    wait_until("the gateway listens", || is_up(address));
     let (answered, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -139,7 +139,7 @@ fn a_term_under_load_fails_no_request_that_had_begun() {
                 }
             });
         }
-        eventually("there is load", || 200 < answered.load(Ordering::SeqCst));
+        wait_until("there is load", || 200 < answered.load(Ordering::SeqCst));
         process.signal("TERM");
     });
     ended.store(true, Ordering::SeqCst);
@@ -153,12 +153,12 @@ fn a_request_in_flight_at_the_term_gets_its_answer() {
     let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
     let (_folder, file, address) = deployment(&[&backend], "");
     let mut process = Process::run(&file);
-    eventually("the gateway listens", || is_up(address));
+    wait_until("the gateway listens", || is_up(address));
     let mut connection = Connection::open(address);
     connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     backend.after_requests(1);
     process.signal("TERM");
-    eventually("it accepts no more", || !is_up(address));
+    wait_until("it accepts no more", || !is_up(address));
     backend.step();
     let response = connection.read_response("GET").unwrap();
     assert_eq!((response.status, response.closes), (200, true));
@@ -170,7 +170,7 @@ fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
     let (one, two) = (Backend::echo(), Backend::echo());
     let (_folder, file, address) = deployment(&[&one], "");
     let process = Process::run(&file);
-    eventually("the gateway listens", || is_up(address));
+    wait_until("the gateway listens", || is_up(address));
     let client = Client::of(address);
     assert_eq!(client.get("/").send().seen().backend, one.name());
 
@@ -188,12 +188,12 @@ fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
     };
     std::fs::write(&file, good.replace("[pool.app]", "[pool.app")).unwrap();
     process.signal("HUP");
-    eventually("the broken file is refused", || reloads("refused") == "1");
+    wait_until("the broken file is refused", || reloads("refused") == "1");
     assert_eq!(client.get("/").send().seen().backend, one.name(), "the old configuration works on");
 
     std::fs::write(&file, good.replace(&one.address().to_string(), &two.address().to_string())).unwrap();
     process.signal("HUP");
-    eventually("the good file is applied", || reloads("applied") == "1");
+    wait_until("the good file is applied", || reloads("applied") == "1");
     assert_eq!(client.get("/").send().seen().backend, two.name());
 }
 
@@ -217,7 +217,7 @@ fn reloads_under_load_fail_no_request() {
             gateway.reload(|setup| setup.pool("app", &[&backends[round % 2]], "")).unwrap();
             let broken = gateway.reload(|setup| setup.route("/x", "pool = \"nowhere\""));
             assert!(broken.unwrap_err().contains("nowhere"));
-            eventually("requests go on", || before + 8 < answered.load(Ordering::SeqCst));
+            wait_until("requests go on", || before + 8 < answered.load(Ordering::SeqCst));
         }
         stop.store(true, Ordering::SeqCst);
     });
@@ -229,7 +229,7 @@ fn every_request_leaves_one_line_and_nothing_secret() {
     let backend = Backend::echo();
     let (_folder, file, address) = deployment(&[&backend], "[log]\nformat = \"json\"\nlevel = \"trace\"");
     let mut process = Process::run(&file);
-    eventually("the gateway listens", || is_up(address));
+    wait_until("the gateway listens", || is_up(address));
     let client = Client::of(address);
     let page = client.navigate("/.cloakroom/login").send();
     let form =
@@ -300,7 +300,7 @@ fn metrics_tell_what_happened_and_nothing_of_whom() {
 fn the_health_command_asks_a_running_gateway() {
     let gateway = Gateway::in_front_of(&[&Backend::echo()]).start();
     let admin = gateway.admin_address().to_string();
-    eventually("the gateway is ready", || cloakroom(&["health", "--admin", &admin]).status.code() == Some(0));
+    wait_until("the gateway is ready", || cloakroom(&["health", "--admin", &admin]).status.code() == Some(0));
     gateway.stop();
     assert_eq!(cloakroom(&["health", "--admin", &admin]).status.code(), Some(1));
 }
@@ -331,7 +331,7 @@ fn the_demo_starts_on_the_next_free_port_and_lets_its_user_in() {
     let fields: Vec<_> = form.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     assert_eq!(client.post_form("/.cloakroom/login", &fields).send().status, 303);
     let (one, two) = (client.navigate("/").send().text(), client.navigate("/").send().text());
-    assert!(one.contains("Demo User") && one.to_lowercase().contains("x-forwarded-user"), "{one}");
+    assert!(one.contains("demo@example.org") && one.to_lowercase().contains("x-forwarded-user"), "{one}");
     assert_ne!(one, two, "the other backend answers");
     process.signal("TERM");
     assert_eq!(process.0.wait().unwrap().code(), Some(0));

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Connection};
-use crate::harness::eventually;
 use crate::harness::gateway::{Gateway, Setup, Store};
-use crate::harness::redis::Redis;
+use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
+use crate::harness::wait_until;
 
-fn setup(backend: &Backend, redis: &Redis) -> Setup {
+fn setup(backend: &Backend, redis: &RedisServer) -> Setup {
     Gateway::in_front_of(&[backend])
         .route("/", "")
         .route("/public", "access = \"public\"")
@@ -77,13 +77,13 @@ impl Traffic {
     #[track_caller]
     fn is_served(&self) {
         let before = self.served.load(Ordering::SeqCst);
-        eventually("users are served", || before + 20 < self.served.load(Ordering::SeqCst));
+        wait_until("users are served", || before + 20 < self.served.load(Ordering::SeqCst));
     }
 
     #[track_caller]
     fn is_refused(&self) {
         let before = self.refused.load(Ordering::SeqCst);
-        eventually("users are told to come back", || before + 5 < self.refused.load(Ordering::SeqCst));
+        wait_until("users are told to come back", || before + 5 < self.refused.load(Ordering::SeqCst));
     }
 
     #[track_caller]
@@ -97,7 +97,7 @@ impl Traffic {
 
 #[test]
 fn a_killed_redis_logs_nobody_out() {
-    let (backend, redis) = (Backend::echo(), Redis::start_with(&["--appendonly", "yes", "--appendfsync", "always"]));
+    let (backend, mut redis) = (Backend::echo(), RedisServer::with(KEEPS_ITS_DATA));
     let gateway = setup(&backend, &redis).start();
     let ann = gateway.log_in("ann");
     let traffic = Traffic::of(&gateway, &["ann", "bob"]);
@@ -108,12 +108,12 @@ fn a_killed_redis_logs_nobody_out() {
     redis.restart();
     traffic.is_served();
     traffic.end();
-    eventually("the gateway finds the store again", || ann.get("/").send().status == 200);
+    wait_until("the gateway finds the store again", || ann.get("/").send().status == 200);
 }
 
 #[test]
 fn a_frozen_redis_logs_nobody_out() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let gateway = setup(&backend, &redis).start();
     let ann = gateway.log_in("ann");
     let traffic = Traffic::of(&gateway, &["ann", "bob"]);
@@ -124,18 +124,18 @@ fn a_frozen_redis_logs_nobody_out() {
     redis.resume();
     traffic.is_served();
     traffic.end();
-    eventually("the gateway finds the store again", || ann.get("/").send().status == 200);
+    wait_until("the gateway finds the store again", || ann.get("/").send().status == 200);
 }
 
 #[test]
 fn a_redis_that_comes_back_empty_sends_people_to_the_login_once() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, mut redis) = (Backend::echo(), RedisServer::start());
     let gateway = setup(&backend, &redis).start();
     let ann = gateway.log_in("ann");
     assert_eq!(ann.get("/").send().status, 200);
     redis.kill();
     redis.restart_empty();
-    eventually("the store is asked again", || ann.get("/").send().status != 503);
+    wait_until("the store is asked again", || ann.get("/").send().status != 503);
     assert_eq!(ann.get("/").send().status, 401, "the store says that there is no such session");
     let page = ann.navigate("/deep?x=1").send();
     assert_eq!(page.status, 302);
@@ -146,19 +146,19 @@ fn a_redis_that_comes_back_empty_sends_people_to_the_login_once() {
 
 #[test]
 fn a_gateway_that_starts_before_its_redis_serves_when_it_comes() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, mut redis) = (Backend::echo(), RedisServer::start());
     redis.kill();
     let gateway = setup(&backend, &redis).start();
     assert_eq!(gateway.client().get("/public").send().status, 200);
     assert_eq!(gateway.admin("/health/ready").status, 503, "not ready before the store has answered once");
     redis.restart();
-    eventually("the gateway is ready", || gateway.admin("/health/ready").status == 200);
+    wait_until("the gateway is ready", || gateway.admin("/health/ready").status == 200);
     assert_eq!(gateway.log_in("ann").get("/").send().status, 200);
 }
 
 #[test]
 fn sessions_outlive_the_gateway() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let gateway = setup(&backend, &redis).start();
     let cookie = gateway.log_in("ann").cookie("session").unwrap();
     gateway.stop();
@@ -170,7 +170,7 @@ fn sessions_outlive_the_gateway() {
 
 #[test]
 fn a_logout_on_one_gateway_counts_on_the_other_at_once() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let (one, two) = (setup(&backend, &redis).start(), setup(&backend, &redis).start());
     let ann = one.log_in("ann");
     let elsewhere = two.client();
@@ -182,7 +182,7 @@ fn a_logout_on_one_gateway_counts_on_the_other_at_once() {
 
 #[test]
 fn a_logout_that_the_store_did_not_hear_is_not_said_to_be_one() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let gateway = setup(&backend, &redis).start();
     let ann = gateway.log_in("ann");
     let form = gateway.log_out_form(&ann);
@@ -196,11 +196,11 @@ fn a_logout_that_the_store_did_not_hear_is_not_said_to_be_one() {
 
 #[test]
 fn a_public_route_and_a_malformed_cookie_cost_no_store_call() {
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let gateway = setup(&backend, &redis).start();
     let ann = gateway.log_in("ann");
     let loads = || {
-        let stats = redis.command("INFO commandstats");
+        let stats: String = redis::cmd("INFO").arg("commandstats").query(&mut redis.client()).unwrap();
         let get = stats.lines().find_map(|line| line.trim().strip_prefix("cmdstat_get:calls=").map(str::to_owned));
         get.map_or(0, |rest| rest.split(',').next().unwrap_or("0").parse::<u64>().unwrap())
     };
@@ -225,7 +225,7 @@ fn a_public_route_and_a_malformed_cookie_cost_no_store_call() {
 fn ten_thousand_cancelled_requests_confuse_nobody() {
     const USERS: usize = 8;
     const REQUESTS: usize = 10_000;
-    let (backend, redis) = (Backend::echo(), Redis::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::start());
     let mut setup = setup(&backend, &redis);
     let names: Vec<_> = (0..USERS).map(|n| format!("user{n}")).collect();
     for name in &names {
@@ -268,5 +268,5 @@ fn ten_thousand_cancelled_requests_confuse_nobody() {
     });
     assert_eq!(wrong.into_inner(), 0, "every completed answer is its own user's");
     assert!(REQUESTS * 2 / 5 <= completed.into_inner(), "and most of the rest completed");
-    eventually("no connection is left behind", || gateway.metric("cloakroom_connections") == 0.0);
+    wait_until("no connection is left behind", || gateway.metric("cloakroom_connections") == 0.0);
 }

@@ -112,7 +112,7 @@ impl Gateway {
 
     /// Logs out through the page that asks.
     #[track_caller]
-    pub fn log_out(&self, client: &Client) {
+    pub(crate) fn log_out(&self, client: &Client) {
         let fields = self.log_out_form(client);
         let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         let response = client.post_form("/.cloakroom/logout", &fields).send();
@@ -121,7 +121,7 @@ impl Gateway {
 
     /// The fields of the form that logs this client out.
     #[track_caller]
-    pub fn log_out_form(&self, client: &Client) -> Vec<(String, String)> {
+    pub(crate) fn log_out_form(&self, client: &Client) -> Vec<(String, String)> {
         Form::on(&client.navigate("/.cloakroom/logout").send().text()).fields
     }
 
@@ -179,7 +179,7 @@ impl Setup {
     }
 
     /// Forgets the further users so far.
-    pub fn without_users(mut self) -> Self {
+    pub(crate) fn without_users(mut self) -> Self {
         self.users.clear();
         self
     }
@@ -346,7 +346,7 @@ impl Running {
     }
 
     fn reload(&self, text: &str, folder: &TempDir) -> Result<Vec<&'static str>, String> {
-        let reloaded = read(text, folder).and_then(|config| self.gateway().reload(config));
+        let reloaded = self.gateway().reload(read(text, folder));
         reloaded.map_err(|problems| problems.to_string())
     }
 
