@@ -230,17 +230,17 @@ impl Running {
     ///
     /// `config` is what reading the file gave: a file that cannot be read counts as a refused reload, too.
     pub fn reload(&self, config: Result<Config, ConfigError>) -> Result<Vec<&'static str>, ConfigError> {
-        let applied = config.and_then(|config| self.apply(config));
+        let applied = config.and_then(|config| self.apply(&config));
         let result = if applied.is_ok() { "applied" } else { "refused" };
         self.metrics.reloads.with_label_values(&[result]).inc();
         applied
     }
 
-    fn apply(&self, config: Config) -> Result<Vec<&'static str>, ConfigError> {
+    fn apply(&self, config: &Config) -> Result<Vec<&'static str>, ConfigError> {
         let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<Vec<_>, _>>()?;
-        let login = build_login(&config, &self.sessions, &self.metrics)?;
+        let login = build_login(config, &self.sessions, &self.metrics)?;
         let previous = self.rules.load_full();
-        let rules = Rules::build(&config, login, Some(&previous));
+        let rules = Rules::build(config, login, Some(&previous));
         let pools: Vec<_> = rules.pools.values().cloned().collect();
         discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
         self.rules.store(Arc::new(rules));
@@ -250,7 +250,7 @@ impl Running {
             }
         }
         self.resolve.notify_one();
-        Ok(restart_needed(&self.config, &config))
+        Ok(restart_needed(&self.config, config))
     }
 
     /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.

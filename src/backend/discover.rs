@@ -16,7 +16,8 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub async fn resolve(pools: &[Arc<Pool>]) {
     let named = pools.iter().flat_map(|pool| pool.backends()).filter(|backend| backend.is_named());
     let mut lookups = tokio::task::JoinSet::new();
-    for backend in named.cloned() {
+    for backend in named {
+        let backend = Arc::clone(backend);
         lookups.spawn(async move { backend.resolve().await });
     }
     while lookups.join_next().await.is_some() {}

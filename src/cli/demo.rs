@@ -17,9 +17,9 @@ const PORTS_TRIED: u16 = 100;
 
 const USER: &str = "demo";
 
-pub fn demo(redis: Option<String>, port: u16, terminal: &mut Terminal<'_>) -> ExitCode {
+pub fn demo(redis: Option<&str>, port: u16, terminal: &mut Terminal<'_>) -> ExitCode {
     start_log(&Log { level: LogLevel::Warn, ..Log::default() });
-    match start(redis.as_deref(), port, terminal) {
+    match start(redis, port, terminal) {
         Ok(code) => code,
         Err(error) => terminal.fail(&*error, FAILED),
     }

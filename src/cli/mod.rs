@@ -99,7 +99,7 @@ pub fn main(arguments: Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
     match arguments.command {
         Command::Run { config } => run::run(&config, terminal),
         Command::Check { files } => check::check(&files, terminal),
-        Command::Demo { redis, port } => demo::demo(redis, port, terminal),
+        Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
         Command::HashPassword => match hash_password::hash_password() {
             Ok(hash) => {
                 terminal.say(hash);

@@ -64,7 +64,7 @@ const FORWARDING: &[&str] = &[
 /// The ways to write a name so that some backend reads it as that name.
 fn spellings(name: &str) -> Vec<String> {
     let alternate = |lower_first: bool| -> String {
-        let up = |index: usize| (index % 2 == 0) != lower_first;
+        let up = |index: usize| index.is_multiple_of(2) != lower_first;
         let letter =
             |(index, c): (usize, char)| if up(index) { c.to_ascii_uppercase() } else { c.to_ascii_lowercase() };
         name.chars().enumerate().map(letter).collect()
