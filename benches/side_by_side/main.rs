@@ -35,6 +35,10 @@ const BODY_BYTES: usize = 1024;
 /// Before the first round, of the requests of one turn: caches and connection pools fill.
 const WARM_UP: f64 = 0.2;
 
+/// As in the binary; for the pass-through as well, so that the comparison is of the code.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();

@@ -1,14 +1,16 @@
 //! One line per request: who asked for what, what became of it, and who answered. Nothing secret: no query, no
 //! cookie, no session id.
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
+use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::config::model::LogFormat;
@@ -152,28 +154,21 @@ impl Drop for Writer {
 
 impl Entry<'_> {
     fn write_text(&self, line: &mut Vec<u8>) {
-        let _ = write!(
-            line,
-            "{} {} {} {}{} {} {}",
-            self.time,
-            self.client,
-            self.method,
-            self.host,
-            Escaped(self.path),
-            self.status,
-            self.outcome
-        );
+        let _ = write!(line, "{} {} {} {}", self.time, self.client, self.method, self.host);
+        push_word(line, self.path);
+        let _ = write!(line, " {} {}", self.status, self.outcome);
         let fields = [
-            ("reason", self.reason),
-            ("route", self.route),
-            ("backend", self.backend),
-            ("user", self.user),
-            ("session", self.session),
-            ("id", Some(self.request_id)),
+            (" reason=", self.reason),
+            (" route=", self.route),
+            (" backend=", self.backend),
+            (" user=", self.user),
+            (" session=", self.session),
+            (" id=", Some(self.request_id)),
         ];
         for (name, value) in fields {
             if let Some(value) = value {
-                let _ = write!(line, " {name}={}", Escaped(value));
+                line.extend_from_slice(name.as_bytes());
+                push_word(line, value);
             }
         }
         let _ = write!(line, " in={} out={} ms={:.3}", self.bytes_in, self.bytes_out, self.duration_ms);
@@ -181,27 +176,37 @@ impl Entry<'_> {
 }
 
 /// A value as one word: what could end the word, the line or the terminal's patience is escaped.
-struct Escaped<'a>(&'a str);
-
-impl std::fmt::Display for Escaped<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        use std::fmt::Write;
-        for character in self.0.chars() {
-            if character.is_control() || matches!(character, ' ' | '"' | '\\' | '=') {
-                write!(f, "{}", character.escape_unicode())?;
-            } else {
-                f.write_char(character)?;
-            }
+fn push_word(line: &mut Vec<u8>, text: &str) {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'=');
+    if text.bytes().all(is_plain) {
+        line.extend_from_slice(text.as_bytes());
+        return;
+    }
+    for character in text.chars() {
+        if character.is_control() || matches!(character, ' ' | '"' | '\\' | '=') {
+            let _ = write!(line, "{}", character.escape_unicode());
+        } else {
+            let _ = write!(line, "{character}");
         }
-        Ok(())
     }
 }
 
-/// Now, as log lines say it.
+/// Now, as log lines say it: `2026-01-02T03:04:05.678Z`.
 pub fn timestamp() -> String {
-    let now = time::OffsetDateTime::now_utc();
-    let millis = now.replace_nanosecond(now.nanosecond() / 1_000_000 * 1_000_000).unwrap_or(now);
-    millis.format(&Rfc3339).unwrap_or_default()
+    thread_local! {
+        /// The text of a second, which many requests share.
+        static SECOND: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    SECOND.with_borrow_mut(|(second, text)| {
+        if *second != now.as_secs() || text.is_empty() {
+            let time = OffsetDateTime::from_unix_timestamp(now.as_secs() as i64).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+            *text = time.format(&Rfc3339).unwrap_or_default();
+            *second = now.as_secs();
+        }
+        let date_and_time = text.strip_suffix('Z').unwrap_or(text);
+        format!("{date_and_time}.{:03}Z", now.subsec_millis())
+    })
 }
 
 #[cfg(test)]
@@ -265,6 +270,15 @@ mod tests {
         assert_eq!(text.lines().count(), 1, "{text:?}");
         assert_eq!(text.matches("user=").count(), 1, "{text:?}");
         assert!(!text.contains('\x1b'), "{text:?}");
+    }
+
+    #[test]
+    fn the_time_is_utc_to_the_millisecond() {
+        let text = timestamp();
+        let shape = text.bytes().map(|byte| if byte.is_ascii_digit() { b'0' } else { byte }).collect::<Vec<_>>();
+        assert_eq!(shape, b"0000-00-00T00:00:00.000Z", "{text}");
+        let read = OffsetDateTime::parse(&text, &Rfc3339).unwrap();
+        assert!((OffsetDateTime::now_utc() - read).abs() < time::Duration::MINUTE);
     }
 
     #[test]

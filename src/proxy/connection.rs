@@ -12,8 +12,9 @@ use pingora::apps::{HttpPersistentSettings, HttpServerApp};
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
+use pingora::time::timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::context::Connection;
 use super::guard::{self, HeadLimits, Refusal};
@@ -98,6 +99,7 @@ async fn read_head(
     shutdown: &mut ShutdownWatch,
 ) -> Result<BytesMut, NoHead> {
     let mut buffer = BytesMut::with_capacity(FIRST_READ_BYTES);
+    // Pingora's timer is coarse and costs next to nothing, which is right for what almost never fires.
     let first = tokio::select! {
         biased; // data that is there is served before a shutdown is looked at
         first = timeout(idle, stream.read_buf(&mut buffer)) => Some(first),

@@ -21,6 +21,11 @@ const HOP_BY_HOP: [HeaderName; 5] = [
     header::TRAILER,
 ];
 
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 /// Makes the request that a backend sees of the one that the client sent. Called once per attempt, always with the
 /// client's own fields: nothing of an earlier attempt is left.
 pub fn request(
@@ -29,11 +34,11 @@ pub fn request(
     cookies: &ReservedCookies,
 ) -> pingora::Result<()> {
     let rules = &context.rules;
-    let forwarded_for = upstream.headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+    let forwarded_for = upstream.headers.get_all(X_FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok());
     let mut forwarded_for =
         if context.trusted_peer { forwarded_for.collect::<Vec<_>>().join(", ") } else { String::new() };
-    let forwarded_host = context.trusted_peer.then(|| upstream.headers.get("x-forwarded-host").cloned()).flatten();
-    let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get("x-forwarded-proto").cloned()).flatten();
+    let forwarded_host = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_HOST).cloned()).flatten();
+    let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_PROTO).cloned()).flatten();
 
     // Remove, then insert, on every way: an anonymous request loses its look-alikes like any other (invariant 1).
     let alien = |name: &&HeaderName| {
@@ -63,13 +68,13 @@ pub fn request(
         }
         forwarded_for.push_str(&connection.peer.to_string());
         let scheme = || HeaderValue::from_static(connection.listener.scheme);
-        upstream.insert_header("X-Forwarded-Proto", forwarded_proto.unwrap_or_else(scheme))?;
+        upstream.insert_header(X_FORWARDED_PROTO, forwarded_proto.unwrap_or_else(scheme))?;
     }
-    upstream.insert_header("X-Forwarded-For", forwarded_for)?;
+    upstream.insert_header(X_FORWARDED_FOR, forwarded_for)?;
     if let Some(host) = forwarded_host.or_else(|| upstream.headers.get(header::HOST).cloned()) {
-        upstream.insert_header("X-Forwarded-Host", host)?;
+        upstream.insert_header(X_FORWARDED_HOST, host)?;
     }
-    upstream.insert_header("X-Request-Id", context.request_id.as_str())?;
+    upstream.insert_header(X_REQUEST_ID, context.request_id.as_str())?;
     upstream.append_header(header::VIA, HeaderValue::from_static(PSEUDONYM))?;
 
     if let Some(identity) = &context.identity {
@@ -106,8 +111,8 @@ pub fn response(
     if guards && says_nothing() {
         response.insert_header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-store"))?;
     }
-    if !response.headers.contains_key("x-request-id") {
-        response.insert_header("x-request-id", context.request_id.as_str())?;
+    if !response.headers.contains_key(X_REQUEST_ID) {
+        response.insert_header(X_REQUEST_ID, context.request_id.as_str())?;
     }
     Ok(())
 }

@@ -2,28 +2,23 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use pingora::apps::HttpServerApp;
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::Stream;
-use pingora::protocols::l4::stream::Stream as TcpStream;
-use pingora::protocols::{GetSocketDigest, SocketDigest};
 use pingora::server::ShutdownWatch;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{ClientHello, ResolvesServerCert};
-use rustls::sign::CertifiedKey;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::config::error::ConfigError;
-use crate::config::model;
+pub mod certificate;
+mod stream;
+
 use crate::metrics::Metrics;
 use crate::proxy::connection::{self, HeadRules, Refusals};
 use crate::proxy::context::{Connection, ListenerFacts};
+use certificate::Certificate;
+use stream::ClientStream;
 
 /// Connections that the kernel holds for us while we are busy.
 const BACKLOG: i32 = 4096;
@@ -164,13 +159,7 @@ fn spawn<A>(
 }
 
 async fn open(stream: tokio::net::TcpStream, peer: SocketAddr, tls: Option<&Tls>, timeout: Duration) -> Option<Stream> {
-    use std::os::fd::AsRawFd;
-    // Small answers must not wait for the acknowledgement of the one before.
-    let _ = stream.set_nodelay(true);
-    let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
-    let _ = digest.peer_addr.set(Some(peer.into()));
-    let mut stream = TcpStream::from(stream);
-    stream.set_socket_digest(digest);
+    let stream = ClientStream::new(stream, peer);
     let Some(tls) = tls else { return Some(Box::new(stream)) };
     match tokio::time::timeout(timeout, tls.acceptor.tls_handshake(stream)).await {
         Ok(Ok(stream)) => Some(Box::new(stream)),
@@ -218,58 +207,4 @@ impl Tls {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Self { acceptor: Arc::new(Acceptor::from_server_config(Arc::new(config))) }
     }
-}
-
-/// A certificate with its key, which a reload replaces under the open socket.
-#[derive(Debug)]
-pub struct Certificate {
-    current: ArcSwap<CertifiedKey>,
-    cert: PathBuf,
-    key: PathBuf,
-}
-
-impl Certificate {
-    /// The listener's certificate; none when it speaks plain HTTP.
-    pub fn of(listener: &model::Listener) -> Result<Option<Arc<Self>>, ConfigError> {
-        let (Some(cert), Some(key)) = (&listener.cert, &listener.key) else { return Ok(None) };
-        let (cert, key) = (cert.get_ref().clone(), key.get_ref().clone());
-        let current = ArcSwap::from_pointee(read_certificate(&cert, &key)?);
-        Ok(Some(Arc::new(Self { current, cert, key })))
-    }
-
-    /// Whether it is of the same files.
-    pub fn is_same(&self, other: &Self) -> bool {
-        (&self.cert, &self.key) == (&other.cert, &other.key)
-    }
-
-    /// From the next handshake on, this is `other`.
-    pub fn replace(&self, other: &Self) {
-        self.current.store(other.current.load_full());
-    }
-}
-
-impl ResolvesServerCert for Certificate {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current.load_full())
-    }
-}
-
-fn read_certificate(cert: &std::path::Path, key: &std::path::Path) -> Result<CertifiedKey, ConfigError> {
-    let pem = |file: &std::path::Path| std::fs::read(file).map_err(|error| ConfigError::unreadable(file, &error));
-    let chain = CertificateDer::pem_slice_iter(&pem(cert)?)
-        .collect::<Result<Vec<_>, _>>()
-        .ok()
-        .filter(|chain| !chain.is_empty())
-        .ok_or_else(|| {
-            ConfigError::of_file(cert, "is not a PEM certificate chain", "the server's certificate comes first")
-        })?;
-    let private = PrivateKeyDer::from_pem_slice(&pem(key)?)
-        .map_err(|_| ConfigError::of_file(key, "is not a PEM private key", "expected PKCS#8, PKCS#1 or SEC1"))?;
-    CertifiedKey::from_der(chain, private, &rustls::crypto::ring::default_provider()).map_err(|error| {
-        ConfigError::of_file(
-            key,
-            &format!("does not fit the certificate: {error}"),
-            "check that both files belong together",
-        )
-    })
 }
