@@ -51,4 +51,5 @@ pub mod identity;
 pub mod backend;
 pub mod admin;
 pub mod config;
+pub mod log;
 pub mod metrics;

@@ -2,33 +2,36 @@
 //!
 //! Each worker is one thread with a runtime of its own, a pingora proxy of its own (and so a pool of backend
 //! connections of its own) and a store connection of its own: requests of different workers never wake each other.
-//! All workers accept from the same sockets, so the idle one takes the next connection.
+//! A thread of its own accepts, and hands each connection to the worker that has the fewest.
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use pingora::apps::HttpServerApp;
+use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::task::JoinSet;
 
 use crate::admin::{Admin, Health, Quiet};
 use crate::backend::{balance, discover};
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
 use crate::listener::certificate::Certificate;
-use crate::listener::{Listener, Worker};
+use crate::listener::{self, Desk, Listener, Queue, Worker};
+use crate::log::{LineWriter, Lines};
 use crate::login::Login;
 use crate::login::users::Users;
 use crate::metrics::Metrics;
 use crate::proxy::Gateway;
-use crate::proxy::access_log::{self, AccessLog};
+use crate::proxy::access_log::AccessLog;
 use crate::proxy::connection::HeadRules;
-use crate::proxy::context::ListenerFacts;
+use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
 use crate::proxy::rules::Rules;
 use crate::session::cookie::{ReservedCookies, SessionCookie};
@@ -66,10 +69,11 @@ pub struct Running {
     /// As it was at the start.
     config: Config,
     shutdown: watch::Sender<bool>,
+    acceptor: Option<JoinHandle<()>>,
     workers: Vec<JoinHandle<()>>,
     background: Option<JoinHandle<()>>,
     ended: watch::Sender<bool>,
-    access_log: Option<access_log::Writer>,
+    access_log: Option<LineWriter>,
 }
 
 /// Why a gateway did not start.
@@ -142,6 +146,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
     let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
     let (access_log, log_writer) = open_access_log(&config.log)?;
+    let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
 
     let (shutdown, shutting_down) = watch::channel(false);
     let (ended, _) = watch::channel(false);
@@ -154,9 +159,9 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         cookies: Arc::new(reserved_cookies(&config)),
         trusted_proxies: config.server.trusted_proxies.iter().map(|network| network.0).collect(),
         body_timeout: config.limits.body_timeout.get(),
+        body_rate_min: config.limits.body_rate_min.0,
         write_timeout: config.limits.write_timeout.get(),
-        metrics: metrics.clone(),
-        access_log,
+        observer,
     };
     let head_rules = Arc::new(HeadRules {
         bytes_max: config.limits.head_bytes.0 as usize,
@@ -185,24 +190,28 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         resolve: Arc::new(Notify::new()),
         shutdown,
         config,
+        acceptor: None,
         workers: Vec::new(),
         background: None,
         ended,
         access_log: log_writer,
     };
+    let mut desks = Vec::new();
     for index in 0..threads {
-        let listeners = listeners.iter().map(Listener::try_clone).collect::<io::Result<Vec<_>>>();
-        let listeners = listeners.map_err(|cause| StartError { what: "cannot share a listener".into(), cause })?;
+        let (desk, queue) = listener::desk();
+        desks.push(desk);
         let plan = WorkerPlan {
-            listeners,
+            queue,
             gateway: gateway.clone(),
             head_rules: Arc::clone(&head_rules),
-            connections: Arc::clone(&connections),
             shutdown: shutting_down.clone(),
             drain_timeout,
         };
         running.workers.push(thread(format!("worker-{index}"), move || plan.run())?);
     }
+    let accept_shutdown = shutting_down.clone();
+    let accept = move || on_own_runtime(accept(listeners, desks, connections, accept_shutdown));
+    running.acceptor = Some(thread("accept".to_owned(), accept)?);
     let background = Background {
         admin,
         sessions,
@@ -257,7 +266,7 @@ impl Running {
     /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.
     pub fn stop(mut self) {
         let _ = self.shutdown.send(true);
-        for worker in self.workers.drain(..) {
+        for worker in self.acceptor.take().into_iter().chain(self.workers.drain(..)) {
             let _ = worker.join();
         }
         let _ = self.ended.send(true);
@@ -268,18 +277,32 @@ impl Running {
     }
 }
 
+/// Accepts on all sockets until the shutdown. The workers' queues end with this.
+async fn accept(
+    listeners: Vec<Listener>,
+    desks: Vec<Desk>,
+    connections: Arc<Semaphore>,
+    shutdown: watch::Receiver<bool>,
+) {
+    let mut accepting = JoinSet::new();
+    for listener in listeners {
+        accepting.spawn(listener.run(desks.clone(), Arc::clone(&connections), shutdown.clone()));
+    }
+    while accepting.join_next().await.is_some() {}
+}
+
 /// One worker thread's share.
 struct WorkerPlan {
-    listeners: Vec<Listener>,
+    queue: Queue,
     gateway: Gateway,
     head_rules: Arc<HeadRules>,
-    connections: Arc<Semaphore>,
     shutdown: watch::Receiver<bool>,
     drain_timeout: Duration,
 }
 
 impl WorkerPlan {
     fn run(self) {
+        let Self { queue, gateway, head_rules, mut shutdown, drain_timeout } = self;
         on_own_runtime(async move {
             let conf = Arc::new(ServerConf {
                 threads: 1,
@@ -288,25 +311,25 @@ impl WorkerPlan {
                 upstream_keepalive_pool_size: BACKEND_CONNECTIONS_KEPT,
                 ..ServerConf::default()
             });
-            let (alive, mut drained) = mpsc::channel(1);
+            // The store connection is there before the first user needs it.
+            let store = Arc::clone(gateway.sessions.store());
+            tokio::spawn(async move { store.ping().await });
             let worker = Worker {
-                refusals: Arc::new(self.gateway.clone()),
-                metrics: self.gateway.metrics.clone(),
-                app: Arc::new(http_proxy(&conf, self.gateway)),
-                head_rules: self.head_rules,
-                connections: self.connections,
-                shutdown: self.shutdown.clone(),
-                alive,
+                refusals: Arc::new(gateway.clone()),
+                metrics: gateway.observer.metrics.clone(),
+                write_timeout: gateway.write_timeout,
+                app: Arc::new(http_proxy(&conf, gateway)),
+                head_rules,
+                shutdown: shutdown.clone(),
             };
             let app = Arc::clone(&worker.app);
-            for listener in self.listeners {
-                tokio::spawn(accept(listener, worker.clone()));
+            let mut serving = pin!(worker.run(queue));
+            tokio::select! {
+                () = &mut serving => return,
+                _ = shutdown.wait_for(|shutting_down| *shutting_down) => {}
             }
-            drop(worker);
-            let mut shutdown = self.shutdown;
-            let _ = shutdown.wait_for(|shutting_down| *shutting_down).await;
             app.http_cleanup().await;
-            if tokio::time::timeout(self.drain_timeout, drained.recv()).await.is_err() {
+            if tokio::time::timeout(drain_timeout, serving).await.is_err() {
                 tracing::warn!("connections cut: they took longer than server.drain_timeout");
             }
         });
@@ -330,18 +353,20 @@ impl Background {
         on_own_runtime(async move {
             let health = Arc::new(Health::default());
             if let Some(listener) = admin {
-                // Health and metrics are told until the very end: only then does this listener close.
-                let (alive, _) = mpsc::channel(1);
+                let (desk, queue) = listener::desk();
                 let worker = Worker {
                     app: Arc::new(Admin { metrics: metrics.clone(), health: Arc::clone(&health), shutdown }),
                     refusals: Arc::new(Quiet),
                     head_rules: Arc::new(ADMIN_HEADS),
-                    connections: Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX)),
+                    write_timeout: ADMIN_WRITE_TIMEOUT,
+                    // Its own, which nobody reads: these connections are not the application's.
                     metrics: Metrics::new(),
+                    // Health and metrics are told until the very end: only then does this listener close.
                     shutdown: ended.clone(),
-                    alive,
                 };
-                tokio::spawn(accept(listener, worker));
+                let connections = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
+                tokio::spawn(listener.run(vec![desk], connections, ended.clone()));
+                tokio::spawn(worker.run(queue));
             }
             let watched = async { health.watch(&**sessions.store(), &metrics).await };
             let resolved = async {
@@ -361,6 +386,7 @@ impl Background {
 }
 
 const ADMIN_CONNECTIONS_MAX: usize = 64;
+const ADMIN_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 const ADMIN_HEADS: HeadRules = HeadRules {
     bytes_max: 16 << 10,
@@ -368,16 +394,6 @@ const ADMIN_HEADS: HeadRules = HeadRules {
     timeout: Duration::from_secs(5),
     keepalive: Duration::from_secs(60),
 };
-
-async fn accept<A>(listener: Listener, worker: Worker<A>)
-where
-    A: HttpServerApp + Send + Sync + 'static,
-{
-    let address = listener.address();
-    if let Err(error) = listener.run(worker).await {
-        tracing::error!(%address, %error, "listener stopped");
-    }
-}
 
 fn bind(
     listener: &model::Listener,
@@ -424,13 +440,13 @@ fn reserved_cookies(config: &Config) -> ReservedCookies {
     ReservedCookies::new([session.as_str(), &format!("{session}-login")])
 }
 
-fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<access_log::Writer>), StartError> {
+fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<LineWriter>), StartError> {
     if !config.access {
         return Ok((AccessLog::silent(), None));
     }
-    let (log, writer) = AccessLog::to(io::stdout(), config.format)
+    let (lines, writer) = Lines::to("access-log", io::stdout())
         .map_err(|cause| StartError { what: "cannot start the access log".into(), cause })?;
-    Ok((log, Some(writer)))
+    Ok((AccessLog::to(lines, config.format), Some(writer)))
 }
 
 fn thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
@@ -454,7 +470,8 @@ fn restart_needed(running: &Config, new: &Config) -> Vec<&'static str> {
     let sections = [
         ("server", running.server != new.server),
         ("listener", running.listeners != new.listeners),
-        ("limits", running.limits != new.limits),
+        // A route's body limit is a rule, and so is the default of it.
+        ("limits", running.limits != model::Limits { body_bytes: running.limits.body_bytes, ..new.limits.clone() }),
         ("store", running.store != new.store),
         ("session", running.session != new.session),
         ("admin", running.admin != new.admin),

@@ -23,6 +23,11 @@ impl Tried {
         }
     }
 
+    /// The last one did nothing wrong but close a connection that it had kept: it may be tried again.
+    pub fn forget_last(&mut self) {
+        self.len = self.len.saturating_sub(1);
+    }
+
     fn contains(&self, index: usize) -> bool {
         self.indexes[..self.len].contains(&index)
     }

@@ -18,8 +18,8 @@ const PORTS_TRIED: u16 = 100;
 const USER: &str = "demo";
 
 pub fn demo(redis: Option<&str>, port: u16, terminal: &mut Terminal<'_>) -> ExitCode {
-    start_log(&Log { level: LogLevel::Warn, ..Log::default() });
-    match start(redis, port, terminal) {
+    let log = start_log(&Log { level: LogLevel::Warn, ..Log::default() });
+    match log.map_err(Into::into).and_then(|_log| start(redis, port, terminal)) {
         Ok(code) => code,
         Err(error) => terminal.fail(&*error, FAILED),
     }

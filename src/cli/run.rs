@@ -9,18 +9,20 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::{FAILED, Terminal};
 use crate::config::model::{Log, LogFormat, LogLevel};
+use crate::log::{LineWriter, Lines};
 use crate::server::Running;
 use crate::{config, server};
 
 pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
-    let prepared = match config::load(file) {
-        Ok(config) => {
-            start_log(&config.log);
-            server::prepare(config)
-        }
-        Err(error) => Err(error),
+    let config = match config::load(file) {
+        Ok(config) => config,
+        Err(error) => return terminal.refuse(&error),
     };
-    let prepared = match prepared {
+    let log = match start_log(&config.log) {
+        Ok(log) => log,
+        Err(error) => return terminal.fail(&error, FAILED),
+    };
+    let prepared = match server::prepare(config) {
         Ok(prepared) => prepared,
         Err(error) => return terminal.refuse(&error),
     };
@@ -39,6 +41,7 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
     tracing::info!("shutting down");
     running.stop();
     tracing::info!("ended");
+    drop(log);
     ExitCode::SUCCESS
 }
 
@@ -90,8 +93,8 @@ impl Signals {
     }
 }
 
-/// Diagnostics go to standard error; the access log has standard output for itself.
-pub(super) fn start_log(config: &Log) {
+/// Diagnostics go to standard error, for as long as the result lives; the access log has standard output for itself.
+pub(super) fn start_log(config: &Log) -> std::io::Result<LineWriter> {
     let level = match config.level {
         LogLevel::Error => "error",
         LogLevel::Warn => "warn",
@@ -101,10 +104,12 @@ pub(super) fn start_log(config: &Log) {
     };
     // The level is for our own lines. At the finer ones, libraries print whole requests with their cookies.
     let filter = EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level}"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let (lines, writer) = Lines::to("log", std::io::stderr())?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || lines.clone());
     // A second start in one process keeps the first log.
     let _ = match config.format {
         LogFormat::Text => log.with_ansi(false).finish().try_init(),
         LogFormat::Json => log.json().flatten_event(true).finish().try_init(),
     };
+    Ok(writer)
 }

@@ -101,6 +101,8 @@ pub struct Limits {
     pub keepalive_timeout: Duration,
     /// Longest pause while a request body arrives.
     pub body_timeout: Duration,
+    /// What a request body must arrive at each second, on average, once it has taken longer than `body_timeout`.
+    pub body_rate_min: Bytes,
     /// Longest pause while the client takes a response.
     pub write_timeout: Duration,
 }
@@ -371,6 +373,7 @@ impl Default for Limits {
             head_timeout: Duration::from_millis(10_000),
             keepalive_timeout: Duration::from_millis(60_000),
             body_timeout: Duration::from_millis(30_000),
+            body_rate_min: Bytes(256),
             write_timeout: Duration::from_millis(30_000),
         }
     }

@@ -1,15 +1,20 @@
 //! Sockets and TLS: bound before anything starts, accepted under a cap, with a deadline on every handshake.
+//!
+//! One task per socket accepts and hands each connection to the worker that has the fewest, where it stays. Workers
+//! that accept for themselves take turns badly: the one that is awake takes all, and half the machine idles.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pingora::apps::HttpServerApp;
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::Stream;
 use pingora::server::ShutdownWatch;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 pub mod certificate;
 mod stream;
@@ -35,37 +40,35 @@ pub struct Listener {
     facts: Arc<ListenerFacts>,
 }
 
-/// What the connections of one worker need.
-pub struct Worker<A> {
-    pub app: Arc<A>,
-    pub refusals: Arc<dyn Refusals>,
-    pub head_rules: Arc<HeadRules>,
-    /// Shared by all workers: open connections at a time.
-    pub connections: Arc<Semaphore>,
-    pub metrics: Metrics,
-    pub shutdown: ShutdownWatch,
-    /// Held by every connection; when the last is dropped, the worker is drained.
-    pub alive: mpsc::Sender<()>,
+/// The accepting side of a worker.
+#[derive(Clone, Debug)]
+pub struct Desk {
+    accepted: mpsc::UnboundedSender<Accepted>,
+    open: Arc<AtomicUsize>,
 }
 
-impl<A> std::fmt::Debug for Worker<A> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Worker").finish_non_exhaustive()
-    }
+/// The worker's side: what it has been handed.
+#[derive(Debug)]
+pub struct Queue {
+    accepted: mpsc::UnboundedReceiver<Accepted>,
+    open: Arc<AtomicUsize>,
 }
 
-impl<A> Clone for Worker<A> {
-    fn clone(&self) -> Self {
-        Self {
-            app: Arc::clone(&self.app),
-            refusals: Arc::clone(&self.refusals),
-            head_rules: Arc::clone(&self.head_rules),
-            connections: Arc::clone(&self.connections),
-            metrics: self.metrics.clone(),
-            shutdown: self.shutdown.clone(),
-            alive: self.alive.clone(),
-        }
-    }
+/// A connection on its way to a worker.
+#[derive(Debug)]
+struct Accepted {
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    tls: Option<Tls>,
+    facts: Arc<ListenerFacts>,
+    permit: OwnedSemaphorePermit,
+}
+
+/// A worker's two sides. The queue ends when the last desk is gone.
+pub fn desk() -> (Desk, Queue) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let open = Arc::new(AtomicUsize::new(0));
+    (Desk { accepted: sender, open: Arc::clone(&open) }, Queue { accepted: receiver, open })
 }
 
 impl Listener {
@@ -87,49 +90,56 @@ impl Listener {
         self.address
     }
 
-    /// Another handle on the same socket, for another worker.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        let socket = self.socket.try_clone()?;
-        Ok(Self { socket, address: self.address, tls: self.tls.clone(), facts: Arc::clone(&self.facts) })
+    /// Accepts until the shutdown, then what the kernel had accepted for us by then. `connections` is how many may be
+    /// open at a time on all listeners; further ones wait in the kernel.
+    pub async fn run(self, desks: Vec<Desk>, connections: Arc<Semaphore>, shutdown: ShutdownWatch) {
+        let address = self.address;
+        if let Err(error) = self.accept(&desks, &connections, shutdown).await {
+            tracing::error!(%address, %error, "listener stopped");
+        }
     }
 
-    /// Accepts until the shutdown, then what the kernel had accepted for us by then.
-    pub async fn run<A>(self, worker: Worker<A>) -> io::Result<()>
-    where
-        A: HttpServerApp + Send + Sync + 'static,
-    {
-        let Self { socket, tls, facts, address } = self;
-        let socket = tokio::net::TcpListener::from_std(socket)?;
-        let mut shutdown = worker.shutdown.clone();
+    async fn accept(self, desks: &[Desk], connections: &Arc<Semaphore>, mut shutdown: ShutdownWatch) -> io::Result<()> {
+        let socket = tokio::net::TcpListener::from_std(self.socket.try_clone()?)?;
         loop {
-            let permit = tokio::select! {
-                permit = Arc::clone(&worker.connections).acquire_owned() => permit.expect("never closed"),
-                _ = shutdown.wait_for(|shutting_down| *shutting_down) => break,
-            };
             let accepted = tokio::select! {
                 accepted = socket.accept() => accepted,
                 _ = shutdown.wait_for(|shutting_down| *shutting_down) => break,
             };
             match accepted {
-                Ok((stream, peer)) => spawn(stream, peer, tls.clone(), Arc::clone(&facts), worker.clone(), permit),
+                Ok((stream, peer)) => {
+                    let permit = tokio::select! {
+                        permit = Arc::clone(connections).acquire_owned() => permit.expect("never closed"),
+                        _ = shutdown.wait_for(|shutting_down| *shutting_down) => break,
+                    };
+                    self.hand_over(desks, stream, peer, permit);
+                }
                 Err(error) => {
-                    tracing::error!(%address, %error, "accept failed");
-                    drop(permit);
+                    tracing::error!(address = %self.address, %error, "accept failed");
                     tokio::time::sleep(PAUSE_AFTER_FAILED_ACCEPT).await;
                 }
             }
         }
         while let (Ok(permit), Some(Ok((stream, peer)))) =
-            (Arc::clone(&worker.connections).try_acquire_owned(), accept_waiting(&socket).await)
+            (Arc::clone(connections).try_acquire_owned(), accept_waiting(&socket).await)
         {
-            spawn(stream, peer, tls.clone(), Arc::clone(&facts), worker.clone(), permit);
+            self.hand_over(desks, stream, peer, permit);
         }
         Ok(())
+    }
+
+    fn hand_over(&self, desks: &[Desk], stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+        let idlest = desks.iter().min_by_key(|desk| desk.open.load(Ordering::Relaxed));
+        let (Some(desk), Ok(socket)) = (idlest, stream.into_std()) else { return };
+        let (tls, facts) = (self.tls.clone(), Arc::clone(&self.facts));
+        desk.open.fetch_add(1, Ordering::Relaxed);
+        // A worker that is gone has no use for it.
+        let _ = desk.accepted.send(Accepted { socket, peer, tls, facts, permit });
     }
 }
 
 /// A connection that is already there; does not wait for one.
-async fn accept_waiting(socket: &tokio::net::TcpListener) -> Option<io::Result<(tokio::net::TcpStream, SocketAddr)>> {
+async fn accept_waiting(socket: &tokio::net::TcpListener) -> Option<io::Result<(TcpStream, SocketAddr)>> {
     std::future::poll_fn(|task| match socket.poll_accept(task) {
         std::task::Poll::Ready(accepted) => std::task::Poll::Ready(Some(accepted)),
         std::task::Poll::Pending => std::task::Poll::Ready(None),
@@ -137,56 +147,93 @@ async fn accept_waiting(socket: &tokio::net::TcpListener) -> Option<io::Result<(
     .await
 }
 
-fn spawn<A>(
-    stream: tokio::net::TcpStream,
-    peer: SocketAddr,
-    tls: Option<Tls>,
-    facts: Arc<ListenerFacts>,
-    worker: Worker<A>,
-    permit: tokio::sync::OwnedSemaphorePermit,
-) where
-    A: HttpServerApp + Send + Sync + 'static,
-{
-    tokio::spawn(async move {
-        let Worker { app, refusals, head_rules, metrics, shutdown, alive, .. } = worker;
-        let count = ConnectionCount::of(&metrics);
-        if let Some(stream) = open(stream, peer, tls.as_ref(), head_rules.timeout).await {
-            let connection = Arc::new(Connection { peer: peer.ip().to_canonical(), listener: facts });
-            connection::serve(stream, connection, head_rules, app, refusals, shutdown).await;
-        }
-        drop((count, permit, alive));
-    });
+/// What the connections of one worker need.
+pub struct Worker<A> {
+    pub app: Arc<A>,
+    pub refusals: Arc<dyn Refusals>,
+    pub head_rules: Arc<HeadRules>,
+    /// Longest pause while a client takes what we write.
+    pub write_timeout: Duration,
+    pub metrics: Metrics,
+    pub shutdown: ShutdownWatch,
 }
 
-async fn open(stream: tokio::net::TcpStream, peer: SocketAddr, tls: Option<&Tls>, timeout: Duration) -> Option<Stream> {
-    let stream = ClientStream::new(stream, peer);
-    let Some(tls) = tls else { return Some(Box::new(stream)) };
-    match tokio::time::timeout(timeout, tls.acceptor.tls_handshake(stream)).await {
-        Ok(Ok(stream)) => Some(Box::new(stream)),
-        Ok(Err(error)) => {
-            tracing::debug!(%peer, %error, "TLS handshake failed");
-            None
+impl<A> std::fmt::Debug for Worker<A> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").finish_non_exhaustive()
+    }
+}
+
+impl<A> Worker<A>
+where
+    A: HttpServerApp + Send + Sync + 'static,
+{
+    /// Serves what comes through the queue; returns when the queue has ended and the last connection with it.
+    pub async fn run(self, mut queue: Queue) {
+        let worker = Arc::new(self);
+        let (alive, mut all_gone) = mpsc::channel::<()>(1);
+        while let Some(accepted) = queue.accepted.recv().await {
+            let (worker, open, alive) = (Arc::clone(&worker), Arc::clone(&queue.open), alive.clone());
+            tokio::spawn(async move {
+                let count = ConnectionCount::of(&worker.metrics, open);
+                worker.serve(accepted).await;
+                drop((count, alive));
+            });
         }
-        Err(_) => {
-            tracing::debug!(%peer, "TLS handshake took too long");
-            None
+        drop(alive);
+        let _ = all_gone.recv().await;
+    }
+
+    async fn serve(&self, accepted: Accepted) {
+        let Accepted { socket, peer, tls, facts, permit } = accepted;
+        let Some(stream) = self.open(socket, peer, tls.as_ref()).await else { return };
+        let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts));
+        let (head_rules, app) = (Arc::clone(&self.head_rules), Arc::clone(&self.app));
+        let refusals = Arc::clone(&self.refusals);
+        connection::serve(stream, connection, head_rules, app, refusals, self.shutdown.clone()).await;
+        drop(permit);
+    }
+
+    async fn open(&self, socket: std::net::TcpStream, peer: SocketAddr, tls: Option<&Tls>) -> Option<Stream> {
+        let stream = match TcpStream::from_std(socket) {
+            Ok(socket) => ClientStream::new(socket, peer, self.write_timeout),
+            Err(error) => {
+                tracing::error!(%peer, %error, "connection not taken over");
+                return None;
+            }
+        };
+        let Some(tls) = tls else { return Some(Box::new(stream)) };
+        match tokio::time::timeout(self.head_rules.timeout, tls.acceptor.tls_handshake(stream)).await {
+            Ok(Ok(stream)) => Some(Box::new(stream)),
+            Ok(Err(error)) => {
+                tracing::debug!(%peer, %error, "TLS handshake failed");
+                None
+            }
+            Err(_) => {
+                tracing::debug!(%peer, "TLS handshake took too long");
+                None
+            }
         }
     }
 }
 
 /// Counts a connection for as long as it lives, also when its task panics.
-struct ConnectionCount(prometheus::IntGauge);
+struct ConnectionCount {
+    gauge: prometheus::IntGauge,
+    open: Arc<AtomicUsize>,
+}
 
 impl ConnectionCount {
-    fn of(metrics: &Metrics) -> Self {
+    fn of(metrics: &Metrics, open: Arc<AtomicUsize>) -> Self {
         metrics.connections.inc();
-        Self(metrics.connections.clone())
+        Self { gauge: metrics.connections.clone(), open }
     }
 }
 
 impl Drop for ConnectionCount {
     fn drop(&mut self) {
-        self.0.dec();
+        self.gauge.dec();
+        self.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -1,13 +1,15 @@
 //! A client's socket, as pingora wants to see one.
 //!
-//! Pingora's own stream is written without a buffer unless pingora's own service made it, and costs a clock reading
-//! for every read and write. This one gathers the head and the body of a small response into one system call.
+//! Pingora's own stream is written without a buffer unless pingora's own service made it, costs a clock reading for
+//! every read and write, has no time limit on much of what it writes, and closes on bytes that it has not read, which
+//! resets the connection and can destroy the answer on its way. This one gathers the head and the body of a small
+//! response into one system call, gives up on a client that takes nothing, and closes in order.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -16,8 +18,11 @@ use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
     UniqueIDType,
 };
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Sleep, timeout};
+
+use crate::proxy::reply::LINGER;
 
 /// Enough for the head and the body of most small responses; larger writes go past the buffer.
 const WRITE_BUFFER_BYTES: usize = 4096;
@@ -26,21 +31,38 @@ const WRITE_BUFFER_BYTES: usize = 4096;
 #[derive(Debug)]
 pub(super) struct ClientStream {
     socket: BufWriter<TcpStream>,
+    write_timeout: Duration,
+    /// Runs while the client takes nothing.
+    stalled: Option<Pin<Box<Sleep>>>,
     accepted: SystemTime,
     digest: Arc<SocketDigest>,
 }
 
 impl ClientStream {
-    pub(super) fn new(socket: TcpStream, peer: std::net::SocketAddr) -> Self {
+    pub(super) fn new(socket: TcpStream, peer: std::net::SocketAddr, write_timeout: Duration) -> Self {
         // Our own buffer gathers what belongs together; the kernel must not hold it back for an acknowledgement.
         let _ = socket.set_nodelay(true);
         let digest = SocketDigest::from_raw_fd(socket.as_raw_fd());
         let _ = digest.peer_addr.set(Some(peer.into()));
         Self {
             socket: BufWriter::with_capacity(WRITE_BUFFER_BYTES, socket),
+            write_timeout,
+            stalled: None,
             accepted: SystemTime::now(),
             digest: Arc::new(digest),
         }
+    }
+
+    /// What a write gave, or an error when writes have given nothing for too long.
+    fn within_time<T>(&mut self, task: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let timeout = self.write_timeout;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(stalled.as_mut().poll(task));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -52,15 +74,18 @@ impl AsyncRead for ClientStream {
 
 impl AsyncWrite for ClientStream {
     fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(task, bytes)
+        let written = Pin::new(&mut self.socket).poll_write(task, bytes);
+        self.within_time(task, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(task)
+        let flushed = Pin::new(&mut self.socket).poll_flush(task);
+        self.within_time(task, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(task)
+        let shut_down = Pin::new(&mut self.socket).poll_shutdown(task);
+        self.within_time(task, shut_down)
     }
 
     fn poll_write_vectored(
@@ -68,7 +93,8 @@ impl AsyncWrite for ClientStream {
         task: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(task, slices)
+        let written = Pin::new(&mut self.socket).poll_write_vectored(task, slices);
+        self.within_time(task, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -78,9 +104,17 @@ impl AsyncWrite for ClientStream {
 
 #[async_trait]
 impl Shutdown for ClientStream {
+    /// Says that we are done, then reads on for a moment: closing on unread bytes resets the connection, and the
+    /// reset can overtake our answer (RFC 9112, section 9.6).
     async fn shutdown(&mut self) {
-        // The client may have gone before.
-        let _ = AsyncWriteExt::shutdown(self).await;
+        let farewell = async {
+            AsyncWriteExt::shutdown(&mut self.socket).await?;
+            let mut rest = [0; 4096];
+            while 0 < self.socket.get_mut().read(&mut rest).await? {}
+            io::Result::Ok(())
+        };
+        // The client may be gone or stuck: either way we are done.
+        let _ = timeout(LINGER, farewell).await;
     }
 }
 

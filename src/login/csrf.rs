@@ -8,13 +8,13 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit, Mac};
-use http::header::{COOKIE, ORIGIN, REFERER};
+use http::header::{ORIGIN, REFERER};
 use http::{HeaderMap, HeaderValue};
 use rand::TryRng;
 use rand::rngs::{SysError, SysRng};
 use sha2::Sha256;
 
-use crate::session::cookie::SessionCookie;
+use crate::session::cookie::{SessionCookie, sole_value};
 use crate::session::id::SessionId;
 
 /// What a token is good for: one made for a login ends no session.
@@ -110,10 +110,7 @@ impl LoginCookie {
 
     /// The key in the request's `Cookie` fields: none when absent, malformed, or there twice.
     pub fn find(&self, headers: &HeaderMap) -> Option<FormKey> {
-        let fields = headers.get_all(COOKIE).iter().filter_map(|field| field.to_str().ok());
-        let pairs = fields.flat_map(|field| field.split(';')).filter_map(|pair| pair.trim().split_once('='));
-        let mut values = pairs.filter(|(name, _)| *name == self.name).map(|(_, value)| value);
-        let (Some(value), None) = (values.next(), values.next()) else { return None };
+        let value = sole_value(headers, &self.name)?;
         URL_SAFE_NO_PAD.decode(value).ok()?.try_into().ok().map(FormKey)
     }
 

@@ -4,23 +4,14 @@
 use std::cell::RefCell;
 use std::io::Write;
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::config::model::LogFormat;
-
-/// Lines gather for this long before they are written in one system call: a write and a wake-up for each would
-/// cost more than the request.
-const GATHER: Duration = Duration::from_millis(50);
-
-/// When the reader of our output is stuck, lines beyond this are dropped and counted, never waited for.
-const WAITING_BYTES_MAX: usize = 4 << 20;
+use crate::log::Lines;
 
 /// What there is to say of one request.
 #[derive(Debug, Serialize)]
@@ -49,106 +40,37 @@ pub struct Entry<'a> {
     pub duration_ms: f64,
 }
 
-/// Where the lines go.
+/// Takes the entries.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
-    sink: Option<Arc<Sink>>,
+    lines: Option<Lines>,
     format: LogFormat,
-}
-
-#[derive(Debug, Default)]
-struct Sink {
-    waiting: Mutex<Waiting>,
-    something: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Waiting {
-    lines: Vec<u8>,
-    dropped: u64,
-    closed: bool,
-}
-
-/// Writes what waits until the log is closed; joining it is the flush.
-#[derive(Debug)]
-pub struct Writer {
-    sink: Arc<Sink>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl AccessLog {
     /// A log that says nothing.
     pub fn silent() -> Self {
-        Self { sink: None, format: LogFormat::Text }
+        Self { lines: None, format: LogFormat::Text }
     }
 
-    /// A log on `output`, and the thread that writes it.
-    pub fn to(output: impl Write + Send + 'static, format: LogFormat) -> std::io::Result<(Self, Writer)> {
-        let sink = Arc::new(Sink::default());
-        let reader = Arc::clone(&sink);
-        let thread = std::thread::Builder::new().name("access-log".into()).spawn(move || reader.drain(output))?;
-        Ok((Self { sink: Some(Arc::clone(&sink)), format }, Writer { sink, thread: Some(thread) }))
+    pub fn to(lines: Lines, format: LogFormat) -> Self {
+        Self { lines: Some(lines), format }
     }
 
-    /// Whether anybody reads: lets the caller save the work of making an entry.
+    /// Whether nobody reads: saves the work of making an entry.
     pub fn is_silent(&self) -> bool {
-        self.sink.is_none()
+        self.lines.is_none()
     }
 
     pub fn write(&self, entry: &Entry<'_>) {
-        let Some(sink) = &self.sink else { return };
-        let mut waiting = sink.waiting.lock();
-        if WAITING_BYTES_MAX < waiting.lines.len() {
-            waiting.dropped += 1;
-            return;
-        }
-        let was_empty = waiting.lines.is_empty();
-        match self.format {
-            LogFormat::Json => serde_json::to_writer(&mut waiting.lines, entry).expect("an entry is plain JSON"),
-            LogFormat::Text => entry.write_text(&mut waiting.lines),
-        }
-        waiting.lines.push(b'\n');
-        drop(waiting);
-        if was_empty {
-            sink.something.notify_one();
-        }
-    }
-}
-
-impl Sink {
-    fn drain(&self, mut output: impl Write) {
-        let mut lines = Vec::new();
-        loop {
-            let mut waiting = self.waiting.lock();
-            while waiting.lines.is_empty() && !waiting.closed {
-                self.something.wait(&mut waiting);
+        let Some(lines) = &self.lines else { return };
+        lines.push(|line| {
+            match self.format {
+                LogFormat::Json => serde_json::to_writer(&mut *line, entry).expect("an entry is plain JSON"),
+                LogFormat::Text => entry.write_text(line),
             }
-            if !waiting.closed {
-                self.something.wait_while_for(&mut waiting, |waiting| !waiting.closed, GATHER);
-            }
-            lines.clear();
-            std::mem::swap(&mut lines, &mut waiting.lines);
-            let (dropped, closed) = (std::mem::take(&mut waiting.dropped), waiting.closed);
-            drop(waiting);
-            if 0 < dropped {
-                tracing::warn!(dropped, "access log lines dropped: standard output is not read");
-            }
-            // A closed or full output must not touch the traffic; there is nowhere left to say so.
-            let _ = output.write_all(&lines).and_then(|()| output.flush());
-            if closed {
-                return;
-            }
-        }
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.sink.waiting.lock().closed = true;
-        self.sink.something.notify_one();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+            line.push(b'\n');
+        });
     }
 }
 
@@ -211,6 +133,10 @@ pub fn timestamp() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+
     use super::*;
 
     fn entry(path: &str) -> Entry<'_> {
@@ -249,7 +175,8 @@ mod tests {
 
     fn written(format: LogFormat, entries: &[Entry<'_>]) -> String {
         let output = Output::default();
-        let (log, writer) = AccessLog::to(output.clone(), format).unwrap();
+        let (lines, writer) = Lines::to("test", output.clone()).unwrap();
+        let log = AccessLog::to(lines, format);
         entries.iter().for_each(|entry| log.write(entry));
         drop(writer);
         let bytes = output.0.lock().clone();

@@ -5,11 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use http::{HeaderValue, Method, StatusCode, Uri};
+
 use crate::backend::balance::Tried;
 use crate::backend::{Backend, Pool};
 use crate::identity::Identity;
+use crate::metrics::Metrics;
 use crate::session::cookie::SessionCookie;
+use crate::session::id::SessionKey;
 
+use super::access_log::{self, AccessLog, Entry};
 use super::reply::{Outcome, Rejection};
 use super::route::Route;
 use super::rules::Rules;
@@ -18,7 +23,16 @@ use super::rules::Rules;
 #[derive(Debug)]
 pub struct Connection {
     pub peer: IpAddr,
+    /// The peer as `X-Forwarded-For` says it.
+    pub forwarded_for: HeaderValue,
     pub listener: Arc<ListenerFacts>,
+}
+
+impl Connection {
+    pub fn new(peer: IpAddr, listener: Arc<ListenerFacts>) -> Self {
+        let forwarded_for = HeaderValue::try_from(peer.to_string()).expect("an address is visible ASCII");
+        Self { peer, forwarded_for, listener }
+    }
 }
 
 /// What a request must know of the socket that it came through.
@@ -30,10 +44,29 @@ pub struct ListenerFacts {
     pub cookie: SessionCookie,
 }
 
+/// Where requests are told of.
+#[derive(Debug)]
+pub struct Observer {
+    pub metrics: Metrics,
+    pub access_log: AccessLog,
+}
+
+/// What was asked for, kept for the log line.
+#[derive(Debug)]
+pub struct RequestLine {
+    pub method: Method,
+    pub uri: Uri,
+    /// The `Host` field.
+    pub host: HeaderValue,
+}
+
 /// One request.
 #[derive(Debug)]
 pub struct RequestContext {
+    observer: Arc<Observer>,
+    is_recorded: bool,
     pub started: Instant,
+    pub line: Option<RequestLine>,
     /// What reload replaces, as it was when the request came: one request sees one configuration.
     pub rules: Arc<Rules>,
     pub connection: Option<Arc<Connection>>,
@@ -45,8 +78,8 @@ pub struct RequestContext {
     pub route: Option<Arc<Route>>,
     pub pool: Option<Arc<Pool>>,
     pub identity: Option<Arc<Identity>>,
-    /// A hash for the log.
-    pub session: Option<String>,
+    /// Of the session, for the log.
+    pub session: Option<SessionKey>,
     /// The client sent a session id, and the store knows no such session.
     pub session_is_gone: bool,
     pub is_upgrade: bool,
@@ -55,6 +88,8 @@ pub struct RequestContext {
     pub body_bytes_max: u64,
     pub body_bytes: u64,
     pub tried: Tried,
+    /// It has been sent once more after a backend failed on it.
+    pub is_repeated: bool,
     pub backend: Option<Arc<Backend>>,
     pub outcome: Option<Outcome>,
     /// Why an attempt failed, to be told if no other succeeds.
@@ -62,9 +97,12 @@ pub struct RequestContext {
 }
 
 impl RequestContext {
-    pub fn new(rules: Arc<Rules>) -> Self {
+    pub fn new(observer: Arc<Observer>, rules: Arc<Rules>) -> Self {
         Self {
+            observer,
+            is_recorded: false,
             started: Instant::now(),
+            line: None,
             rules,
             connection: None,
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -80,9 +118,56 @@ impl RequestContext {
             body_bytes_max: u64::MAX,
             body_bytes: 0,
             tried: Tried::default(),
+            is_repeated: false,
             backend: None,
             outcome: None,
             failure: None,
+        }
+    }
+}
+
+impl RequestContext {
+    /// One line, one count (invariant 9). Bytes are those of the bodies.
+    pub fn record(&mut self, status: u16, outcome: Outcome, bytes_in: usize, bytes_out: usize) {
+        self.is_recorded = true;
+        let duration = self.started.elapsed();
+        let Observer { metrics, access_log } = &*self.observer;
+        let route = self.route.as_ref().map(|route| route.name.as_str());
+        let status_code = StatusCode::from_u16(status);
+        let status_label = status_code.as_ref().map_or("0", StatusCode::as_str);
+        metrics.requests.with_label_values(&[route.unwrap_or("-"), status_label, outcome.label()]).inc();
+        metrics.request_seconds.with_label_values(&[route.unwrap_or("-")]).observe(duration.as_secs_f64());
+        if access_log.is_silent() {
+            return;
+        }
+        let session = self.session.as_ref().map(SessionKey::log_hash);
+        let line = self.line.as_ref();
+        access_log.write(&Entry {
+            time: access_log::timestamp(),
+            request_id: &self.request_id,
+            client: self.client,
+            method: line.map_or("-", |line| line.method.as_str()),
+            host: line.and_then(|line| line.host.to_str().ok()).unwrap_or("-"),
+            path: line.map_or("", |line| line.uri.path()),
+            status,
+            outcome: outcome.label(),
+            reason: None,
+            route,
+            backend: self.backend.as_ref().map(|backend| backend.name()),
+            user: self.identity.as_ref().map(|identity| identity.user.as_str()),
+            session: session.as_deref(),
+            bytes_in,
+            bytes_out,
+            duration_ms: duration.as_secs_f64() * 1e3,
+        });
+    }
+}
+
+/// A request that was dropped on its way (cut at the end of a shutdown, or by a panic) is told of all the same.
+impl Drop for RequestContext {
+    fn drop(&mut self) {
+        if !self.is_recorded && self.line.is_some() {
+            self.record(0, Outcome::Cut, 0, 0);
         }
     }
 }

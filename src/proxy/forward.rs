@@ -35,8 +35,7 @@ pub fn request(
 ) -> pingora::Result<()> {
     let rules = &context.rules;
     let forwarded_for = upstream.headers.get_all(X_FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok());
-    let mut forwarded_for =
-        if context.trusted_peer { forwarded_for.collect::<Vec<_>>().join(", ") } else { String::new() };
+    let forwarded_for = if context.trusted_peer { forwarded_for.collect::<Vec<_>>().join(", ") } else { String::new() };
     let forwarded_host = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_HOST).cloned()).flatten();
     let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_PROTO).cloned()).flatten();
 
@@ -63,14 +62,16 @@ pub fn request(
     upstream.remove_header(&header::PROXY_AUTHORIZATION);
 
     if let Some(connection) = &context.connection {
-        if !forwarded_for.is_empty() {
-            forwarded_for.push_str(", ");
+        let peer = &connection.forwarded_for;
+        if forwarded_for.is_empty() {
+            upstream.insert_header(X_FORWARDED_FOR, peer.clone())?;
+        } else {
+            let hops = format!("{forwarded_for}, {}", peer.to_str().unwrap_or_default());
+            upstream.insert_header(X_FORWARDED_FOR, hops)?;
         }
-        forwarded_for.push_str(&connection.peer.to_string());
         let scheme = || HeaderValue::from_static(connection.listener.scheme);
         upstream.insert_header(X_FORWARDED_PROTO, forwarded_proto.unwrap_or_else(scheme))?;
     }
-    upstream.insert_header(X_FORWARDED_FOR, forwarded_for)?;
     if let Some(host) = forwarded_host.or_else(|| upstream.headers.get(header::HOST).cloned()) {
         upstream.insert_header(X_FORWARDED_HOST, host)?;
     }

@@ -10,6 +10,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Method, Response, header};
 use ipnet::IpNet;
 use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::modules::http::HttpModules;
 use pingora::protocols::Digest;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session as HttpSession};
 use pingora::upstreams::peer::HttpPeer;
@@ -17,7 +18,6 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::model::Access;
 use crate::login::{Login, LoginRequest};
-use crate::metrics::Metrics;
 use crate::session::cookie::ReservedCookies;
 use crate::session::record::LoginMethod;
 use crate::session::{Session, Sessions};
@@ -32,10 +32,10 @@ pub mod forward;
 pub mod reply;
 pub mod access_log;
 
-use access_log::{AccessLog, Entry};
+use access_log::Entry;
 use admit::{Step, Who, admit};
 use connection::Refusals;
-use context::{Connection, RequestContext};
+use context::{Connection, Observer, RequestContext, RequestLine};
 use guard::Refusal;
 use reply::{Outcome, Rejection};
 use rules::Rules;
@@ -56,9 +56,10 @@ pub struct Gateway {
     pub cookies: Arc<ReservedCookies>,
     pub trusted_proxies: Arc<[IpNet]>,
     pub body_timeout: Duration,
+    /// Bytes per second that a body must arrive at, on average after the first `body_timeout`.
+    pub body_rate_min: u64,
     pub write_timeout: Duration,
-    pub metrics: Metrics,
-    pub access_log: AccessLog,
+    pub observer: Arc<Observer>,
 }
 
 /// Where a request goes from the session to the backend, or our own answer.
@@ -72,8 +73,11 @@ impl ProxyHttp for Gateway {
     type CTX = RequestContext;
 
     fn new_ctx(&self) -> RequestContext {
-        RequestContext::new(self.rules.load_full())
+        RequestContext::new(Arc::clone(&self.observer), self.rules.load_full())
     }
+
+    /// None: by default pingora sets up a compressor for every request, switched off.
+    fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     /// Called for every request, with what [`connection::serve`] knows of the connection.
     fn on_connection_reuse(
@@ -92,7 +96,7 @@ impl ProxyHttp for Gateway {
             Decision::Forward => {
                 if is_expecting_continue(downstream.req_header()) {
                     // Pingora leaves this to the backend, and a backend that does not know it stalls the upload.
-                    downstream.write_continue_response().await?;
+                    say_continue(downstream).await?;
                     context.continued = true;
                 }
                 Ok(FORWARD)
@@ -100,7 +104,11 @@ impl ProxyHttp for Gateway {
             Decision::Reply { response, outcome } => {
                 context.outcome = Some(outcome);
                 let close = downstream.is_process_shutting_down();
-                reply::send(downstream, response, &context.request_id, close).await?;
+                let sent = reply::send(downstream, response, &context.request_id, close).await;
+                sent.map_err(|error| {
+                    context.outcome = None;
+                    error.into_down()
+                })?;
                 Ok(REPLIED)
             }
         }
@@ -118,8 +126,11 @@ impl ProxyHttp for Gateway {
         }
         context.body_bytes += body.as_ref().map_or(0, |bytes| bytes.len() as u64);
         if context.body_bytes_max < context.body_bytes {
-            context.failure = Some(Rejection::BodyTooLarge);
             return Err(Error::explain(ErrorType::HTTPStatus(413), "request body over the limit").into_down());
+        }
+        let late = context.started.elapsed().saturating_sub(self.body_timeout);
+        if context.body_bytes < self.body_rate_min.saturating_mul(late.as_secs()) {
+            return Err(Error::explain(ErrorType::ReadTimedout, "request body under the least rate").into_down());
         }
         Ok(())
     }
@@ -135,7 +146,7 @@ impl ProxyHttp for Gateway {
                 Error::explain(ErrorType::HTTPStatus(why.status().as_u16()), "no backend left to try").into_up()
             );
         };
-        self.metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]).inc();
+        self.observer.metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]).inc();
         let timeouts = pool.timeouts();
         let mut peer = HttpPeer::new(address, false, String::new());
         let options = &mut peer.options;
@@ -181,6 +192,7 @@ impl ProxyHttp for Gateway {
         if let Some(backend) = &context.backend {
             backend.wake();
         }
+        context.failure = None;
         Ok(())
     }
 
@@ -190,6 +202,8 @@ impl ProxyHttp for Gateway {
         upstream: &mut RequestHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        // What of the body was sent to an earlier attempt comes by once more.
+        context.body_bytes = 0;
         forward::request(upstream, context, &self.cookies)
     }
 
@@ -207,6 +221,10 @@ impl ProxyHttp for Gateway {
         {
             downstream.set_read_timeout(Some(pool.timeouts().websocket));
         }
+        if downstream.req_header().version == http::Version::HTTP_10 {
+            // Such a client knows no chunks (RFC 9112, section 6.1); the end of the connection ends the body.
+            response.remove_header(&header::TRANSFER_ENCODING);
+        }
         forward::response(response, context, &self.cookies)
     }
 
@@ -218,7 +236,7 @@ impl ProxyHttp for Gateway {
         downstream: &mut HttpSession,
         mut error: Box<Error>,
         context: &mut RequestContext,
-        _client_reused: bool,
+        was_kept: bool,
     ) -> Box<Error> {
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
         let backend_failed = *error.esource() == ErrorSource::Upstream;
@@ -226,11 +244,19 @@ impl ProxyHttp for Gateway {
             self.count_backend_failure(context, if timed_out { "timeout" } else { "response" });
             context.failure = Some(if timed_out { Rejection::BackendTimeout } else { Rejection::BackendFailed });
         }
-        let begun = downstream.response_written().is_some_and(|response| !response.status.is_informational());
-        let may_repeat = downstream.req_header().method.is_idempotent()
+        let may_repeat = backend_failed
+            && !timed_out
+            && !has_begun(downstream)
+            && downstream.req_header().method.is_idempotent()
             && !downstream.as_ref().retry_buffer_truncated()
             && !context.is_upgrade;
-        error.set_retry(backend_failed && !timed_out && !begun && may_repeat);
+        if was_kept {
+            // The backend closed a connection that had been idle, which is its right: it is no worse than the others.
+            context.tried.forget_last();
+        }
+        error.set_retry(may_repeat && (was_kept || !context.is_repeated));
+        // A request on which a backend dies may be what kills it: it meets one more, not all of them.
+        context.is_repeated |= !was_kept;
         error
     }
 
@@ -241,20 +267,24 @@ impl ProxyHttp for Gateway {
         context: &mut RequestContext,
     ) -> FailToProxy {
         let rejection = rejection(error, context);
-        let begun = downstream.response_written().is_some_and(|response| !response.status.is_informational());
+        let is_socket = downstream.response_written().is_some_and(is_upgraded);
         let outcome = match rejection {
+            Some(Rejection::BackendTimeout | Rejection::BodyTooSlow) if is_socket => Outcome::IdleSocket,
             None => Outcome::ClientGone,
-            Some(_) if begun => Outcome::Truncated,
+            Some(_) if has_begun(downstream) => Outcome::Truncated,
             Some(rejection) => Outcome::Rejected(rejection),
         };
         context.outcome = Some(outcome);
         let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
         match outcome {
-            Outcome::ClientGone => tracing::debug!(request_id = context.request_id, cause = %error, "client left"),
+            Outcome::ClientGone | Outcome::IdleSocket => {
+                tracing::debug!(request_id = context.request_id, outcome = outcome.label(), cause = %error, "ended early");
+            }
             Outcome::Forwarded
             | Outcome::Answered
             | Outcome::LoginRedirect
             | Outcome::Refused
+            | Outcome::Cut
             | Outcome::Truncated
             | Outcome::Rejected(_) => tracing::warn!(
                 request_id = context.request_id,
@@ -282,7 +312,7 @@ impl ProxyHttp for Gateway {
             None => Outcome::Forwarded,
             Some(error) => rejection(error, context).map_or(Outcome::ClientGone, |_| Outcome::Truncated),
         });
-        self.record(downstream, context, status, outcome);
+        context.record(status, outcome, downstream.body_bytes_read(), downstream.body_bytes_sent());
     }
 
     /// We log each failure once, in `fail_to_proxy`, without the request's query.
@@ -298,7 +328,13 @@ impl ProxyHttp for Gateway {
 impl Gateway {
     /// The first facts: whose connection, what address, which id.
     fn open(&self, downstream: &mut HttpSession, context: &mut RequestContext, connection: Arc<Connection>) {
-        let headers = &downstream.req_header().headers;
+        let request = downstream.req_header();
+        let headers = &request.headers;
+        context.line = Some(RequestLine {
+            method: request.method.clone(),
+            uri: request.uri.clone(),
+            host: headers.get(header::HOST).cloned().unwrap_or(HeaderValue::from_static("-")),
+        });
         context.trusted_peer = self.trusts(connection.peer);
         context.client = connection.peer;
         if context.trusted_peer {
@@ -363,15 +399,16 @@ impl Gateway {
         let resumed = self.sessions.resume(&id).await;
         let (result, who) = match resumed {
             Ok(Some(session)) => {
-                context.session = Some(id.key().log_hash());
-                ("live", self.user_of(&session, &context.rules))
+                let who = user_of(&session, &context.rules);
+                context.session = Some(session.key);
+                ("live", who)
             }
             Ok(None) => {
                 context.session_is_gone = true;
                 ("none", Who::Nobody)
             }
             Err(error) => {
-                self.metrics.store_errors.with_label_values(&["load"]).inc();
+                self.observer.metrics.store_errors.with_label_values(&["load"]).inc();
                 tracing::debug!(
                     request_id = context.request_id,
                     error = &error as &dyn std::error::Error,
@@ -380,18 +417,12 @@ impl Gateway {
                 ("unavailable", Who::Unknown)
             }
         };
-        self.metrics.session_resolve_seconds.with_label_values(&[result]).observe(started.elapsed().as_secs_f64());
+        self.observer
+            .metrics
+            .session_resolve_seconds
+            .with_label_values(&[result])
+            .observe(started.elapsed().as_secs_f64());
         who
-    }
-
-    /// Who a live session is now: of a user of the users file, what the file says today.
-    fn user_of(&self, session: &Session, rules: &Rules) -> Who {
-        match session.record.method {
-            LoginMethod::Password => match rules.login.users().current(&session.record.identity.user).cloned() {
-                Some(identity) => Who::User(identity),
-                None => Who::Nobody, // removed or disabled since
-            },
-        }
     }
 
     /// One of our own endpoints.
@@ -436,11 +467,15 @@ impl Gateway {
             return Err(Rejection::BodyTooLarge);
         }
         if is_expecting_continue(downstream.req_header()) {
-            downstream.write_continue_response().await.map_err(|_| Rejection::BodyTooSlow)?;
+            say_continue(downstream).await.map_err(|_| Rejection::BodyTooSlow)?;
         }
+        let unread = |error: Box<Error>| match error.etype() {
+            ErrorType::ReadTimedout => Rejection::BodyTooSlow,
+            _ => Rejection::BodyMalformed,
+        };
         let read = async {
             let mut body = BytesMut::new();
-            while let Some(chunk) = downstream.read_request_body().await.map_err(|_| Rejection::BodyTooSlow)? {
+            while let Some(chunk) = downstream.read_request_body().await.map_err(unread)? {
                 if bytes_max < body.len() + chunk.len() {
                     return Err(Rejection::BodyTooLarge);
                 }
@@ -472,40 +507,8 @@ impl Gateway {
 
     fn count_backend_failure(&self, context: &RequestContext, kind: &str) {
         if let (Some(pool), Some(backend)) = (&context.pool, &context.backend) {
-            self.metrics.backend_failures.with_label_values(&[pool.name(), backend.name(), kind]).inc();
+            self.observer.metrics.backend_failures.with_label_values(&[pool.name(), backend.name(), kind]).inc();
         }
-    }
-
-    /// One line, one count (invariant 9).
-    fn record(&self, downstream: &HttpSession, context: &RequestContext, status: u16, outcome: Outcome) {
-        let duration = context.started.elapsed();
-        let route = context.route.as_ref().map(|route| route.name.as_str());
-        let request = downstream.req_header();
-        let status_code = http::StatusCode::from_u16(status);
-        let status_label = status_code.as_ref().map_or("0", http::StatusCode::as_str);
-        self.metrics.requests.with_label_values(&[route.unwrap_or("-"), status_label, outcome.label()]).inc();
-        self.metrics.request_seconds.with_label_values(&[route.unwrap_or("-")]).observe(duration.as_secs_f64());
-        if self.access_log.is_silent() {
-            return;
-        }
-        self.access_log.write(&Entry {
-            time: access_log::timestamp(),
-            request_id: &context.request_id,
-            client: context.client,
-            method: request.method.as_str(),
-            host: host(request),
-            path: request.uri.path(),
-            status,
-            outcome: outcome.label(),
-            reason: None,
-            route,
-            backend: context.backend.as_ref().map(|backend| backend.name()),
-            user: context.identity.as_ref().map(|identity| identity.user.as_str()),
-            session: context.session.as_deref(),
-            bytes_in: downstream.body_bytes_read(),
-            bytes_out: downstream.body_bytes_sent(),
-            duration_ms: duration.as_secs_f64() * 1e3,
-        });
     }
 }
 
@@ -513,8 +516,8 @@ impl Refusals for Gateway {
     fn refused(&self, connection: &Connection, refusal: &Refusal) -> String {
         let request_id = context::new_request_id();
         let outcome = Outcome::Refused.label();
-        self.metrics.requests.with_label_values(&["-", refusal.status.as_str(), outcome]).inc();
-        self.access_log.write(&Entry {
+        self.observer.metrics.requests.with_label_values(&["-", refusal.status.as_str(), outcome]).inc();
+        self.observer.access_log.write(&Entry {
             time: access_log::timestamp(),
             request_id: &request_id,
             client: connection.peer,
@@ -533,6 +536,16 @@ impl Refusals for Gateway {
             duration_ms: 0.0,
         });
         request_id
+    }
+}
+
+/// Who a live session is now: of a user of the users file, what the file says today.
+fn user_of(session: &Session, rules: &Rules) -> Who {
+    match session.record.method {
+        LoginMethod::Password => match rules.login.users().current(&session.record.identity.user) {
+            Some(identity) => Who::User(Arc::clone(identity)),
+            None => Who::Nobody, // removed or disabled since
+        },
     }
 }
 
@@ -573,6 +586,23 @@ fn rejection(error: &Error, context: &RequestContext) -> Option<Rejection> {
 /// The guard has made sure that there is exactly one, and that it is ASCII.
 fn host(request: &RequestHeader) -> &str {
     request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+}
+
+/// Answers `100 Continue`. Pingora takes it for a sign that the connection ends.
+async fn say_continue(downstream: &mut HttpSession) -> Result<()> {
+    let keepalive = downstream.get_keepalive();
+    downstream.write_continue_response().await.map_err(|error| error.into_down())?;
+    downstream.set_keepalive(keepalive);
+    Ok(())
+}
+
+/// Whether the client has the beginning of a final response: then it cannot have another.
+fn has_begun(downstream: &HttpSession) -> bool {
+    downstream.response_written().is_some_and(|response| !response.status.is_informational() || is_upgraded(response))
+}
+
+fn is_upgraded(response: &ResponseHeader) -> bool {
+    response.status == http::StatusCode::SWITCHING_PROTOCOLS
 }
 
 fn content_length(request: &RequestHeader) -> Option<u64> {

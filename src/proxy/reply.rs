@@ -26,6 +26,7 @@ pub enum Rejection {
     BodyTooLarge,
     /// The client did not send what it announced in time.
     BodyTooSlow,
+    BodyMalformed,
     /// The store could not say whether there is a session.
     StoreUnavailable,
     /// No backend could be connected.
@@ -52,6 +53,10 @@ pub enum Outcome {
     ClientGone,
     /// The backend's response broke off after it had begun.
     Truncated,
+    /// A WebSocket on which nothing was said for too long.
+    IdleSocket,
+    /// Dropped on its way: the shutdown had no more time for it.
+    Cut,
     Rejected(Rejection),
 }
 
@@ -63,6 +68,7 @@ impl Rejection {
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyMalformed => StatusCode::BAD_REQUEST,
             Self::StoreUnavailable | Self::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
             Self::BackendFailed => StatusCode::BAD_GATEWAY,
             Self::BackendTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -79,6 +85,7 @@ impl Rejection {
             Self::NoRoute => "no_route",
             Self::BodyTooLarge => "body_too_large",
             Self::BodyTooSlow => "body_too_slow",
+            Self::BodyMalformed => "body_malformed",
             Self::StoreUnavailable => "store_unavailable",
             Self::NoBackend => "no_backend",
             Self::BackendFailed => "backend_failed",
@@ -98,6 +105,7 @@ impl Rejection {
             Self::NoRoute => ("Not found", "There is nothing at this address. Check it for a slip."),
             Self::BodyTooLarge => ("Too large", "What you sent is larger than this address takes."),
             Self::BodyTooSlow => ("Too slow", "Your request did not arrive in time. Try again."),
+            Self::BodyMalformed => ("Not understood", "Your request was damaged on its way. Try again."),
             Self::StoreUnavailable => (
                 "Back in a moment",
                 "We cannot look up your login just now. You are still logged in: try again shortly.",
@@ -138,6 +146,7 @@ impl Rejection {
             | Self::NoRoute
             | Self::BodyTooLarge
             | Self::BodyTooSlow
+            | Self::BodyMalformed
             | Self::BackendFailed
             | Self::BackendTimeout
             | Self::Internal => {}
@@ -155,6 +164,8 @@ impl Outcome {
             Self::Refused => "refused",
             Self::ClientGone => "client_gone",
             Self::Truncated => "truncated",
+            Self::IdleSocket => "idle_socket",
+            Self::Cut => "cut",
             Self::Rejected(rejection) => rejection.label(),
         }
     }

@@ -31,6 +31,8 @@ pub struct Lifetime {
 #[derive(Clone, Debug)]
 pub struct Session {
     pub id: SessionId,
+    /// Of `id`.
+    pub key: SessionKey,
     pub record: Arc<Record>,
 }
 
@@ -61,9 +63,9 @@ impl Sessions {
         // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
         let unused = self.lifetime.idle.saturating_sub(stored.time_to_live);
         if interval <= unused && self.touches.claim(&key, Instant::now(), interval) {
-            self.touch_in_background(key, stored.record.ends);
+            self.touch_in_background(key.clone(), stored.record.ends);
         }
-        Ok(Some(Session { id: id.clone(), record: stored.record }))
+        Ok(Some(Session { id: id.clone(), key, record: stored.record }))
     }
 
     /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.

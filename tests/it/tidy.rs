@@ -6,16 +6,17 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["server", "login", "config"]),
-    ("server", &["listener", "proxy", "admin", "login", "session", "backend", "config", "metrics"]),
+    ("cli", &["server", "login", "config", "log"]),
+    ("server", &["listener", "proxy", "admin", "login", "session", "backend", "config", "log", "metrics"]),
     ("listener", &["proxy", "config", "metrics"]),
     ("admin", &["proxy", "session", "metrics"]),
-    ("proxy", &["login", "session", "identity", "backend", "config", "metrics"]),
+    ("proxy", &["login", "session", "identity", "backend", "config", "log", "metrics"]),
     ("login", &["session", "identity", "config", "metrics"]),
     ("session", &["identity", "config", "metrics"]),
     ("identity", &["config", "metrics"]),
     ("backend", &["config", "metrics"]),
     ("config", &[]),
+    ("log", &[]),
     ("metrics", &[]),
 ];
 
