@@ -22,7 +22,7 @@ pub struct Metrics {
     pub store_up: IntGauge,
     /// pool, backend
     pub backend_requests: IntCounterVec,
-    /// pool, backend, kind: connect, response
+    /// pool, backend, kind: connect, response, timeout
     pub backend_failures: IntCounterVec,
     /// result: applied, refused
     pub reloads: IntCounterVec,

@@ -172,7 +172,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         timeout: config.limits.head_timeout.get(),
         keepalive: config.limits.keepalive_timeout.get(),
     });
-    let connections = Arc::new(Semaphore::new(config.server.connections_max));
+    let connections = Arc::new(Semaphore::new(connections_possible(config.server.connections_max)));
     let addresses = listeners.iter().map(Listener::address).collect();
     let threads = match config.server.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -394,6 +394,28 @@ const ADMIN_HEADS: HeadRules = HeadRules {
     timeout: Duration::from_secs(5),
     keepalive: Duration::from_secs(60),
 };
+
+/// A client connection needs a descriptor, and often one more for its backend. Out of descriptors, connections that are
+/// served already fail; so we take fewer in the first place.
+fn connections_possible(wanted: usize) -> usize {
+    let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(DESCRIPTORS_USUAL);
+    let possible = usize::try_from(descriptors.saturating_sub(DESCRIPTORS_RESERVED) / 2).unwrap_or(usize::MAX).max(1);
+    if possible < wanted {
+        tracing::warn!(
+            descriptors,
+            possible,
+            wanted,
+            "server.connections_max is lowered: raise the limit of open files"
+        );
+    }
+    possible.min(wanted)
+}
+
+/// The limit where nobody has set one.
+const DESCRIPTORS_USUAL: u64 = 1024;
+
+/// For listeners, store, logs and runtimes.
+const DESCRIPTORS_RESERVED: u64 = 40;
 
 fn bind(
     listener: &model::Listener,

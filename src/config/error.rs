@@ -121,14 +121,21 @@ impl Place {
         let end = char_boundary(text, at.end).max(start);
         let line_start = text[..start].rfind('\n').map_or(0, |newline| newline + 1);
         let line_end = text[start..].find('\n').map_or(text.len(), |newline| start + newline);
+        let column = text[line_start..start].chars().count() + 1;
+        let line = without_secrets(text[line_start..line_end].trim_end_matches('\r'));
+        // The end of a line that is no line of a configuration helps nobody.
+        let text_shown = line.chars().take(column.max(LINE_CHARACTERS_SHOWN)).collect();
+        let width = text[start..end.min(line_end).max(start)].chars().count();
         Self {
             line: text[..start].matches('\n').count() + 1,
-            column: text[line_start..start].chars().count() + 1,
-            text: without_secrets(text[line_start..line_end].trim_end_matches('\r')),
-            width: text[start..end.min(line_end).max(start)].chars().count().max(1),
+            column,
+            text: text_shown,
+            width: width.clamp(1, LINE_CHARACTERS_SHOWN),
         }
     }
 }
+
+const LINE_CHARACTERS_SHOWN: usize = 200;
 
 /// The last boundary between characters that is not behind `index`.
 fn char_boundary(text: &str, index: usize) -> usize {

@@ -18,9 +18,20 @@ use model::{Config, Listener, Login, PasswordLogin, RedisStore, Store};
 /// Reads, parses and validates one file. In what comes back, paths are absolute and secrets are resolved; of the files
 /// that it names, only those of secrets were opened.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::unreadable(path, &error))?;
+    let unreadable = |error| ConfigError::unreadable(path, &error);
+    let about = std::fs::metadata(path).map_err(unreadable)?;
+    if !about.is_file() {
+        return Err(ConfigError::of_file(path, "is not a file", "name the configuration file itself"));
+    }
+    if FILE_BYTES_MAX < about.len() {
+        return Err(ConfigError::of_file(path, "is larger than 1 MiB", "this is hardly a configuration"));
+    }
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
     parse(&text, path)
 }
+
+/// Room for some ten thousand routes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// `file` names the text in messages; relative paths in the text are meant from its directory.
 pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigError> {

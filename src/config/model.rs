@@ -356,7 +356,7 @@ impl Default for Server {
     fn default() -> Self {
         Self {
             threads: 0,
-            connections_max: 10_000,
+            connections_max: 8_192,
             drain_timeout: Duration::from_millis(30_000),
             trusted_proxies: Vec::new(),
         }

@@ -23,8 +23,9 @@ pub struct IdentityHeaders {
     reserved: Names,
 }
 
-/// Whether a header says how a request reached us (address, scheme, host, path or certificate of the client). Only a
-/// trusted proxy may send these; the backend believes what it finds there.
+/// Whether a header says how a request reached us (address, scheme, host, path or certificate of the client), which
+/// the backend believes. All of these go; what a trusted proxy said of address, scheme, host and request id is read
+/// before, and sent on in our words.
 pub fn is_forwarding(name: &str) -> bool {
     static FORWARDING: LazyLock<Names> = LazyLock::new(|| Names::new(&FORWARDING_NAMES, &FORWARDING_PREFIXES));
     FORWARDING.contains(name)
@@ -239,7 +240,7 @@ const RESERVED_NAMES: [&str; 5] = [
 ];
 
 /// Families whose members nobody can list: claims, attributes, versions to come.
-const RESERVED_PREFIXES: [&str; 10] = [
+const RESERVED_PREFIXES: [&str; 16] = [
     "x-auth-request-",
     "x-authentik-",
     "x-webauth-",
@@ -250,10 +251,20 @@ const RESERVED_PREFIXES: [&str; 10] = [
     "oidc-",
     "iv-",
     "am-eai-", // WebSEAL
+    // What other gates tell their backends: one that trusted such a gate before must not trust a client now.
+    "cf-access-",
+    "tailscale-user-",
+    "x-amzn-oidc-",
+    "x-goog-authenticated-user-",
+    "x-goog-iap-",
+    "x-ms-client-principal",
 ];
 
-const FORWARDING_NAMES: [&str; 25] = [
+const FORWARDING_NAMES: [&str; 28] = [
     "forwarded",
+    "forwarded-for",
+    "x-forwarded",
+    "x-request-id", // ours, or a trusted proxy's that we took over
     "client-ip",
     "x-real-ip",
     "x-client-ip",
@@ -555,7 +566,7 @@ mod tests {
             "Content-Type", "Content-Length", "Transfer-Encoding", "Cache-Control", "Pragma", "Origin", "Range",
             "If-None-Match", "If-Modified-Since", "If-Range", "Authorization", "Upgrade", "Upgrade-Insecure-Requests",
             "Sec-Fetch-Mode", "Sec-WebSocket-Key", "X-Requested-With", "X-CSRF-Token", "X-Auth-Token", "X-Api-Key",
-            "X-Request-Id", "X-HTTP-Method-Override", "X-Amz-Date", "Traceparent", "TE", "DNT", "Priority", "Via",
+            "X-HTTP-Method-Override", "X-Amz-Date", "Traceparent", "TE", "DNT", "Priority", "Via",
             "Proxy-Authorization", "Remote", "Iv", "X", "", "-", "X-Userinfo", "X-Teams", "Clientip",
         ];
         let headers = compiled(model::Preset::XForwarded);

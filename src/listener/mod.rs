@@ -7,7 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pingora::apps::HttpServerApp;
 use pingora::listeners::tls::Acceptor;
@@ -30,6 +30,9 @@ const BACKLOG: i32 = 4096;
 
 /// After an accept that failed (out of file descriptors, mostly): time for connections to end.
 const PAUSE_AFTER_FAILED_ACCEPT: Duration = Duration::from_millis(100);
+
+/// Between two log lines of failed accepts.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// A bound socket and what its connections are.
 #[derive(Debug)]
@@ -101,6 +104,7 @@ impl Listener {
 
     async fn accept(self, desks: &[Desk], connections: &Arc<Semaphore>, mut shutdown: ShutdownWatch) -> io::Result<()> {
         let socket = tokio::net::TcpListener::from_std(self.socket.try_clone()?)?;
+        let mut told: Option<Instant> = None;
         loop {
             let accepted = tokio::select! {
                 accepted = socket.accept() => accepted,
@@ -115,7 +119,11 @@ impl Listener {
                     self.hand_over(desks, stream, peer, permit);
                 }
                 Err(error) => {
-                    tracing::error!(address = %self.address, %error, "accept failed");
+                    // At most this often: whoever brings us here must not fill the log as well.
+                    if told.is_none_or(|told| TELL_AGAIN < told.elapsed()) {
+                        told = Some(Instant::now());
+                        tracing::error!(address = %self.address, %error, "accept failed");
+                    }
                     tokio::time::sleep(PAUSE_AFTER_FAILED_ACCEPT).await;
                 }
             }

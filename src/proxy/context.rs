@@ -158,7 +158,7 @@ impl RequestContext {
             session: session.as_deref(),
             bytes_in,
             bytes_out,
-            duration_ms: duration.as_secs_f64() * 1e3,
+            duration_ms: (duration.as_secs_f64() * 1e6).round() / 1e3,
         });
     }
 }

@@ -86,6 +86,25 @@ pub fn request(
     Ok(())
 }
 
+/// What makes a response one that another reader could end elsewhere, or that nobody asked for. Pingora passes these on.
+pub fn problem(response: &ResponseHeader, is_upgrade: bool) -> Option<&'static str> {
+    let headers = &response.headers;
+    let is_chunked = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"chunked");
+    let codings = headers.get_all(header::TRANSFER_ENCODING);
+    if codings.iter().count() != codings.iter().filter(|value| is_chunked(value)).take(1).count() {
+        return Some("the backend sent a transfer coding other than chunked");
+    }
+    let is_number = |value: &HeaderValue| !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
+    let lengths = headers.get_all(header::CONTENT_LENGTH);
+    if lengths.iter().count() != lengths.iter().filter(|value| is_number(value)).take(1).count() {
+        return Some("the backend sent a content length that is not one number");
+    }
+    if response.status == http::StatusCode::SWITCHING_PROTOCOLS && !is_upgrade {
+        return Some("the backend switched protocols unasked");
+    }
+    None
+}
+
 /// Makes the response that the client sees of the one that a backend sent.
 pub fn response(
     response: &mut ResponseHeader,

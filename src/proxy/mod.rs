@@ -213,6 +213,10 @@ impl ProxyHttp for Gateway {
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        if let Some(problem) = forward::problem(response, context.is_upgrade) {
+            context.failure = Some(Rejection::BackendFailed);
+            return Err(Error::explain(ErrorType::InvalidHTTPHeader, problem).into_up());
+        }
         if downstream.is_process_shutting_down() {
             downstream.set_keepalive(None);
         }
@@ -400,6 +404,9 @@ impl Gateway {
         let (result, who) = match resumed {
             Ok(Some(session)) => {
                 let who = user_of(&session, &context.rules);
+                if let Who::User(identity) = &who {
+                    context.identity = Some(Arc::clone(identity)); // for the log, also when he is not let in
+                }
                 context.session = Some(session.key);
                 ("live", who)
             }
@@ -493,7 +500,8 @@ impl Gateway {
     /// The nearest address that no trusted proxy has: what is to the left of it anybody may have written.
     fn client_address(&self, headers: &http::HeaderMap, peer: IpAddr) -> IpAddr {
         let mut client = peer;
-        let fields = headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok());
+        // What cannot be read is a hop all the same: nothing behind it is believed.
+        let fields = headers.get_all("x-forwarded-for").iter().map(|value| value.to_str().unwrap_or("unreadable"));
         let hops: Vec<_> = fields.flat_map(|field| field.split(',')).collect();
         for hop in hops.iter().rev() {
             let Ok(address) = hop.trim().parse::<IpAddr>() else { break };

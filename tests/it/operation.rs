@@ -271,6 +271,33 @@ fn every_request_leaves_one_line_and_nothing_secret() {
 }
 
 #[test]
+fn a_request_that_the_shutdown_cuts_leaves_its_line_and_a_full_pipe_keeps_nobody() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let (_folder, file, address) =
+        deployment(&[&backend], "[log]\nformat = \"json\"\n[server]\ndrain_timeout = \"300ms\"");
+    let mut process = Process::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let mut connection = Connection::open(address);
+    connection.write("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
+    backend.after_requests(1);
+    process.signal("TERM");
+    let out = std::io::read_to_string(process.0.stdout.take().unwrap()).unwrap();
+    let line: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    assert_eq!((&line["path"], &line["outcome"]), (&"/slow".into(), &"cut".into()), "{out}");
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+
+    // Nobody reads what this one writes; its pipes hold 64 KiB.
+    let mut process = Process::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let client = Client::of(address);
+    for _ in 0..600 {
+        assert_eq!(client.get("/.cloakroom/session").send().status, 401, "traffic goes on");
+    }
+    process.signal("TERM");
+    assert_eq!(process.0.wait().unwrap().code(), Some(0), "and the end is not held up");
+}
+
+#[test]
 fn metrics_tell_what_happened_and_nothing_of_whom() {
     let backend = Backend::echo();
     let gateway = Gateway::in_front_of(&[&backend]).start();

@@ -336,3 +336,148 @@ fn tls_is_spoken_and_the_cookie_is_then_secure() {
     let plain = Client::of(gateway.address()).get("/").try_send();
     assert!(plain.is_err(), "plain HTTP is not spoken on a TLS port");
 }
+
+#[test]
+fn a_kept_connection_that_the_backend_has_closed_costs_no_request() {
+    // The only backend of its pool closes every connection when the second request comes, as servers do at their limit.
+    let backend = Backend::answering(|request| if request.on_connection < 2 { Answer::Echo } else { Answer::close() });
+    let gateway = public(&[&backend]).with("[server]\nthreads = 1").start();
+    let client = gateway.client();
+    for _ in 0..6 {
+        assert_eq!(client.get("/").send().status, 200, "asked again on a new connection");
+    }
+    let posted = client.request("POST", "/").body("x").send().status;
+    assert!([200, 502].contains(&posted), "what must not be repeated is not: {posted}");
+}
+
+#[test]
+fn a_request_that_kills_backends_meets_only_one_more() {
+    let backends: Vec<_> = (0..5).map(|_| Backend::always(Answer::close())).collect();
+    let gateway = public(&backends.iter().collect::<Vec<_>>()).start();
+    assert_eq!(gateway.client().get("/").send().status, 502);
+    let met: usize = backends.iter().map(|backend| backend.requests().len()).sum();
+    assert_eq!(met, 2, "once, and once more");
+}
+
+#[test]
+fn an_upload_that_is_sent_again_is_counted_once() {
+    let (dying, alive) = (Backend::always(Answer::close()), Backend::echo());
+    let gateway =
+        Gateway::in_front_of(&[&dying, &alive]).route("/", "access = \"public\"\nbody_bytes = \"64KiB\"").start();
+    for _ in 0..2 {
+        let seen = gateway.client().request("PUT", "/").body(vec![b'x'; 40_000]).send().seen();
+        assert_eq!(seen.body_bytes, 40_000);
+    }
+}
+
+#[test]
+fn a_response_that_two_readers_could_end_differently_is_not_passed_on() {
+    for response in [
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: xchunked\r\nContent-Length: 2\r\n\r\nab",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\nab",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nab",
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ] {
+        let backend = Backend::always(Answer::ExactlyThenClose(response.as_bytes().to_vec()));
+        let gateway = public(&[&backend]).start();
+        assert_eq!(gateway.client().request("POST", "/").body("x").send().status, 502, "{response:?}");
+    }
+}
+
+#[test]
+fn a_client_of_http_1_0_gets_a_body_without_chunks() {
+    let backend = Backend::always(Answer::Exactly(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
+    ));
+    let gateway = public(&[&backend]).start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write("GET / HTTP/1.0\r\nHost: a\r\n\r\n");
+    let all = String::from_utf8(connection.read_to_end().unwrap()).unwrap();
+    assert!(!all.to_ascii_lowercase().contains("transfer-encoding"), "{all}");
+    assert!(all.ends_with("\r\n\r\nhello"), "{all}");
+}
+
+#[test]
+fn a_silent_web_socket_ends_without_a_word() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[])
+        .pool("app", &[&backend], "websocket_timeout = \"300ms\"")
+        .route("/", "access = \"public\"")
+        .start();
+    let mut socket = gateway.client().web_socket("/", &[]).unwrap();
+    socket.write("ping");
+    assert_eq!(socket.read_exactly(4).unwrap(), b"ping");
+    socket.assert_closed("an error page is no message");
+}
+
+#[test]
+fn a_client_that_reads_nothing_is_given_up() {
+    // Answers without a body, which pingora writes without any time limit.
+    let head = format!("HTTP/1.1 304 Not Modified\r\nX-Large: {}\r\n\r\n", "x".repeat(30_000));
+    let backend = Backend::always(Answer::Exactly(head.into_bytes()));
+    let gateway = public(&[&backend]).with("[limits]\nwrite_timeout = \"300ms\"").start();
+    let mut deaf = Connection::open(gateway.address());
+    let mut asked = 0;
+    wait_until("the client that reads nothing is closed", || {
+        asked += 1;
+        let _ = deaf.try_write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+        backend.after_requests(1);
+        gateway.metric("cloakroom_connections") == 0.0
+    });
+    assert!(1 < asked);
+}
+
+#[test]
+fn an_upload_that_trickles_is_given_up() {
+    let backend = Backend::echo();
+    let limits = "[limits]\nbody_timeout = \"1s\"\nbody_rate_min = \"1KiB\"";
+    let gateway = public(&[&backend]).with(limits).start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n");
+    wait_until("a byte now and then is not enough", || {
+        connection.try_write("x").is_err() || gateway.metric("cloakroom_connections") == 0.0
+    });
+    let mut paused = Connection::open(gateway.address());
+    paused.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nx");
+    assert_eq!(paused.read_response("POST").unwrap().status, 408, "nor is nothing");
+}
+
+#[test]
+fn an_early_answer_to_an_upload_arrives() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&backend]).route("/", "body_bytes = \"1GiB\"").start();
+    for _ in 0..10 {
+        let mut connection = Connection::open(gateway.address());
+        connection.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n");
+        connection.write(vec![b'x'; 300_000]);
+        assert_eq!(connection.read_response("POST").unwrap().status, 401, "and not a reset");
+    }
+}
+
+#[test]
+fn a_hop_that_cannot_be_read_ends_what_is_believed() {
+    let backend = Backend::echo();
+    let gateway = public(&[&backend]).with("[server]\ntrusted_proxies = [\"127.0.0.1\"]").start();
+    let mut connection = Connection::open(gateway.address());
+    connection
+        .write(b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.66\r\nX-Forwarded-For: 203.0.113.9\xff\r\n\r\n");
+    let seen = connection.read_response("GET").unwrap().seen();
+    assert!(seen.headers("x-forwarded-for")[0].ends_with(", 127.0.0.1"), "{seen:?}");
+}
+
+#[test]
+fn connections_are_spread_evenly() {
+    let backend = Backend::echo();
+    let gateway = public(&[&backend]).with("[server]\nthreads = 4\nconnections_max = 100").start();
+    let held: Vec<_> = (0..40)
+        .map(|_| {
+            let mut connection = Connection::open(gateway.address());
+            connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+            connection.read_response("GET").unwrap();
+            connection
+        })
+        .collect();
+    // Each worker keeps its own connections to a backend; those that serve have at least one.
+    assert_eq!(backend.open_connections(), 4, "every worker serves");
+    drop(held);
+}
