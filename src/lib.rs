@@ -7,7 +7,7 @@
 //! # The life of a request
 //!
 //! ```text
-//! listener     accepts under a cap, TLS                                     listener.rs
+//! listener     accepts under a cap, TLS                                     listener/
 //! connection   reads the head, whole, under one deadline and one limit      proxy/connection.rs
 //! guard        refuses what two readers could read differently: 400         proxy/guard.rs
 //! route        host + path -> Route, or 404                                 proxy/route.rs
@@ -33,7 +33,8 @@
 //!    A login gives a new id and ends the old one.
 //! 4. A store failure is 503 with `Retry-After`: never a logout, never a let-in. The cookie is deleted only when the
 //!    store said "no such session" or the user logged out.
-//! 5. A logout is seen by every instance at once: there is no local copy of a session that could outlive it.
+//! 5. A logout is seen by every instance at once: there is no local copy of a session that could outlive it. (It does
+//!    not yet end the WebSockets that the session has opened.)
 //! 6. Access is decided on exactly the path bytes that are forwarded; what is ambiguous is refused with 400.
 //! 7. Everything has a limit: heads, bodies, time per phase, attempts, pools, connections, sessions in memory.
 //! 8. A non-idempotent request is never sent twice. A failed backend costs a client nothing where a retry is safe.
