@@ -3,11 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed, and says where")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 
-use cloakroom::config::model::{self, Config};
+use cloakroom::config::model::{self, Access, Config};
 use cloakroom::config::value::Bytes;
 use cloakroom::identity::Identity;
 use cloakroom::identity::headers::IdentityHeaders;
+use cloakroom::proxy::admit::{Who, admit};
 use cloakroom::proxy::guard::{self, HeadLimits};
 use cloakroom::proxy::route::Routes;
 use cloakroom::session::cookie::{ReservedCookies, SessionCookie};
@@ -20,7 +22,7 @@ use http::header::COOKIE;
 /// The routes of a middling installation.
 const ROUTES: usize = 200;
 
-criterion_group!(hot_path, guarding, routing, cookies, ids, records, identities);
+criterion_group!(hot_path, guarding, routing, cookies, ids, records, admission, identities);
 criterion_main!(hot_path);
 
 fn guarding(criterion: &mut Criterion) {
@@ -95,6 +97,13 @@ fn records(criterion: &mut Criterion) {
     let bytes = record.encode().unwrap();
     criterion.bench_function("record/encode", |bencher| bencher.iter(|| black_box(&record).encode()));
     criterion.bench_function("record/decode", |bencher| bencher.iter(|| Record::decode(black_box(&bytes))));
+}
+
+fn admission(criterion: &mut Criterion) {
+    let (ann, groups) = (Arc::new(ann()), ["admins".to_owned(), "editors".to_owned()]);
+    criterion.bench_function("admit, one of two groups", |bencher| {
+        bencher.iter(|| admit(Access::Required, black_box(&groups), Who::User(Arc::clone(&ann))));
+    });
 }
 
 fn identities(criterion: &mut Criterion) {

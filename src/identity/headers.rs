@@ -137,12 +137,16 @@ fn write_groups(groups: &[String], list: GroupList, to: &mut String) -> Option<(
 /// See [`IdentityHeaders::render`]. Spaces at either end are encoded because receivers trim them, also around the
 /// members of a list, and ` admins` must not become `admins`.
 fn encode(text: &str, also: &[char], to: &mut String) {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && byte != b'%' && !also.contains(&char::from(byte));
+    if text.bytes().all(is_plain) {
+        to.push_str(text); // almost always
+        return;
+    }
     let last = text.len().saturating_sub(1);
     for (index, byte) in text.bytes().enumerate() {
-        let character = char::from(byte);
         let inner_space = byte == b' ' && 0 < index && index < last;
-        if inner_space || (byte.is_ascii_graphic() && byte != b'%' && !also.contains(&character)) {
-            to.push(character);
+        if inner_space || is_plain(byte) {
+            to.push(char::from(byte));
         } else {
             to.push_str(percent_encoding::percent_encode_byte(byte));
         }

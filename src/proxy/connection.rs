@@ -3,6 +3,7 @@
 //! Pingora reads heads with a timer per read, up to 1 MiB, and repairs what it does not like; so we read them, under
 //! one deadline and one limit, and hand over only what the guard accepts.
 
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +13,8 @@ use pingora::apps::{HttpPersistentSettings, HttpServerApp};
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
-use pingora::time::timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, timeout, timeout_at};
 
 use super::context::Connection;
 use super::guard::{self, HeadLimits, Refusal};
@@ -64,9 +64,13 @@ pub async fn serve<A>(
     A: HttpServerApp + Send + Sync + 'static,
 {
     let mut settings: Option<HttpPersistentSettings> = None;
+    let watched = shutdown.clone();
+    // Both last as long as the connection: setting them up for every request would cost more than the guard does.
+    let mut stopping = pin!(shutdown.wait_for(|shutting_down| *shutting_down));
+    let mut is_stopping = false;
+    let mut idle = Idle::new(rules.timeout);
     loop {
-        let idle = if settings.is_some() { rules.keepalive } else { rules.timeout };
-        let head = match read_head(&mut stream, &rules, idle, &mut shutdown).await {
+        let head = match read_head(&mut stream, &rules, &mut idle, stopping.as_mut(), &mut is_stopping).await {
             Ok(head) => head,
             Err(NoHead::Over) => return,
             Err(NoHead::Refused(refusal)) => {
@@ -83,10 +87,42 @@ pub async fn serve<A>(
         next.set_pipelined_prefix(head);
         next.set_user_context(Box::new(Arc::clone(&connection)));
         next.apply_to_session(&mut session);
-        let Some(reused) = app.process_new_http(session, &shutdown).await else { return };
+        let Some(reused) = app.process_new_http(session, &watched).await else { return };
         (stream, settings) = reused.consume();
         if settings.is_none() {
             return;
+        }
+        idle.begin(if is_stopping { LAST_REQUEST } else { rules.keepalive });
+    }
+}
+
+/// How long nothing comes. One timer for all the pauses of a connection: when it fires too early, because the pause
+/// began after it was set, it is set again.
+struct Idle {
+    timer: Pin<Box<Sleep>>,
+    deadline: Instant,
+}
+
+impl Idle {
+    fn new(limit: Duration) -> Self {
+        Self { timer: Box::pin(tokio::time::sleep(limit)), deadline: Instant::now() + limit }
+    }
+
+    /// A pause begins, of at most `limit`.
+    fn begin(&mut self, limit: Duration) {
+        self.deadline = Instant::now() + limit;
+        if self.deadline < self.timer.deadline() {
+            self.timer.as_mut().reset(self.deadline);
+        }
+    }
+
+    async fn over(&mut self) {
+        loop {
+            self.timer.as_mut().await;
+            if self.deadline <= Instant::now() {
+                return;
+            }
+            self.timer.as_mut().reset(self.deadline);
         }
     }
 }
@@ -95,21 +131,24 @@ pub async fn serve<A>(
 async fn read_head(
     stream: &mut Stream,
     rules: &HeadRules,
-    idle: Duration,
-    shutdown: &mut ShutdownWatch,
+    idle: &mut Idle,
+    mut stopping: Pin<&mut impl Future>,
+    is_stopping: &mut bool,
 ) -> Result<BytesMut, NoHead> {
     let mut buffer = BytesMut::with_capacity(FIRST_READ_BYTES);
-    // Pingora's timer is coarse and costs next to nothing, which is right for what almost never fires.
-    let first = tokio::select! {
-        biased; // data that is there is served before a shutdown is looked at
-        first = timeout(idle, stream.read_buf(&mut buffer)) => Some(first),
-        _ = shutdown.wait_for(|shutting_down| *shutting_down) => None,
+    let first = loop {
+        tokio::select! {
+            biased; // data that is there is served before a clock or a shutdown is looked at
+            first = stream.read_buf(&mut buffer) => break first,
+            () = idle.over() => return Err(NoHead::Over),
+            _ = &mut stopping, if !*is_stopping => {
+                *is_stopping = true;
+                idle.begin(LAST_REQUEST);
+            }
+        }
     };
-    let first = match first {
-        Some(first) => first,
-        None => timeout(LAST_REQUEST, stream.read_buf(&mut buffer)).await,
-    };
-    let (Ok(Ok(1..)), deadline) = (first, Instant::now() + rules.timeout) else { return Err(NoHead::Over) };
+    let Ok(1..) = first else { return Err(NoHead::Over) };
+    let deadline = Instant::now() + rules.timeout;
     let mut searched = 0;
     loop {
         if let Some(end) = guard::head_end(&buffer, searched) {
