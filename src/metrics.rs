@@ -10,7 +10,7 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// route
     pub request_seconds: HistogramVec,
-    /// result: live, none, unavailable
+    /// result: live, none, unreadable, unavailable
     pub session_resolve_seconds: HistogramVec,
     /// operation
     pub store_errors: IntCounterVec,

@@ -1,12 +1,15 @@
 //! How is a password kept and checked? As argon2id, strong enough to keep and weak enough to compute, never more
 //! than a few at a time.
 
+use std::collections::TryReserveError;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use argon2::password_hash::phc::{Output, PasswordHash};
-use argon2::{Algorithm, Argon2, Params, PasswordHasher, PasswordVerifier, Version};
+use argon2::{Algorithm, Argon2, Block, Params, PasswordHasher, Version};
+use parking_lot::Mutex;
+use subtle::ConstantTimeEq;
 use tokio::sync::Semaphore;
 
 /// A password as the users file keeps it: an argon2id PHC string whose strength was checked.
@@ -37,7 +40,13 @@ pub struct Hashing {
     /// Those that compute or wait.
     admitted: Semaphore,
     wait_max: Duration,
+    memory: Arc<MemoryPool>,
 }
+
+/// The memory of those that compute, kept for the next: to get 19 MiB from the system for each login, and to give them
+/// back, costs time, and allocators keep more of it than was ever in use. There is one piece for each place at most.
+#[derive(Default)]
+struct MemoryPool(Mutex<Vec<Vec<Block>>>);
 
 /// All hashing places are taken, and so is the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,9 +68,13 @@ const HASH_BYTES_MIN: usize = 16;
 const WAITING_MAX: usize = 64;
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
+/// What [`hash`] needs. The memory of a costlier hash goes back to the system.
+const KEPT_KIB_MAX: usize = MEMORY_KIB as usize;
+const MEMORY_KIB: u32 = 19_456;
+
 /// A new PHC string for the users file: argon2id, 19 MiB, two passes, one lane, 16 bytes of salt.
 pub fn hash(password: &str) -> Result<String, argon2::password_hash::Error> {
-    let params = Params::new(19_456, 2, 1, None)?;
+    let params = Params::new(MEMORY_KIB, 2, 1, None)?;
     let phc: PasswordHash = argon2id(params).hash_password(password.as_bytes())?;
     Ok(phc.to_string())
 }
@@ -108,9 +121,25 @@ impl StoredHash {
         dummy
     }
 
-    /// Blocks for as long as argon2 takes. The comparison takes constant time.
-    fn verify(&self, password: &str) -> bool {
-        argon2id(self.params.clone()).verify_password(password.as_bytes(), &self.phc).is_ok()
+    /// Blocks for as long as argon2 takes. The comparison takes constant time. `memory` may be of any length, and hold
+    /// anything: argon2 writes a block before it reads it.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    fn verify(&self, password: &str, memory: &mut Vec<Block>) -> Result<bool, TryReserveError> {
+        let (Some(salt), Some(expected)) = (&self.phc.salt, &self.phc.hash) else { return Ok(false) };
+        let blocks = self.params.block_count();
+        memory.try_reserve_exact(blocks.saturating_sub(memory.len()))?;
+        memory.resize(blocks.max(memory.len()), Block::new());
+        let mut output = [0; Output::MAX_LENGTH];
+        let output = &mut output[..expected.len()];
+        let computed = argon2id(self.params.clone()).hash_password_into_with_memory(
+            password.as_bytes(),
+            salt,
+            output,
+            &mut memory[..blocks],
+        );
+        Ok(computed.is_ok() && bool::from(output.ct_eq(expected.as_bytes())))
     }
 }
 
@@ -142,6 +171,7 @@ impl Hashing {
             computing: Arc::new(Semaphore::new(computing)),
             admitted: Semaphore::new(computing + WAITING_MAX),
             wait_max: WAIT_MAX,
+            memory: Arc::default(),
         }
     }
 
@@ -151,12 +181,45 @@ impl Hashing {
         let _admitted = self.admitted.try_acquire().map_err(|_| Busy)?;
         let place = tokio::time::timeout(self.wait_max, Arc::clone(&self.computing).acquire_owned());
         let Ok(Ok(place)) = place.await else { return Err(Busy) };
+        let pool = Arc::clone(&self.memory);
         let matches = tokio::task::spawn_blocking(move || {
             let _place = place;
-            hash.verify(&password)
+            let mut memory = pool.take();
+            let matches = hash.verify(&password, &mut memory);
+            pool.keep(memory);
+            matches.map_err(|_no_memory| Busy)
         });
         // A hash that panicked proves nothing.
-        Ok(matches.await.unwrap_or(false))
+        matches.await.unwrap_or(Ok(false))
+    }
+}
+
+#[cfg(test)]
+impl Hashing {
+    /// Takes all places, and the queue.
+    pub(super) fn fill(&self) -> tokio::sync::SemaphorePermit<'_> {
+        let all = u32::try_from(self.admitted.available_permits()).expect("a test has few places");
+        self.admitted.try_acquire_many(all).expect("they are available")
+    }
+}
+
+impl MemoryPool {
+    fn take(&self) -> Vec<Block> {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    /// Nothing of a password stays behind; to clear the memory takes a tenth of the time that the hash took.
+    fn keep(&self, mut memory: Vec<Block>) {
+        memory.fill(Block::new());
+        if memory.capacity() <= KEPT_KIB_MAX {
+            self.0.lock().push(memory);
+        }
+    }
+}
+
+impl fmt::Debug for MemoryPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryPool").field("pieces", &self.0.lock().len()).finish()
     }
 }
 
@@ -181,11 +244,13 @@ mod tests {
         assert!(text.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{text}");
         assert_ne!(text, hash("correct horse").unwrap(), "each hash has a salt of its own");
         let stored = StoredHash::parse(&text).unwrap();
-        assert!(stored.verify("correct horse"));
+        let mut memory = Vec::new();
+        let mut opens = |hash: &StoredHash, password: &str| hash.verify(password, &mut memory).unwrap();
+        assert!(opens(&stored, "correct horse"));
         for wrong in ["", "Correct horse", "correct horse ", " correct horse", "correct"] {
-            assert!(!stored.verify(wrong), "{wrong:?}");
+            assert!(!opens(&stored, wrong), "{wrong:?}");
         }
-        assert!(!StoredHash::dummy([&stored].into_iter()).verify("correct horse"), "no password opens the dummy");
+        assert!(!opens(&StoredHash::dummy([&stored].into_iter()), "correct horse"), "no password opens the dummy");
     }
 
     #[test]
@@ -243,10 +308,52 @@ mod tests {
         assert_eq!(format!("{dummy:?}"), "StoredHash(..)");
     }
 
+    /// Hashes of the library's own making, as another program would have put them into the file.
+    #[test]
+    fn every_strength_is_checked_with_whatever_memory_is_at_hand() {
+        let mut memory = vec![Block::new(); 3];
+        memory.iter_mut().for_each(|block| block.as_mut().fill(u64::MAX));
+        for (memory_kib, passes, lanes, length) in
+            [(7_168, 5, 1, 32), (9_216, 4, 3, 16), (12_288, 3, 16, 64), (7_168, 5, 2, 24)]
+        {
+            let params = Params::new(memory_kib, passes, lanes, Some(length)).unwrap();
+            let phc: PasswordHash = argon2id(params).hash_password(b"correct horse").unwrap();
+            let stored = StoredHash::parse(&phc.to_string()).unwrap();
+            assert_eq!(stored.verify("correct horse", &mut memory), Ok(true), "{phc}");
+            assert_eq!(stored.verify("correct house", &mut memory), Ok(false), "{phc}");
+        }
+    }
+
+    #[tokio::test]
+    async fn memory_is_used_again_and_is_empty_meanwhile() {
+        let hashing = Hashing::new(2);
+        let usual = StoredHash::parse(&phc("m=19456,t=2,p=1")).unwrap();
+        let costly = StoredHash::parse(&phc("m=32768,t=2,p=1")).unwrap();
+        let kept = || hashing.memory.0.lock().iter().map(Vec::len).collect::<Vec<_>>();
+        for _ in 0..3 {
+            assert_eq!(hashing.verify("x".to_owned(), usual.clone()).await, Ok(false));
+            assert_eq!(kept(), [19_456], "one at a time needs one piece");
+        }
+        let address = |hashing: &Hashing| hashing.memory.0.lock()[0].as_ptr().addr();
+        let before = address(&hashing);
+        assert_eq!(hashing.verify("x".to_owned(), usual.clone()).await, Ok(false));
+        assert_eq!(address(&hashing), before, "the same piece");
+        assert!(hashing.memory.0.lock().iter().flatten().all(|block| *block.as_ref() == *Block::new().as_ref()));
+
+        let (one, other) =
+            tokio::join!(hashing.verify("x".to_owned(), usual.clone()), hashing.verify("x".to_owned(), usual.clone()));
+        assert_eq!((one, other), (Ok(false), Ok(false)));
+        assert!(kept().len() <= 2, "no more pieces than places: {:?}", kept());
+        for _ in 0..2 {
+            assert_eq!(hashing.verify("x".to_owned(), costly.clone()).await, Ok(false));
+        }
+        assert!(kept().iter().all(|blocks| *blocks <= KEPT_KIB_MAX), "what a costly hash took is given back");
+    }
+
     #[tokio::test]
     async fn beyond_the_queue_a_login_is_told_to_come_back() {
         let hashing = Hashing::new(1);
-        let all = hashing.admitted.try_acquire_many(1 + u32::try_from(WAITING_MAX).unwrap()).unwrap();
+        let all = hashing.fill();
         let hash = StoredHash::dummy(std::iter::empty());
         assert_eq!(hashing.verify("x".to_owned(), hash.clone()).await, Err(Busy));
         drop(all);

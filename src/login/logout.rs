@@ -8,6 +8,7 @@ use tracing::info;
 use super::csrf::{FormKey, Purpose};
 use super::pages::{Link, LogoutPage, Message, message_page, page, redirect};
 use super::{Failure, Login, LoginRequest};
+use crate::session::store::StoreError;
 
 impl Login {
     /// Asks; changes nothing. Also where a logout ends, since then there is no session to ask about.
@@ -27,8 +28,11 @@ impl Login {
         if !form.get("csrf").is_some_and(|token| FormKey::of_session(&id).accepts(Purpose::Logout, token)) {
             return self.ask_to_log_out(request, StatusCode::FORBIDDEN).await;
         }
-        // Looked up for the log's sake, which should say who left.
-        let session = self.sessions.resume(&id).await?;
+        // Looked up for the log's sake, which should say who left. One that cannot be read is ended all the same.
+        let session = match self.sessions.resume(&id).await {
+            Err(StoreError::Unreadable) => None,
+            known => known?,
+        };
         let ended = self.sessions.end(&id).await?;
         let user = session.as_ref().map(|session| session.record.identity.user.as_str());
         info!(user, client = %request.client, result = if ended { "ended" } else { "none" }, "logout");

@@ -47,7 +47,13 @@ impl PasswordLogin {
             Verdict::Throttled(wait) => return Ok(Answer::Throttled(wait)),
         };
         let candidate = users.candidate(name);
-        let matches = self.hashing.verify(password, candidate.hash.clone()).await?;
+        let matches = match self.hashing.verify(password, candidate.hash.clone()).await {
+            Ok(matches) => matches,
+            Err(busy) => {
+                self.throttle.take_back(attempt).await;
+                return Err(busy.into());
+            }
+        };
         match candidate.standing {
             Standing::Enabled(identity) if matches => {
                 self.throttle.succeeded(attempt).await?;

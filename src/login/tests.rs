@@ -22,11 +22,24 @@ struct Kept {
     counters: BTreeMap<String, u64>,
     calls: usize,
     down: bool,
+    /// The call with this number fails, and no other.
+    fails_at: Option<usize>,
+    unreadable: bool,
 }
 
 impl FakeStore {
     pub(super) fn set_down(&self, down: bool) {
         self.0.lock().down = down;
+    }
+
+    /// After so many further calls that succeed, one fails.
+    pub(super) fn fail_once_after(&self, calls: usize) {
+        let mut kept = self.0.lock();
+        kept.fails_at = Some(kept.calls + calls + 1);
+    }
+
+    fn set_unreadable(&self, unreadable: bool) {
+        self.0.lock().unreadable = unreadable;
     }
 
     pub(super) fn counters(&self) -> Vec<String> {
@@ -44,7 +57,8 @@ impl FakeStore {
     fn with<T>(&self, answer: impl FnOnce(&mut Kept) -> T) -> Result<T, StoreError> {
         let mut kept = self.0.lock();
         kept.calls += 1;
-        if kept.down { Err(StoreError::Unavailable("switched off".into())) } else { Ok(answer(&mut kept)) }
+        let fails = kept.down || kept.fails_at == Some(kept.calls);
+        if fails { Err(StoreError::Unavailable("switched off".into())) } else { Ok(answer(&mut kept)) }
     }
 }
 
@@ -52,7 +66,10 @@ impl FakeStore {
 impl SessionStore for FakeStore {
     async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError> {
         let time_to_live = Duration::from_secs(60);
-        self.with(|kept| kept.sessions.get(key).map(|record| Stored { record: record.clone().into(), time_to_live }))
+        self.with(|kept| match kept.sessions.get(key) {
+            Some(_) if kept.unreadable => Err(StoreError::Unreadable),
+            found => Ok(found.map(|record| Stored { record: record.clone().into(), time_to_live })),
+        })?
     }
 
     async fn create(
@@ -85,6 +102,14 @@ impl SessionStore for FakeStore {
             let value = kept.counters.entry(counter.to_owned()).or_default();
             *value += 1;
             Count { value: *value, resets_in: window }
+        })
+    }
+
+    async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
+        self.with(|kept| {
+            if let Some(value) = kept.counters.get_mut(counter) {
+                *value = value.saturating_sub(1);
+            }
         })
     }
 

@@ -1,6 +1,8 @@
 //! Who has guessed too often? Counts in the session store, so that all instances share them.
 //!
-//! An attempt is counted before its hash is computed; guesses sent in parallel are all seen. Three counts stop it:
+//! An attempt is counted before its hash is computed; guesses sent in parallel are all seen. An attempt that came to
+//! nothing, because there was no place to compute its hash or the store failed, is taken back: only a look at the
+//! password counts. Three counts stop an attempt:
 //!
 //! - one *network*, whatever the accounts: someone tries many names;
 //! - one *account from one network*: someone tries many passwords;
@@ -31,7 +33,7 @@ pub(super) struct Throttle {
 /// What the counts say to an attempt.
 #[derive(Debug)]
 pub(super) enum Verdict {
-    /// Go on; with success, hand the attempt to [`Throttle::succeeded`].
+    /// Go on; with success, hand the attempt to [`Throttle::succeeded`], without an answer to [`Throttle::take_back`].
     Allowed(Attempt),
     /// Too many; worth another try after this long.
     Throttled(Duration),
@@ -41,16 +43,14 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Attempt {
     counters: Counters,
-    /// When the count of the network begins again.
-    network_resets: Instant,
+    /// Where it was counted, and until when.
+    counted: Vec<(String, Instant)>,
 }
 
 /// The names of the counters that one account and one network share. Hashes: the store learns no user name from them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Counters {
     network: String,
-    /// Attempts of the network that succeeded, for the time of its present count.
-    network_successes: String,
     account_and_network: String,
     account: String,
     /// Whether the account has logged in from the network.
@@ -67,43 +67,74 @@ impl Throttle {
     /// Counts an attempt. What one count stops is not counted by the next: a single network cannot use up what an
     /// account has for all.
     pub(super) async fn attempt(&self, user: &UserName, client: IpAddr) -> Result<Verdict, StoreError> {
-        let counters = Counters::of(user, client);
-        let window = self.config.window.get();
-
-        let network = self.store.increment(&counters.network, window).await?;
-        let failures = network.value.saturating_sub(self.store.count(&counters.network_successes).await?);
-        if u64::from(self.config.per_network) < failures {
-            return Ok(Verdict::Throttled(network.resets_in));
-        }
-        let both = self.store.increment(&counters.account_and_network, window).await?;
-        if u64::from(self.config.per_account_and_network) < both.value {
-            return Ok(Verdict::Throttled(both.resets_in));
-        }
-        if self.store.count(&counters.known).await? == 0 {
-            let account = self.store.increment(&counters.account, window).await?;
-            if u64::from(self.config.per_account) < account.value {
-                return Ok(Verdict::Throttled(account.resets_in));
+        let mut attempt = Attempt { counters: Counters::of(user, client), counted: Vec::new() };
+        match self.count_all(&mut attempt).await {
+            Ok(None) => Ok(Verdict::Allowed(attempt)),
+            Ok(Some(wait)) => Ok(Verdict::Throttled(wait)),
+            Err(error) => {
+                self.take_back(attempt).await;
+                Err(error)
             }
         }
-        Ok(Verdict::Allowed(Attempt { counters, network_resets: Instant::now() + network.resets_in }))
+    }
+
+    /// How long to wait, when a count stops the attempt.
+    async fn count_all(&self, attempt: &mut Attempt) -> Result<Option<Duration>, StoreError> {
+        let Counters { network, account_and_network, account, known } = attempt.counters.clone();
+        if let Some(wait) = self.count(attempt, network, self.config.per_network).await? {
+            return Ok(Some(wait));
+        }
+        if let Some(wait) = self.count(attempt, account_and_network, self.config.per_account_and_network).await? {
+            return Ok(Some(wait));
+        }
+        if self.store.count(&known).await? == 0 {
+            return self.count(attempt, account, self.config.per_account).await;
+        }
+        Ok(None)
+    }
+
+    async fn count(&self, attempt: &mut Attempt, counter: String, most: u32) -> Result<Option<Duration>, StoreError> {
+        let count = self.store.increment(&counter, self.config.window.get()).await?;
+        attempt.counted.push((counter, Instant::now() + count.resets_in));
+        Ok((u64::from(most) < count.value).then_some(count.resets_in))
     }
 
     /// Takes a successful attempt back, and remembers the network for the account.
     ///
-    /// The success is noted only until the network's count begins again. Were it noted for longer, an attacker with an
-    /// account of his own could save up successes and spend them on guesses. The account's count of strange networks
-    /// keeps this one attempt; from now on the network is not strange.
+    /// The account's count of strange networks keeps this one attempt; from now on the network is not strange.
     pub(super) async fn succeeded(&self, attempt: Attempt) -> Result<(), StoreError> {
-        let Attempt { counters, network_resets } = attempt;
+        let noted = self.note_success(&attempt).await;
+        if noted.is_err() {
+            self.take_back(attempt).await;
+        }
+        noted
+    }
+
+    async fn note_success(&self, attempt: &Attempt) -> Result<(), StoreError> {
+        let Attempt { counters, counted } = attempt;
         self.store.reset(&counters.account_and_network).await?;
         // Begun again, since a count is forgotten a fixed time after it began.
         self.store.reset(&counters.known).await?;
         self.store.increment(&counters.known, KNOWN_FOR).await?;
-        let left = network_resets.saturating_duration_since(Instant::now());
-        if Duration::from_millis(1) <= left {
-            self.store.increment(&counters.network_successes, left).await?;
+        for (network, resets) in counted.iter().filter(|(counter, _)| *counter == counters.network) {
+            self.uncount(network, *resets).await?;
         }
         Ok(())
+    }
+
+    /// Nobody looked at the password: the attempt was none. A store that fails now keeps the counts, until they forget.
+    pub(super) async fn take_back(&self, attempt: Attempt) {
+        for (counter, resets) in attempt.counted {
+            if self.uncount(&counter, resets).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Only while it is the same count. Otherwise an attacker with an account of his own could begin attempts in one
+    /// count, and take them back from the next.
+    async fn uncount(&self, counter: &str, resets: Instant) -> Result<(), StoreError> {
+        if Instant::now() < resets { self.store.decrement(counter).await } else { Ok(()) }
     }
 }
 
@@ -119,7 +150,6 @@ impl Counters {
         let (account, network) = (account.as_bytes(), network.as_slice());
         Self {
             network: counter("network", &[network]),
-            network_successes: counter("network-successes", &[network]),
             account_and_network: counter("account-network", &[account, network]),
             account: counter("account", &[account]),
             known: counter("known-network", &[account, network]),
@@ -244,6 +274,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_attempt_that_came_to_nothing_counts_for_nothing() {
+        let (throttle, store) = throttle(limits(3, 3, 3));
+        for _ in 0..20 {
+            let attempt = throttle.try_as("alice", "192.0.2.1").await.expect("what was taken back was never counted");
+            throttle.take_back(attempt).await;
+        }
+        let user = UserName::parse("alice").unwrap();
+        let calls_of_an_attempt = 4;
+        for turn in 0..20 {
+            store.fail_once_after(turn % calls_of_an_attempt);
+            let answer = throttle.attempt(&user, "192.0.2.1".parse().unwrap()).await;
+            assert!(answer.is_err(), "the store failed midway");
+        }
+        let calls_of_a_success = 4;
+        for turn in 0..calls_of_a_success {
+            let attempt = throttle.try_as("alice", &format!("192.0.2.{turn}")).await.expect("nothing was counted");
+            store.fail_once_after(turn);
+            assert!(throttle.succeeded(attempt).await.is_err());
+        }
+        for _ in 0..3 {
+            assert!(throttle.try_as("alice", "192.0.2.1").await.is_some(), "all attempts are left");
+        }
+        assert!(throttle.try_as("alice", "192.0.2.1").await.is_none());
+    }
+
+    #[tokio::test]
     async fn a_dead_store_lets_nobody_guess() {
         let (throttle, store) = throttle(limits(3, 100, 100));
         store.set_down(true);
@@ -256,11 +312,11 @@ mod tests {
         let of = |user: &str, client: &str| Counters::of(&UserName::parse(user).unwrap(), client.parse().unwrap());
         let (one, other) = (of("alice", "192.0.2.1"), of("alice1", "92.0.2.1"));
         let names = [&one, &other].map(|counters| {
-            let Counters { network, network_successes, account_and_network, account, known } = counters;
-            [network, network_successes, account_and_network, account, known].map(String::clone)
+            let Counters { network, account_and_network, account, known } = counters;
+            [network, account_and_network, account, known].map(String::clone)
         });
         let all: std::collections::BTreeSet<String> = names.concat().into_iter().collect();
-        assert_eq!(all.len(), 10, "no two counters share a name");
+        assert_eq!(all.len(), 8, "no two counters share a name");
         assert!(all.iter().all(|name| !name.contains("alice") && !name.contains("192")), "{all:?}");
     }
 }

@@ -20,6 +20,7 @@ use crate::config::model::Access;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::record::LoginMethod;
+use crate::session::store::StoreError;
 use crate::session::{Session, Sessions};
 
 pub mod context;
@@ -414,6 +415,7 @@ impl Gateway {
                 context.session_is_gone = true;
                 ("none", Who::Nobody)
             }
+            Err(StoreError::Unreadable) => ("unreadable", Who::Nobody),
             Err(error) => {
                 self.observer.metrics.store_errors.with_label_values(&["load"]).inc();
                 tracing::debug!(

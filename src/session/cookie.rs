@@ -118,17 +118,31 @@ impl ReservedCookies {
 
     /// Whether a backend's `Set-Cookie` would plant a cookie of ours in the browser.
     pub fn is_set_by(&self, set_cookie: &[u8]) -> bool {
-        pairs(set_cookie).next().is_some_and(|pair| self.has(pair))
+        // Browsers read it alike: what is behind the first `=` is the value.
+        let pair = pairs(set_cookie).next().map(nameless).unwrap_or_default();
+        self.ends_with_ours(pair.split(|byte| *byte == b'=').next().unwrap_or_default())
     }
 
-    /// Whether any reader might take this `name=value` for one of ours. A cookie without a name is sent without its
-    /// `=`, so that its value is what looks like a name (RFC 6265bis, section 5.7).
+    /// Whether any reader might take this `name=value` for one of ours, or for several cookies with one of ours among
+    /// them: some end a cookie at a comma or a space, drop quotes, brackets, `$` or what is not ASCII.
     fn has(&self, pair: &[u8]) -> bool {
-        let starts = pair.iter().position(|byte| !is_filler(*byte) && *byte != b'=').unwrap_or(pair.len());
-        let name = pair[starts..].split(|byte| *byte == b'=').next().unwrap_or_default();
-        let ends = name.iter().rposition(|byte| !is_filler(*byte)).map_or(0, |last| last + 1);
-        let name = without_prefix_bytes(&name[..ends]);
-        self.names.iter().any(|ours| ours.as_bytes().eq_ignore_ascii_case(name))
+        let pair = nameless(pair);
+        let mut ends = memchr::memchr_iter(b'=', pair).peekable();
+        if ends.peek().is_none() {
+            return self.ends_with_ours(pair);
+        }
+        ends.any(|end| self.ends_with_ours(&pair[..end]))
+    }
+
+    /// Whether the last name in this text, which ends before a `=`, is ours to somebody.
+    fn ends_with_ours(&self, text: &[u8]) -> bool {
+        let ends = text.iter().rposition(|byte| !may_follow_a_name(*byte)).map_or(0, |last| last + 1);
+        let text = &text[..ends];
+        self.names.iter().any(|ours| {
+            let Some(starts) = text.len().checked_sub(ours.len()) else { return false };
+            let (before, name) = text.split_at(starts);
+            name.eq_ignore_ascii_case(ours.as_bytes()) && begins_a_name(before)
+        })
     }
 }
 
@@ -150,17 +164,38 @@ fn without_prefix(name: &str) -> &str {
     prefix.and_then(|prefix| name.get(prefix.len()..)).unwrap_or(name)
 }
 
-fn without_prefix_bytes(name: &[u8]) -> &[u8] {
-    let prefix = PREFIXES.iter().find(|prefix| starts_with(name, prefix));
-    prefix.map_or(name, |prefix| &name[prefix.len()..])
-}
-
 fn starts_with(name: &[u8], prefix: &str) -> bool {
     name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()))
 }
 
 fn pairs(field: &[u8]) -> impl Iterator<Item = &[u8]> {
     field.split(|byte| *byte == b';')
+}
+
+/// A cookie without a name is sent without its `=`, or with, so that its value is what looks like a name (RFC 6265bis,
+/// section 5.7).
+fn nameless(pair: &[u8]) -> &[u8] {
+    let starts = pair.iter().position(|byte| !is_filler(*byte) && *byte != b'=').unwrap_or(pair.len());
+    &pair[starts..]
+}
+
+/// Whether a name may begin behind this text: behind nothing, or what some reader trims or ends a cookie at, and
+/// possibly a prefix and the `$` of RFC 2965.
+fn begins_a_name(before: &[u8]) -> bool {
+    let without = |prefix: &&str| {
+        let (start, end) = before.split_at_checked(before.len().checked_sub(prefix.len())?)?;
+        end.eq_ignore_ascii_case(prefix.as_bytes()).then_some(start)
+    };
+    let before = PREFIXES.iter().find_map(without).unwrap_or(before);
+    let dollars = before.iter().rev().take_while(|byte| **byte == b'$').count();
+    let last = before[..before.len() - dollars].last();
+    last.is_none_or(|byte| is_filler(*byte) || matches!(byte, b',' | b'"' | b'\'') || !byte.is_ascii())
+}
+
+/// What some reader trims from the end of a name: all that no name has (RFC 9110, section 5.6.2), and quotes.
+fn may_follow_a_name(byte: u8) -> bool {
+    let is_in_names = byte.is_ascii_alphanumeric() || b"!#$%&*+-.^_`|~".contains(&byte);
+    !is_in_names && byte != b'='
 }
 
 /// What some reader or other trims from a name.
@@ -290,6 +325,10 @@ mod tests {
             &[b"session-logins=1"],
             &[b"a=\"x y\"; b=\xff\xfe"],
             &[b"__Host-=1; __Host-other=2"],
+            &[b"mysession=1; x-session=1; a$session=1; _session=1; session_=1; session.x=1"],
+            &[b"a=x&session=1; q=session=5; q=/session=5; b=(session)=1"],
+            &[b"a=b, sessions=1; a=b xsession=1; a=x__Host-session=1; a=session, b=1; a=b session"],
+            &[b"session[a]=1; a=session\xff b=1; \"mysession\"=1; $$=1; \xff=1"],
         ];
         for fields in unchanged {
             assert_eq!(ours.strip(&cookies(fields)), Stripped::Unchanged, "{fields:?}");
@@ -303,6 +342,28 @@ mod tests {
             &[b"session=x", b"session=y"],
             &[b"", b""],
             &[b"session=x", b" "],
+            &[b"a=b, session=x"],
+            &[b"a=b,session=x"],
+            &[b"a=b session=x"],
+            &[b"a=b\tSESSION=x, c=d"],
+            &[b"a=b, __Host-session=x"],
+            &[b"a=b, $__hOsT-session-login =x"],
+            &[b"\"session\"=x"],
+            &[b"\"__Host-session\" = x"],
+            &[b"a=\"b session=x\""],
+            &[b"'session'=x"],
+            &[b"$session=x"],
+            &[b"$$Session=x"],
+            &[b"$__Secure-session=x"],
+            &[b"session[]=x"],
+            &[b"session[=x"],
+            &[b"session,=x"],
+            &[b"session(x=1) session=x"],
+            &[b"\xa0session=x"],
+            &[b"\xc2\xa0__Host-session=x"],
+            &[b"session\xc2\xa0=x"],
+            &[b"session\x85 =x"],
+            &[b"=a=b session=x"],
         ];
         for fields in removed {
             assert_eq!(ours.strip(&cookies(fields)), Stripped::Removed, "{fields:?}");
@@ -357,12 +418,29 @@ mod tests {
             b" = session=x",
             b"__Host-session-login=x",
             b"session-login=; Max-Age=0",
+            b"\"session\"=x",
+            b"$session=x",
+            b"session[]=x",
+            b"\xc2\xa0session=x",
+            b"session\xa0=x",
+            b"a, __Host-session=x",
         ];
         for line in dropped {
             assert!(ours.is_set_by(line), "{:?}", String::from_utf8_lossy(line));
         }
         let kept: &[&[u8]] =
-            &[b"", b";", b"a=1", b"a=session", b"a=1; session=x", b"sessions=1", b"PHPSESSID=session; Path=/session"];
+            &[
+            b"",
+            b";",
+            b"a=1",
+            b"a=session",
+            b"a=1; session=x",
+            b"sessions=1",
+            b"PHPSESSID=session; Path=/session",
+            b"mysession=1",
+            b"a=b, session=x",
+            b"a=\"session=x\"",
+        ];
         for line in kept {
             assert!(!ours.is_set_by(line), "{:?}", String::from_utf8_lossy(line));
         }
@@ -384,6 +462,8 @@ mod tests {
             b" ",
             b"\t",
             b"\"",
+            b"$",
+            b"[]",
             b"a",
             b"b",
             b"1",

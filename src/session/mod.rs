@@ -56,6 +56,10 @@ impl Sessions {
 
     /// The session of this id, if it lives; it counts as used now (written at most once per tenth of the idle
     /// time, and never more than 60 s late, in the background).
+    ///
+    /// # Errors
+    /// When the store does not say, or what it holds cannot be read ([`StoreError::Unreadable`]): then nobody knows
+    /// that the session is gone.
     pub async fn resume(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
         let key = id.key();
         let Some(stored) = self.store.load(&key).await? else { return Ok(None) };
@@ -169,6 +173,9 @@ mod tests {
         }
         async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
             self.store.increment(counter, window).await
+        }
+        async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
+            self.store.decrement(counter).await
         }
         async fn count(&self, counter: &str) -> Result<u64, StoreError> {
             self.store.count(counter).await

@@ -104,6 +104,7 @@ async fn keeps_the_contract(world: World) {
     a_new_session_ends_the_one_that_it_replaces(world).await;
     counters_count_from_one_and_can_be_reset(world).await;
     a_counter_forgets_a_window_after_its_first_count(world).await;
+    what_is_taken_back_was_never_counted(world).await;
     a_session_larger_than_a_record_may_be_is_refused(world).await;
     many_at_once_get_their_own(world).await;
 }
@@ -217,6 +218,29 @@ async fn a_counter_forgets_a_window_after_its_first_count(world: &World) {
     assert_eq!(world.store.increment("short", window).await.unwrap().value, 1, "and begins again");
 }
 
+async fn what_is_taken_back_was_never_counted(world: &World) {
+    let window = Duration::from_secs(600);
+    let name = format!("taken back {}", id_of("x").to_cookie_value());
+    world.store.increment(&name, window).await.unwrap();
+    world.store.increment(&name, window).await.unwrap();
+    world.store.decrement(&name).await.unwrap();
+    assert_eq!(world.store.count(&name).await.unwrap(), 1);
+    let count = world.store.increment(&name, window).await.unwrap();
+    assert_eq!(count.value, 2);
+    assert!(Duration::from_secs(500) < count.resets_in, "the window goes on");
+
+    let unknown = format!("never counted {}", id_of("x").to_cookie_value());
+    world.store.decrement(&unknown).await.expect("there may be nothing to take back");
+    assert_eq!(world.store.count(&unknown).await.unwrap(), 0, "no count is below zero");
+    let first = eventually("nothing is left of it", async || {
+        world.passing().await;
+        let count = world.store.increment(&unknown, window).await.unwrap();
+        (Duration::from_secs(500) < count.resets_in).then_some(count.value)
+    })
+    .await;
+    assert_eq!(first, 1, "nor of the next");
+}
+
 async fn a_session_larger_than_a_record_may_be_is_refused(world: &World) {
     let mut session = session_of("ann");
     session.identity.groups = vec!["g".repeat(RECORD_BYTES_MAX)];
@@ -280,7 +304,7 @@ async fn redis_keeps_the_contract_over_a_unix_socket() {
 async fn redis_keeps_the_contract_for_a_user_with_the_least_permissions() {
     let server = RedisServer::with(
         "user default off\nuser proxy on >s3cr%t resetkeys ~cloakroom:* resetchannels -@all +hello +auth +select \
-         +ping +get +set +del +incr +pttl +pexpire +pexpireat +time +multi +exec",
+         +ping +get +set +del +incr +decr +pttl +pexpire +pexpireat +time +multi +exec",
     );
     keeps_the_contract(World::redis(&settings(&format!("redis://proxy:s3cr%25t@127.0.0.1:{}/3", server.port())))).await;
     let socket = server.socket();
@@ -360,7 +384,7 @@ impl Write for Log {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_is_no_session_and_one_line_in_the_log() {
+async fn what_cannot_be_read_is_neither_a_session_nor_the_lack_of_one_and_one_line_in_the_log() {
     let server = RedisServer::start();
     let world = World::redis(&settings(&server.url()));
     let mut client = server.client();
@@ -397,14 +421,16 @@ async fn what_cannot_be_read_is_no_session_and_one_line_in_the_log() {
         let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
         let found = {
             let _logging = tracing::subscriber::set_default(subscriber);
-            world.store.load(&id.key()).await.unwrap()
+            world.store.load(&id.key()).await
         };
-        assert!(found.is_none(), "{what} is no session");
+        assert!(matches!(found, Err(StoreError::Unreadable)), "{what} says nothing of its session: {found:?}");
         let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text.lines().count(), 1, "{what}: {text}");
         assert!(text.contains("ERROR") && text.contains(&id.key().log_hash()), "{what}: {text}");
         assert!(!text.contains(&id.to_cookie_value()[2..]), "a log tells no secret");
         assert!(!text.contains(&id.key().to_store_key(PREFIX)), "nor where to find one");
+        assert!(world.store.destroy(&id.key()).await.unwrap(), "{what} can be ended");
+        assert!(world.store.load(&id.key()).await.unwrap().is_none(), "{what}: ended is ended");
     }
     assert_eq!(world.user(&good).await.as_deref(), Some("ann"), "the others are not concerned");
 }

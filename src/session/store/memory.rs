@@ -198,6 +198,16 @@ impl SessionStore for MemoryStore {
         Ok(Count { value: counter.value, resets_in: Duration::from_millis(counter.expires - now) })
     }
 
+    async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
+        let now = (self.clock)();
+        let hash = counter_hash(counter);
+        let mut shard = self.counter_shard(&hash).lock();
+        if let Some(counter) = shard.counters.get_mut(&hash).filter(|counter| now < counter.expires) {
+            counter.value = counter.value.saturating_sub(1);
+        }
+        Ok(())
+    }
+
     async fn count(&self, counter: &str) -> Result<u64, StoreError> {
         let now = (self.clock)();
         let hash = counter_hash(counter);

@@ -43,7 +43,7 @@ pub struct Count {
 /// Keeps sessions, by the hash of their id, on one clock of its own.
 #[async_trait]
 pub trait SessionStore: Send + Sync + 'static {
-    /// The live session of this key. A record that cannot be read is `None` and one line in the log.
+    /// The live session of this key. A record that cannot be read is [`StoreError::Unreadable`] and one line in the log.
     async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError>;
 
     /// Writes a new session and ends `replaces`, in one step.
@@ -65,6 +65,9 @@ pub trait SessionStore: Send + Sync + 'static {
     /// Adds one to a counter that forgets `window` after its first count.
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError>;
 
+    /// Takes one back from a counter; one that has forgotten stays at zero.
+    async fn decrement(&self, counter: &str) -> Result<(), StoreError>;
+
     /// A counter's value, without counting; 0 when there is none.
     async fn count(&self, counter: &str) -> Result<u64, StoreError>;
 
@@ -82,6 +85,9 @@ pub enum StoreError {
     Unavailable(Box<dyn Error + Send + Sync>),
     /// It answered, and refused: full, no permission, wrong type.
     Refused(Box<dyn Error + Send + Sync>),
+    /// Something is at the session's key, and it is no session that we can read: damaged, or of a newer version, which
+    /// another instance may read. Whoever comes with it is nobody here, and keeps the cookie.
+    Unreadable,
 }
 
 impl NewSession {
@@ -103,6 +109,7 @@ impl fmt::Display for StoreError {
         f.write_str(match self {
             Self::Unavailable(_) => "session store is unavailable",
             Self::Refused(_) => "session store refused",
+            Self::Unreadable => "session cannot be read",
         })
     }
 }
@@ -111,6 +118,7 @@ impl Error for StoreError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Unavailable(cause) | Self::Refused(cause) => Some(cause.as_ref()),
+            Self::Unreadable => None,
         }
     }
 }

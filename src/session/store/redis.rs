@@ -9,8 +9,8 @@
 //! and dropped. After a response timeout, or a reply that makes no sense, nobody trusts the connection any more: it is
 //! replaced.
 //!
-//! What needs to be permitted to the user: `HELLO AUTH SELECT PING GET SET DEL INCR PTTL PEXPIRE PEXPIREAT TIME MULTI
-//! EXEC` on keys `<prefix>*`.
+//! What needs to be permitted to the user: `HELLO AUTH SELECT PING GET SET DEL INCR DECR PTTL PEXPIRE PEXPIREAT TIME
+//! MULTI EXEC` on keys `<prefix>*`.
 
 use std::error::Error;
 use std::fmt;
@@ -334,7 +334,7 @@ impl SessionStore for RedisStore {
             Found::WrongType => &"it is not a string",
         };
         tracing::error!(session = key.log_hash(), cause = %problem, "stored session cannot be used");
-        Ok(None)
+        Err(StoreError::Unreadable)
     }
 
     async fn create(
@@ -404,7 +404,7 @@ impl SessionStore for RedisStore {
             let mut commands = redis::pipe();
             commands.atomic().cmd("SET").arg(&name).arg(0).arg("PX").arg(window).arg("NX").ignore();
             commands.cmd("INCR").arg(&name).cmd("PTTL").arg(&name);
-            let (value, resets_in): (u64, i64) = commands.query_async(&mut connection).await?;
+            let (value, resets_in): (i64, i64) = commands.query_async(&mut connection).await?;
             let resets_in = match u64::try_from(resets_in) {
                 Ok(resets_in) => resets_in,
                 Err(_no_expiry) => {
@@ -412,9 +412,20 @@ impl SessionStore for RedisStore {
                     window
                 }
             };
-            Ok(Count { value, resets_in: Duration::from_millis(resets_in) })
+            Ok(Count { value: at_least_zero(value), resets_in: Duration::from_millis(resets_in) })
         });
         counted.await
+    }
+
+    async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
+        let name = self.counter_name(counter);
+        let taken_back = self.exchange(|mut connection| async move {
+            // One that has forgotten becomes a zero of a millisecond: DECR alone would make a -1 that never goes.
+            let mut commands = redis::pipe();
+            commands.atomic().cmd("SET").arg(&name).arg(1).arg("PX").arg(1).arg("NX").cmd("DECR").arg(&name);
+            commands.exec_async(&mut connection).await
+        });
+        taken_back.await
     }
 
     async fn count(&self, counter: &str) -> Result<u64, StoreError> {
@@ -424,7 +435,7 @@ impl SessionStore for RedisStore {
         });
         let Some(text) = value.await? else { return Ok(0) };
         let number = std::str::from_utf8(&text).ok().and_then(|text| text.parse().ok());
-        number.ok_or_else(|| StoreError::Refused("a counter holds no number".into()))
+        number.map(at_least_zero).ok_or_else(|| StoreError::Refused("a counter holds no number".into()))
     }
 
     async fn reset(&self, counter: &str) -> Result<(), StoreError> {
@@ -473,6 +484,11 @@ async fn read(mut connection: MultiplexedConnection, name: String) -> RedisResul
         Ok([Value::ServerError(error), _] | [_, Value::ServerError(error)]) => Err(error.into()),
         Ok(_) | Err(_) => Err(senseless()),
     }
+}
+
+/// A count that was reset while some of it was still to be taken back is below zero for a while.
+fn at_least_zero(count: i64) -> u64 {
+    u64::try_from(count).unwrap_or_default()
 }
 
 fn senseless() -> RedisError {
