@@ -3,6 +3,10 @@
 #
 #   docker build -t cloakroom .
 #   docker run -p 8443:8443 -v ./conf:/etc/cloakroom:ro cloakroom
+#
+# For that, conf/cloakroom.toml has a listener with `address = "0.0.0.0:8443"`: loopback inside a container is reached by
+# nobody outside. Such a listener needs `cert` and `key`, `scheme = "https"` behind a proxy that terminates TLS, or
+# `insecure = true`. Another port is another `-p`. User 65532 must be able to read all files that it names.
 
 FROM rust:1-bookworm AS build
 # zlib-ng, which pingora uses, builds with cmake.

@@ -14,7 +14,11 @@ const page = (greeting, link, headers) => `<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>${escape(name)}</title>
-<style>:root { color-scheme: light dark } body { font: 1rem/1.5 system-ui; max-width: 46rem; margin: 3rem auto }</style>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui; max-width: 46rem; margin: 3rem auto }
+</style>
 <h1>${escape(greeting)}</h1>
 <p><strong>${escape(name)}</strong> answered. ${link}</p>
 <pre>${escape(headers)}</pre>

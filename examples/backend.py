@@ -15,7 +15,11 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title>
-<style>:root {{ color-scheme: light dark }} body {{ font: 1rem/1.5 system-ui; max-width: 46rem; margin: 3rem auto }}</style>
+<link rel="icon" href="data:,">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 1rem/1.5 system-ui; max-width: 46rem; margin: 3rem auto }}
+</style>
 <h1>{greeting}</h1>
 <p><strong>{name}</strong> answered. {link}</p>
 <pre>{headers}</pre>

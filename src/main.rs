@@ -12,5 +12,5 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    cli::main(arguments, &mut Terminal { out: &mut std::io::stdout(), err: &mut std::io::stderr() })
+    cli::main(arguments, &mut Terminal::new(&mut std::io::stdout(), &mut std::io::stderr()))
 }

@@ -18,6 +18,10 @@ const HEAD_BYTES_MAX: u64 = 64 * 1024;
 /// Longer than the gateway keeps an idle connection, so that it is never this side that closes one in use.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
+/// What the page is about.
+const FIRST_SHOWN: [&str; 4] =
+    ["x-forwarded-user", "x-forwarded-preferred-username", "x-forwarded-email", "x-forwarded-groups"];
+
 /// When a connection cannot be accepted (too many open files): before the next attempt.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
@@ -129,12 +133,17 @@ impl Request {
     }
 
     fn answer(&self, name: &str, keep: bool) -> Vec<u8> {
+        let mut fields: Vec<_> = self.fields.iter().collect();
+        // Stable: the others stay in the order in which they came.
+        fields.sort_by_key(|(name, _)| {
+            FIRST_SHOWN.iter().position(|first| first.eq_ignore_ascii_case(name)).unwrap_or(FIRST_SHOWN.len())
+        });
         let page = Page {
             backend: name,
             request: &format!("{} {}", self.method, self.target),
             user: self.field("x-forwarded-user"),
             display_name: self.field("x-forwarded-preferred-username").or_else(|| self.field("x-forwarded-user")),
-            fields: &self.fields,
+            fields: &fields,
         };
         let (status, page) = match page.render() {
             Ok(page) => ("200 OK", page),
@@ -142,7 +151,8 @@ impl Request {
         };
         let mut answer = format!(
             "HTTP/1.1 {status}\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {}\r\n\
-             Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'\r\n{}\r\n",
+             Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
+             frame-ancestors 'none'\r\n{}\r\n",
             page.len(),
             if keep { "" } else { "Connection: close\r\n" }
         )
@@ -178,15 +188,20 @@ async fn line(head: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<Strin
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ backend }}</title>
+<link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto; padding: 0 1rem; }
+body { font: 1rem/1.5 system-ui, sans-serif; background: Canvas; color: CanvasText; }
+main { max-width: 46rem; margin: 3rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-top: 1px solid #8885; }
+caption { text-align: left; }
+@media (min-width: 40rem) { th { white-space: nowrap; } }
 td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
+<main>
 {% match display_name %}{% when Some with (display_name) %}<h1>You are {{ display_name }}</h1>
 {% when None %}<h1>I do not know you</h1>
 {% endmatch %}<p><strong>{{ backend }}</strong> answered <code>{{ request }}</code>. It keeps no session: all that it knows of you stands in
@@ -199,6 +214,7 @@ the headers below. Reload, and the other backend answers.</p>
 {% for (name, value) in fields %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</tbody>
 </table>
+</main>
 </body>
 </html>
 "#
@@ -208,7 +224,7 @@ struct Page<'a> {
     request: &'a str,
     user: Option<&'a str>,
     display_name: Option<&'a str>,
-    fields: &'a [(String, String)],
+    fields: &'a [&'a (String, String)],
 }
 
 #[cfg(test)]
@@ -237,6 +253,22 @@ mod tests {
             assert!(page.contains(part), "{part} is on the page: {page}");
         }
         assert!(!page.contains("<script"), "the page runs without scripts");
+    }
+
+    #[tokio::test]
+    async fn the_page_begins_with_who_you_are_and_asks_for_nothing_more() {
+        let page = exchange(
+            "GET / HTTP/1.1\r\nHost: h\r\nX-Odd: x\r\nX-Forwarded-Groups: staff\r\nX-Forwarded-Email: ann@h\r\n\
+             X-Forwarded-User: ann\r\nConnection: close\r\n\r\n",
+        )
+        .await;
+        let rows: Vec<_> = page.split("<th scope=\"row\">").skip(1).map(|row| row.split('<').next().unwrap()).collect();
+        let expected = ["X-Forwarded-User", "X-Forwarded-Email", "X-Forwarded-Groups", "Host", "X-Odd", "Connection"];
+        assert_eq!(rows, expected);
+        assert!(
+            page.contains("<link rel=\"icon\" href=\"data:,\">") && page.contains("img-src data:"),
+            "a request for an icon would take the other backend's turn: {page}"
+        );
     }
 
     #[tokio::test]

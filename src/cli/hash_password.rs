@@ -12,6 +12,8 @@ pub enum HashPasswordError {
     Empty,
     TooLong,
     NotText,
+    /// A NUL, a tab, an escape: nothing that the field of the login page takes, so it got in by mistake.
+    ControlCharacter,
     /// Typed twice, and not alike.
     Different,
     Hash(argon2::password_hash::Error),
@@ -55,6 +57,9 @@ fn hash_of(password: &str) -> Result<String, HashPasswordError> {
     if PASSWORD_BYTES_MAX < password.len() {
         return Err(HashPasswordError::TooLong);
     }
+    if password.chars().any(char::is_control) {
+        return Err(HashPasswordError::ControlCharacter);
+    }
     hash(password).map_err(HashPasswordError::Hash)
 }
 
@@ -65,6 +70,9 @@ impl fmt::Display for HashPasswordError {
             Self::Empty => f.write_str("the password is empty"),
             Self::TooLong => write!(f, "the password is longer than {PASSWORD_BYTES_MAX} bytes"),
             Self::NotText => f.write_str("the password is not UTF-8"),
+            Self::ControlCharacter => {
+                f.write_str("the password contains a control character, such as NUL or tab; nobody could type it")
+            }
             Self::Different => f.write_str("the two passwords differ"),
             Self::Hash(_) => f.write_str("the password cannot be hashed"),
         }
@@ -76,7 +84,7 @@ impl std::error::Error for HashPasswordError {
         match self {
             Self::Unreadable(cause) => Some(cause),
             Self::Hash(cause) => Some(cause),
-            Self::Empty | Self::TooLong | Self::NotText | Self::Different => None,
+            Self::Empty | Self::TooLong | Self::NotText | Self::ControlCharacter | Self::Different => None,
         }
     }
 }
@@ -109,6 +117,10 @@ mod tests {
         assert!(matches!(hash_of(""), Err(HashPasswordError::Empty)));
         let too_long = first_line("a".repeat(PASSWORD_BYTES_MAX + 9).as_bytes()).unwrap();
         assert!(matches!(hash_of(&too_long), Err(HashPasswordError::TooLong)));
+        for password in ["sec\0ret", "secret\t", "\x1b[A", "one\rtwo", "\u{85}"] {
+            assert!(matches!(hash_of(password), Err(HashPasswordError::ControlCharacter)), "{password:?}");
+        }
+        assert!(hash_of(" sëcret 🔑").is_ok());
         assert!(hash_of("secret").unwrap().starts_with("$argon2id$v=19$m=19456,t=2,p=1$"));
     }
 }

@@ -60,8 +60,10 @@ pub enum Command {
 
 /// What `main` prints with.
 pub struct Terminal<'a> {
-    pub out: &'a mut dyn io::Write,
-    pub err: &'a mut dyn io::Write,
+    out: &'a mut dyn io::Write,
+    err: &'a mut dyn io::Write,
+    /// Why something of the answer was not written: then the command has failed, whatever it did.
+    unsaid: Option<io::Error>,
 }
 
 impl std::fmt::Debug for Terminal<'_> {
@@ -70,11 +72,15 @@ impl std::fmt::Debug for Terminal<'_> {
     }
 }
 
-impl Terminal<'_> {
-    /// A line of the answer. A reader that is gone needs none.
+impl<'a> Terminal<'a> {
+    pub fn new(out: &'a mut dyn io::Write, err: &'a mut dyn io::Write) -> Self {
+        Self { out, err, unsaid: None }
+    }
+
+    /// A line of the answer.
     pub fn say(&mut self, line: impl std::fmt::Display) {
-        let _ = writeln!(self.out, "{line}");
-        let _ = self.out.flush();
+        let said = writeln!(self.out, "{line}").and_then(|()| self.out.flush());
+        self.unsaid = self.unsaid.take().or(said.err());
     }
 
     /// A failure, with its causes.
@@ -96,7 +102,31 @@ impl Terminal<'_> {
 }
 
 pub fn main(arguments: Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
-    match arguments.command {
+    let code = run_command(arguments.command, terminal);
+    match terminal.unsaid.take() {
+        Some(error) if code == ExitCode::SUCCESS => terminal.fail(&Unsaid(error), FAILED),
+        Some(_) | None => code,
+    }
+}
+
+/// The command did its work, and nobody has its answer.
+#[derive(Debug)]
+struct Unsaid(io::Error);
+
+impl std::fmt::Display for Unsaid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the answer cannot be written to standard output")
+    }
+}
+
+impl std::error::Error for Unsaid {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
+    match command {
         Command::Run { config } => run::run(&config, terminal),
         Command::Check { files } => check::check(&files, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),

@@ -48,7 +48,7 @@ use crate::session::{Session, Sessions};
 use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
 use hash::{Busy, PASSWORD_BYTES_MAX};
-use pages::{Link, LoggedInPage, LoginPage, Message, Stylesheet, json, message_page, page, redirect};
+use pages::{Link, LoggedInPage, LoginPage, Message, Stylesheet, failure, json, message_page, page, redirect};
 use password::{Answer, PasswordLogin};
 use return_to::ReturnTo;
 use users::{UserName, Users};
@@ -113,6 +113,7 @@ enum Endpoint {
 const REFUSED: &str =
     "That did not work. Check the user name and the password. After several failures, wait some minutes.";
 const FORM_TOO_OLD: &str = "This page was open for too long. Please log in again.";
+const TRY_AGAIN: &str = "Please try again in a few seconds.";
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 impl Login {
@@ -212,7 +213,7 @@ impl Login {
         let login_cookie = LoginCookie::beside(request.cookie, request.secure);
         let key = login_cookie.find(request.headers);
         if !key.zip(form.get("csrf")).is_some_and(|(key, token)| key.accepts(Purpose::Login, token)) {
-            info!(client = %request.client, method = "password", result = "stale_form", "login");
+            self.log_attempt(request, None, "stale_form");
             return self.login_form(request, StatusCode::FORBIDDEN, Some(FORM_TOO_OLD), &return_to, "");
         }
         let name = form.get("username").and_then(UserName::parse);
@@ -292,15 +293,16 @@ impl Login {
                 json(StatusCode::OK, &body)
             }
             Ok(None) => {
-                let mut response = json(StatusCode::UNAUTHORIZED, &serde_json::json!({ "error": "no session" }));
+                let message = "Log in and try again.";
+                let mut response = failure(StatusCode::UNAUTHORIZED, "unauthenticated", message, request.request_id);
                 // 401 must name a scheme (RFC 9110, section 15.5.2); this one opens no dialog in a browser.
-                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Cookie"));
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
                 response
             }
-            Err(failure) => {
-                self.note(&failure);
-                let mut response =
-                    json(StatusCode::SERVICE_UNAVAILABLE, &serde_json::json!({ "error": "temporarily unavailable" }));
+            Err(cause) => {
+                self.note(&cause);
+                let (status, id) = (StatusCode::SERVICE_UNAVAILABLE, request.request_id);
+                let mut response = failure(status, cause.label(), TRY_AGAIN, id);
                 pages::set_retry_after(&mut response, RETRY_AFTER);
                 response
             }
@@ -310,7 +312,12 @@ impl Login {
     /// Who has a live session and is still welcome.
     async fn visitor(&self, request: &LoginRequest<'_>) -> Result<Option<Visitor>, Failure> {
         let Some(id) = request.cookie.find(request.headers) else { return Ok(None) };
-        let Some(Session { record, .. }) = self.sessions.resume(&id).await? else { return Ok(None) };
+        let record = match self.sessions.resume(&id).await {
+            Ok(Some(Session { record, .. })) => record,
+            // Nobody here; the cookie stays, since nobody said that the session is gone.
+            Ok(None) | Err(StoreError::Unreadable) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
         let identity = match record.method {
             LoginMethod::Password => self.users.current(&record.identity.user).map(Arc::clone),
         };
@@ -367,7 +374,7 @@ impl Login {
         let message = Message {
             status: StatusCode::SERVICE_UNAVAILABLE,
             title: "Not available at the moment",
-            text: "Please try again in a few seconds.",
+            text: TRY_AGAIN,
             next: None,
             retry_after: Some(RETRY_AFTER),
             request_id: request.request_id,
@@ -376,8 +383,12 @@ impl Login {
     }
 
     fn message(&self, request: &LoginRequest<'_>, status: StatusCode, title: &str, text: &str) -> Response<Bytes> {
-        let login = format!("{}login", self.prefix);
-        let next = self.password.is_some().then_some(Link { href: &login, text: "Log in" });
+        let (login, back) = (format!("{}login", self.prefix), self.default_return.to_string());
+        // Who has a cookie is logged in, or is sent from there to the login; the store need not say which.
+        let next = match request.cookie.find(request.headers) {
+            Some(_) => Some(Link { href: &back, text: "Continue" }),
+            None => self.password.is_some().then_some(Link { href: &login, text: "Log in" }),
+        };
         let request_id = request.request_id;
         message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })
     }

@@ -132,6 +132,11 @@ pub(super) fn json(status: StatusCode, value: &serde_json::Value) -> Response<By
     response
 }
 
+/// A failure, for a program: in the shape that every failure of ours has.
+pub(super) fn failure(status: StatusCode, error: &str, message: &str, request_id: &str) -> Response<Bytes> {
+    json(status, &serde_json::json!({ "error": error, "message": message, "request_id": request_id }))
+}
+
 /// `location`: a path of our own, printable ASCII.
 pub(super) fn redirect(status: StatusCode, location: &str) -> Response<Bytes> {
     let mut response = with_body(status, Bytes::new());

@@ -66,6 +66,17 @@ impl PasswordLogin {
     }
 }
 
+#[cfg(test)]
+impl PasswordLogin {
+    pub(super) fn fill(&self) -> usize {
+        self.hashing.fill()
+    }
+
+    pub(super) fn free(&self, places: usize) {
+        self.hashing.free(places);
+    }
+}
+
 impl Answer {
     /// For the log and the metrics.
     pub(super) fn label(&self) -> &'static str {

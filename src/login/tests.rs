@@ -38,6 +38,11 @@ impl FakeStore {
         kept.fails_at = Some(kept.calls + calls + 1);
     }
 
+    /// As if they were long ago.
+    fn forget_known_networks(&self) {
+        self.0.lock().counters.retain(|name, _| !name.starts_with("login:known-network:"));
+    }
+
     fn set_unreadable(&self, unreadable: bool) {
         self.0.lock().unreadable = unreadable;
     }
@@ -321,6 +326,8 @@ async fn a_form_without_our_token_logs_nobody_in_and_counts_for_nothing() {
     let form = [("csrf", token.as_str()), ("username", "alice"), ("password", PASSWORD)];
     assert_eq!(browser.post("/.cloakroom/login", &form).await.status(), 403, "no cookie");
     assert_eq!(browser.store.calls(), 0, "nothing was counted, nothing looked up");
+    let stale = browser.login.metrics.logins.with_label_values(&["password", "stale_form"]).get();
+    assert_eq!(stale, 6, "but the operator sees it");
 }
 
 #[tokio::test]
@@ -494,6 +501,10 @@ async fn the_session_endpoint_says_who_and_never_what_the_cookie_holds() {
     let mut browser = Browser::new();
     let nobody = browser.get("/.cloakroom/session").await;
     assert_eq!((nobody.status(), nobody.header("content-type")), (401, "application/json"));
+    assert_eq!(nobody.header("www-authenticate"), "Session", "as on a route");
+    let json: serde_json::Value = serde_json::from_str(nobody.html()).unwrap();
+    assert_eq!((&json["error"], &json["request_id"]), (&"unauthenticated".into(), &"4711".into()), "{json}");
+    assert!(json["message"].is_string(), "{json}");
     assert_eq!(nobody.header("cache-control"), "no-store");
 
     browser.log_in("alice", PASSWORD).await;
@@ -537,6 +548,88 @@ async fn paths_and_methods_that_we_do_not_have_are_refused() {
         assert_eq!((answer.status(), answer.header("allow")), (status, allow), "{method} {target}");
         assert_eq!(answer.header("content-length"), answer.0.body().len().to_string(), "{method} {target}");
     }
+}
+
+#[tokio::test]
+async fn who_is_logged_in_is_not_asked_to_log_in_by_a_page_that_is_not_there() {
+    let mut browser = Browser::with_config("default_return = \"/start\"");
+    let stranger = browser.get("/.cloakroom/nothing").await;
+    assert!(stranger.html().contains("Log in"), "{}", stranger.html());
+    browser.log_in("alice", PASSWORD).await;
+    let calls = browser.store.calls();
+    let known = browser.get("/.cloakroom/nothing").await;
+    assert!(!known.html().contains("Log in") && known.html().contains("href=\"/start\""), "{}", known.html());
+    assert_eq!(browser.store.calls(), calls, "a page that is not there is not worth a question to the store");
+}
+
+#[tokio::test]
+async fn a_login_for_which_there_is_no_place_counts_for_nothing() {
+    let mut browser = Browser::with_config("[password.throttle]\nper_account_and_network = 1\nper_network = 1\n");
+    for _ in 0..20 {
+        let places = browser.login.password.as_ref().unwrap().fill();
+        assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 503);
+        browser.login.password.as_ref().unwrap().free(places);
+    }
+    assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 303, "nobody looked at a password before");
+}
+
+#[tokio::test]
+async fn a_login_that_the_store_cuts_short_counts_for_nothing() {
+    let mut browser = Browser::with_config("[password.throttle]\nper_account_and_network = 1\nper_network = 1\n");
+    // Four calls for an attempt, four for its success, one for the session.
+    for turn in 0..9 {
+        browser.store.fail_once_after(turn);
+        assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 503, "call {turn}");
+        browser.store.forget_known_networks();
+    }
+    assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 303);
+}
+
+#[tokio::test]
+async fn at_most_as_many_parallel_guesses_as_allowed_are_looked_at() {
+    let mut browser = Browser::with_config("[password.throttle]\nper_account_and_network = 7\n");
+    let login = &browser.login;
+    let password = login.password.as_ref().unwrap();
+    let name = UserName::parse("alice").unwrap();
+    let guesses = (0..60).map(|_| password.check(&login.users, &name, "guess".to_owned(), browser.client));
+    let mut checked = 0;
+    let mut tasks: Vec<_> = guesses.map(Box::pin).collect();
+    std::future::poll_fn(|context| {
+        tasks.retain_mut(|task| match task.as_mut().poll(context) {
+            std::task::Poll::Ready(answer) => {
+                checked += usize::from(matches!(answer, Ok(Answer::Wrong)));
+                false
+            }
+            std::task::Poll::Pending => true,
+        });
+        if tasks.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+    drop(tasks);
+    assert_eq!(checked, 7);
+    assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 403, "the allowed guesses are used up");
+}
+
+#[tokio::test]
+async fn a_session_that_cannot_be_read_is_nobodys_and_keeps_its_cookie() {
+    let mut browser = Browser::new();
+    browser.log_in("alice", PASSWORD).await;
+    let csrf = browser.get("/.cloakroom/logout").await.csrf();
+    let cookies = browser.cookies.clone();
+    browser.store.set_unreadable(true);
+    for (target, status) in
+        [("/.cloakroom/session", 401), ("/.cloakroom/login", 200), ("/.cloakroom/logout", 200), ("/.cloakroom/x", 404)]
+    {
+        assert_eq!(browser.get(target).await.status(), status, "{target}");
+        assert_eq!(browser.cookies.get("__Host-session"), cookies.get("__Host-session"), "{target}");
+    }
+    browser.store.set_unreadable(false);
+    assert_eq!(browser.get("/.cloakroom/session").await.status(), 200, "who could be read again is who he was");
+
+    browser.store.set_unreadable(true);
+    assert_eq!(browser.post("/.cloakroom/logout", &[("csrf", &csrf)]).await.status(), 303);
+    assert_eq!(browser.store.sessions().len(), 0, "a logout ends it unread");
+    assert!(!browser.has_session());
 }
 
 #[tokio::test]

@@ -428,8 +428,7 @@ mod tests {
         for line in dropped {
             assert!(ours.is_set_by(line), "{:?}", String::from_utf8_lossy(line));
         }
-        let kept: &[&[u8]] =
-            &[
+        let kept: &[&[u8]] = &[
             b"",
             b";",
             b"a=1",

@@ -1,5 +1,7 @@
 //! Can people log in and out, and can nobody else? Through the real pages, as a browser goes through them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Response};
 use crate::harness::gateway::{Form, Gateway, PASSWORD, Store};
@@ -303,4 +305,42 @@ fn nothing_outside_the_endpoints_answers_under_the_prefix() {
     }
     let forwarded = client.get("/.cloakroom-not").send();
     assert_eq!(forwarded.status, 200, "a name that only begins alike is the application's");
+}
+
+#[test]
+fn the_cookies_of_other_applications_are_no_obstacle() {
+    let backend = Backend::echo();
+    let gateway = gateway(&backend);
+    let client = gateway.client();
+    client.set_cookie("greeting", "gr\u{fc}\u{df} dich \u{1f511}");
+    assert_eq!(gateway.try_log_in(&client, "ann", PASSWORD).status, 303, "not even one that is not ASCII");
+    let seen = client.get("/").send().seen();
+    assert_eq!(seen.headers("x-forwarded-user"), ["ann"]);
+    assert_eq!(seen.headers("cookie"), ["greeting=gr\u{fc}\u{df} dich \u{1f511}"], "and it arrives as it was");
+}
+
+#[test]
+fn a_login_that_finds_no_place_is_not_held_against_anybody() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&backend])
+        .password("hashes_max = 1")
+        .with("[login.password.throttle]\nper_account_and_network = 1\nper_network = 1000000")
+        .start();
+    let log_in = |user: &str| gateway.try_log_in(&gateway.client(), user, PASSWORD).status;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // More than the queue takes, each as somebody else, so that the throttle stops none of them.
+        for crowd in 0..90 {
+            let (log_in, is_over) = (&log_in, &is_over);
+            scope.spawn(move || {
+                for turn in (0..1_000).take_while(|_| !is_over.load(Ordering::Relaxed)) {
+                    log_in(&format!("nobody{crowd}-{turn}"));
+                }
+            });
+        }
+        let found_no_place = (0..100).any(|_| log_in("ann") == 503);
+        is_over.store(true, Ordering::Relaxed);
+        assert!(found_no_place, "the crowd must be large enough");
+    });
+    assert_eq!(log_in("ann"), 303, "nobody had looked at her password");
 }

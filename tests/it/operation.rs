@@ -116,6 +116,26 @@ fn a_password_hash_is_printed_alone() {
 }
 
 #[test]
+fn an_answer_that_nobody_has_is_a_failure() {
+    let (_folder, file, _) = deployment(&[&Backend::echo()], "");
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for (arguments, input) in [(&["check", file.to_str().unwrap()][..], ""), (&["hash-password"], "secret\n")] {
+        let mut child = Command::new(CLOAKROOM)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(full())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains("standard output"), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
 fn a_term_under_load_fails_no_request_that_had_begun() {
     let backend = Backend::echo();
     let (_folder, file, address) = deployment(&[&backend], "");

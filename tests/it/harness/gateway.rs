@@ -47,6 +47,7 @@ pub(crate) struct Setup {
     store: Store,
     tls: bool,
     listener: String,
+    password: String,
     rest: String,
 }
 
@@ -69,6 +70,7 @@ impl Gateway {
             store: Store::Memory,
             tls: false,
             listener: String::new(),
+            password: String::new(),
             rest: String::new(),
         }
         .pool("app", backends, "")
@@ -207,6 +209,12 @@ impl Setup {
         self
     }
 
+    /// Further lines of `[login.password]`.
+    pub(crate) fn password(mut self, keys: &str) -> Self {
+        let _ = writeln!(self.password, "{keys}");
+        self
+    }
+
     /// Whole tables, e.g. `[limits]\nhead_timeout = "1s"`.
     pub(crate) fn with(mut self, tables: &str) -> Self {
         let _ = writeln!(self.rest, "{tables}");
@@ -253,7 +261,7 @@ impl Setup {
                 let _ = writeln!(text, "[store.redis]\n{keys}");
             }
         }
-        let _ = writeln!(text, "[login.password]\nusers_file = {users_file:?}");
+        let _ = writeln!(text, "[login.password]\nusers_file = {users_file:?}\n{}", self.password);
         for (table, keys) in [
             ("[server]", "threads = 2"),
             ("[admin]", "address = \"127.0.0.1:0\""),
