@@ -145,6 +145,31 @@ fn a_redis_that_comes_back_empty_sends_people_to_the_login_once() {
 }
 
 #[test]
+fn a_record_that_cannot_be_read_takes_nobodys_cookie() {
+    let backend = Backend::echo();
+    let redis = RedisServer::start();
+    let gateway = setup(&backend, &redis).start();
+    let ann = gateway.log_in("ann");
+    let cookie = ann.cookie("session");
+    let mut client = redis.client();
+    let names: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*s:{*").query(&mut client).unwrap();
+    let [name] = &names[..] else { panic!("one session: {names:?}") };
+    let mut write_version = |version: u8| {
+        let _: u64 = redis::cmd("SETRANGE").arg(name).arg(0).arg(&[version][..]).query(&mut client).unwrap();
+    };
+
+    write_version(2);
+    let page = ann.navigate("/").send();
+    assert_eq!((page.status, page.headers("set-cookie")), (302, vec![]), "nobody here, and maybe somebody elsewhere");
+    assert_eq!(ann.get("/").send().status, 401);
+    assert_eq!(ann.get("/optional").send().seen().headers("x-forwarded-user"), [""; 0]);
+    assert_eq!(ann.navigate("/.cloakroom/login").send().status, 200);
+    assert_eq!(ann.cookie("session"), cookie);
+    write_version(1);
+    assert_eq!(ann.get("/").send().seen().headers("x-forwarded-user"), ["ann"], "as after an update");
+}
+
+#[test]
 fn a_gateway_that_starts_before_its_redis_serves_when_it_comes() {
     let (backend, mut redis) = (Backend::echo(), RedisServer::start());
     redis.kill();
