@@ -211,7 +211,7 @@ impl MemoryPool {
         self.0.lock().pop().unwrap_or_default()
     }
 
-    /// Nothing of a password stays behind; to clear the memory takes a tenth of the time that the hash took.
+    /// Nothing of a password stays behind. To clear the memory is one pass over it; argon2 makes several, and mixes.
     fn keep(&self, mut memory: Vec<Block>) {
         memory.fill(Block::new());
         if memory.capacity() <= KEPT_KIB_MAX {
