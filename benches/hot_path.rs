@@ -9,6 +9,7 @@ use cloakroom::config::model::{self, Access, Config};
 use cloakroom::config::value::Bytes;
 use cloakroom::identity::Identity;
 use cloakroom::identity::headers::IdentityHeaders;
+use cloakroom::login::csrf::login_cookie_name;
 use cloakroom::proxy::admit::{Who, admit};
 use cloakroom::proxy::guard::{self, HeadLimits};
 use cloakroom::proxy::route::Routes;
@@ -67,7 +68,7 @@ fn routing(criterion: &mut Criterion) {
 
 fn cookies(criterion: &mut Criterion) {
     let cookie = SessionCookie::new("__Host-session", true, cookie::SameSite::Lax);
-    let reserved = ReservedCookies::new(["__Host-session", "__Host-login"]);
+    let reserved = ReservedCookies::new(["__Host-session", &login_cookie_name("__Host-session")]);
     let mut headers = HeaderMap::new();
     let field = format!("theme=dark; __Host-session={}; lang=de; seen=1,2,3", id().to_cookie_value());
     headers.insert(COOKIE, field.parse().unwrap());

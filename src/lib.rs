@@ -11,7 +11,7 @@
 //! connection   reads the head, whole, under one deadline and one limit      proxy/connection.rs
 //! guard        refuses what two readers could read differently: 400         proxy/guard.rs
 //! route        host + path -> Route, or 404                                 proxy/route.rs
-//! session      cookie -> SessionId -> store      (none | live | down)       session/
+//! session      cookie -> SessionId -> store      (none | live | unreadable | down)       session/
 //! admit        access and groups -> forward, or: login page, 401, 403, 503  proxy/admit.rs
 //! balance      next backend in turn; another one where that is safe         backend/balance.rs
 //! forward      look-alikes and our cookies out, identity in                 proxy/forward.rs
@@ -38,7 +38,8 @@
 //! 6. Access is decided on exactly the path bytes that are forwarded; what is ambiguous is refused with 400.
 //! 7. Everything has a limit: heads, bodies, time per phase, attempts, pools, connections, sessions in memory.
 //! 8. A non-idempotent request is never sent twice. A failed backend costs a client nothing where a retry is safe.
-//! 9. Every request ends in exactly one access-log line and one outcome.
+//! 9. Every request ends in exactly one access-log line and one outcome. (Lines that nobody reads are dropped and
+//!    counted.)
 //! 10. A broken configuration never replaces a working one.
 
 // In reading order.

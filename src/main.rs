@@ -1,4 +1,4 @@
-//! Arguments in, a command done, an exit code out. The only place that touches the terminal.
+//! Arguments in, a command done, an exit code out.
 
 use std::process::ExitCode;
 

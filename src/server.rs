@@ -26,6 +26,7 @@ use crate::listener::certificate::Certificate;
 use crate::listener::{self, Desk, Listener, Queue, Worker};
 use crate::log::{LineWriter, Lines};
 use crate::login::Login;
+use crate::login::csrf::login_cookie_name;
 use crate::login::users::Users;
 use crate::metrics::Metrics;
 use crate::proxy::Gateway;
@@ -459,7 +460,7 @@ fn session_cookie(config: &Config, secure: bool) -> SessionCookie {
 /// The session cookie and the login's own, which no backend may see or set.
 fn reserved_cookies(config: &Config) -> ReservedCookies {
     let session = config.session.cookie.get_ref();
-    ReservedCookies::new([session.as_str(), &format!("{session}-login")])
+    ReservedCookies::new([session.as_str(), &login_cookie_name(session)])
 }
 
 fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<LineWriter>), StartError> {

@@ -6,7 +6,7 @@
 //!
 //! Each proxy is a process of its own, started from this program; backends and load live in the first process. The
 //! number that counts is the proxy's CPU time per request: on one machine throughput says as much of the load's
-//! appetite as of the proxy's. The machine is shared and its clock varies, so each round gives one ratio to the
+//! appetite as of the proxy's. Machines are shared and clocks vary, so each round gives one ratio to the
 //! pass-through of the same round, and the table shows the medians.
 
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed, and says where")]

@@ -1,6 +1,6 @@
 //! What is wrong with a file: every problem with its line, its column, the line itself, a caret and a hint.
 //!
-//! A shown line may hold a password: [`without_secrets`] covers it before it is kept.
+//! A shown line may hold a password: `without_secrets` covers it before it is kept.
 
 use std::fmt;
 use std::ops::Range;
@@ -26,7 +26,6 @@ pub struct Problems<'t> {
     file: &'t Path,
     text: &'t str,
     list: Vec<Problem>,
-    included: Vec<Problem>,
 }
 
 #[derive(Clone, Debug)]
@@ -39,7 +38,7 @@ struct Place {
 
 impl<'t> Problems<'t> {
     pub fn in_file(file: &'t Path, text: &'t str) -> Self {
-        Self { file, text, list: Vec::new(), included: Vec::new() }
+        Self { file, text, list: Vec::new() }
     }
 
     /// `at`: bytes of the file, as `toml::Spanned::span` gives them; `0..0` means a default, and shows no line.
@@ -69,15 +68,9 @@ impl<'t> Problems<'t> {
         }
     }
 
-    /// What another file that this one names has wrong with it.
-    pub fn include(&mut self, other: ConfigError) {
-        self.included.extend(other.problems);
-    }
-
     /// `value`, when nothing is wrong.
     pub fn into_result<T>(mut self, value: T) -> Result<T, ConfigError> {
         self.list.sort_by_key(|problem| problem.place.as_ref().map_or((0, 0), |place| (place.line, place.column)));
-        self.list.append(&mut self.included);
         if self.list.is_empty() { Ok(value) } else { Err(ConfigError { problems: self.list }) }
     }
 
@@ -291,10 +284,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn problems_are_told_in_the_order_of_the_file_and_those_of_other_files_last() {
+    fn problems_are_told_in_the_order_of_the_file() {
         let (file, text) = (Path::new("a.toml"), "x = 1\ny = 2\n");
         let mut problems = Problems::in_file(file, text);
-        problems.include(ConfigError::unreadable(Path::new("b.toml"), &std::io::Error::other("on fire")));
         problems.add(10..11, "second").hint("try 3");
         problems.add(4..5, "first");
         problems.add(0..0, "no place");
@@ -302,8 +294,7 @@ mod tests {
         let error = problems.into_result(()).unwrap_err();
         let expected = "error: a.toml: no place\n\
                         error: a.toml:1:5: first\n  |\n1 | x = 1\n  |     ^\n\
-                        error: a.toml:2:5: second\n  |\n2 | y = 2\n  |     ^\n  hint: try 3\n\
-                        error: b.toml: cannot be read: on fire";
+                        error: a.toml:2:5: second\n  |\n2 | y = 2\n  |     ^\n  hint: try 3";
         assert_eq!(error.to_string(), expected);
     }
 

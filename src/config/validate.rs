@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
 use super::model::{Access, Config, Listener, RedisStore, Scheme};
-use super::value::is_sample_secret;
+use super::value::{Bytes, is_sample_secret};
 
 /// `tree` is what `config` was read from: it knows where each key stands.
 pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems<'_>) {
@@ -94,6 +94,12 @@ impl Check<'_, '_> {
         if !(1 << 10..=512 << 10).contains(&head.0) {
             let at = self.at("limits.head_bytes");
             self.problems.add(at, format!("limits.head_bytes is {head}: must be between 1KiB and 512KiB"));
+        }
+        if TARGET_BYTES_MAX < limits.target_bytes {
+            let at = self.at("limits.target_bytes");
+            self.problems
+                .add(at, format!("limits.target_bytes ({}) is over {TARGET_BYTES_MAX}", limits.target_bytes))
+                .hint("no longer target can be handled");
         }
         if head < limits.target_bytes {
             let at = self.at_one_of(["limits.target_bytes", "limits.head_bytes"]);
@@ -460,6 +466,9 @@ fn cookie_name(name: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// What the guard can handle: `http::Uri` holds no longer target.
+const TARGET_BYTES_MAX: Bytes = Bytes(63 * 1024);
+
 /// A path that every reader takes the same way: policy and backend must not differ on what it names.
 fn canonical(path: &str) -> Result<(), &'static str> {
     if !path.starts_with('/') {
@@ -468,8 +477,9 @@ fn canonical(path: &str) -> Result<(), &'static str> {
     if path.bytes().any(|b| !b.is_ascii_graphic()) {
         return Err("only visible ASCII characters, no spaces");
     }
-    if path.contains(['%', ';', '\\', '?', '#']) {
-        return Err("none of `%` `;` `\\` `?` `#` is allowed");
+    // No request with one of these is ever let in.
+    if path.contains(['%', ';', '\\', '?', '#', '"', '<', '>', '^', '`', '{', '|', '}']) {
+        return Err("none of `%` `;` `\\` `?` `#` `\"` `<` `>` `^` `{` `|` `}` and no backtick is allowed");
     }
     let mut segments = path[1..].split('/').peekable();
     while let Some(segment) = segments.next() {
@@ -770,7 +780,8 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
                 "11:14",
                 "target_bytes (8KiB) is larger than limits.head_bytes (4KiB)",
             ),
-            ("[limits]\ntarget_bytes = \"64KiB\"".into(), "11:16", "is larger than limits.head_bytes (32KiB)"),
+            ("[limits]\ntarget_bytes = \"40KiB\"".into(), "11:16", "is larger than limits.head_bytes (32KiB)"),
+            ("[limits]\nhead_bytes = \"128KiB\"\ntarget_bytes = \"64KiB\"".into(), "12:16", "is over 63KiB"),
             ("[limits]\nbody_bytes = \"1MB\"".into(), "11:14", "invalid size \"1MB\""),
             (
                 "[store.redis]\nurl = \"redis://a\"\n[store.memory]".into(),

@@ -98,10 +98,15 @@ impl std::fmt::Debug for FormKey {
     }
 }
 
+/// The name of the login's own cookie beside a session cookie of this name: as secret from backends as that one.
+pub fn login_cookie_name(session: &str) -> String {
+    format!("{session}-login")
+}
+
 impl LoginCookie {
     /// Named after the session cookie, prefix included: `__Host-session-login`, on plain HTTP `session-login`.
     pub fn beside(session: &SessionCookie, secure: bool) -> Self {
-        Self { name: format!("{}-login", session.name()), secure }
+        Self { name: login_cookie_name(session.name()), secure }
     }
 
     pub fn name(&self) -> &str {

@@ -624,7 +624,7 @@ async fn a_session_that_cannot_be_read_is_nobodys_and_keeps_its_cookie() {
         assert_eq!(browser.cookies.get("__Host-session"), cookies.get("__Host-session"), "{target}");
     }
     browser.store.set_unreadable(false);
-    assert_eq!(browser.get("/.cloakroom/session").await.status(), 200, "who could be read again is who he was");
+    assert_eq!(browser.get("/.cloakroom/session").await.status(), 200, "a session that can be read again is as it was");
 
     browser.store.set_unreadable(true);
     assert_eq!(browser.post("/.cloakroom/logout", &[("csrf", &csrf)]).await.status(), 303);

@@ -131,7 +131,7 @@ impl Throttle {
         }
     }
 
-    /// Only while it is the same count. Otherwise an attacker with an account of his own could begin attempts in one
+    /// Only while it is the same count. Otherwise an attacker with an account could begin attempts in one
     /// count, and take them back from the next.
     async fn uncount(&self, counter: &str, resets: Instant) -> Result<(), StoreError> {
         if Instant::now() < resets { self.store.decrement(counter).await } else { Ok(()) }

@@ -12,7 +12,7 @@ use super::reply::Rejection;
 pub enum Who {
     /// The route is public: nobody looked.
     Unasked,
-    /// No session.
+    /// No session that counts: none, one that cannot be read, or its user is removed or disabled.
     Nobody,
     User(Arc<Identity>),
     /// The store could not say.

@@ -32,7 +32,7 @@ const LAST_REQUEST: Duration = Duration::from_secs(1);
 pub struct HeadRules {
     pub bytes_max: usize,
     pub limits: HeadLimits,
-    /// From the first byte to the last, in total; also from the accept to the first byte.
+    /// From the first byte to the last, in total; also from the accept to the first byte, and for the TLS handshake.
     pub timeout: Duration,
     /// From one response to the next request.
     pub keepalive: Duration,

@@ -34,8 +34,7 @@ pub fn request(
     cookies: &ReservedCookies,
 ) -> pingora::Result<()> {
     let rules = &context.rules;
-    let forwarded_for = upstream.headers.get_all(X_FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok());
-    let forwarded_for = if context.trusted_peer { forwarded_for.collect::<Vec<_>>().join(", ") } else { String::new() };
+    let forwarded_for = if context.trusted_peer { readable_hops(upstream) } else { String::new() };
     let forwarded_host = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_HOST).cloned()).flatten();
     let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_PROTO).cloned()).flatten();
 
@@ -84,6 +83,14 @@ pub fn request(
         }
     }
     Ok(())
+}
+
+/// What a trusted proxy says of the hops. A field that cannot be read ends it: nothing before it is believed.
+fn readable_hops(upstream: &RequestHeader) -> String {
+    let fields = upstream.headers.get_all(X_FORWARDED_FOR).iter();
+    let mut readable: Vec<_> = fields.rev().map_while(|value| value.to_str().ok()).collect();
+    readable.reverse();
+    readable.join(", ")
 }
 
 /// What makes a response one that another reader could end elsewhere, or that nobody asked for. Pingora passes these on.

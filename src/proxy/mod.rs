@@ -406,7 +406,7 @@ impl Gateway {
             Ok(Some(session)) => {
                 let who = user_of(&session, &context.rules);
                 if let Who::User(identity) = &who {
-                    context.identity = Some(Arc::clone(identity)); // for the log, also when he is not let in
+                    context.identity = Some(Arc::clone(identity)); // for the log, also of who is not let in
                 }
                 context.session = Some(session.key);
                 ("live", who)
@@ -472,7 +472,7 @@ impl Gateway {
     /// The body of a form, whole, capped in size and in time.
     async fn read_form(&self, downstream: &mut HttpSession) -> Result<Bytes, Rejection> {
         let bytes_max = Login::FORM_BYTES_MAX;
-        if content_length(downstream.req_header()).is_some_and(|length| bytes_max as u64 <= length.saturating_sub(1)) {
+        if content_length(downstream.req_header()).is_some_and(|length| (bytes_max as u64) < length) {
             return Err(Rejection::BodyTooLarge);
         }
         if is_expecting_continue(downstream.req_header()) {

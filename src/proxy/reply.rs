@@ -55,7 +55,7 @@ pub enum Outcome {
     Truncated,
     /// A WebSocket on which nothing was said for too long.
     IdleSocket,
-    /// Dropped on its way: the shutdown had no more time for it.
+    /// Dropped on its way: the shutdown had no more time for it, or a panic of ours ended it.
     Cut,
     Rejected(Rejection),
 }

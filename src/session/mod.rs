@@ -30,8 +30,7 @@ pub struct Lifetime {
 /// A live session, as one request sees it.
 #[derive(Clone, Debug)]
 pub struct Session {
-    pub id: SessionId,
-    /// Of `id`.
+    /// What it is stored under; the id itself goes no further than the cookie.
     pub key: SessionKey,
     pub record: Arc<Record>,
 }
@@ -54,8 +53,8 @@ impl Sessions {
         Self { store, lifetime, touches: Arc::default() }
     }
 
-    /// The session of this id, if it lives; it counts as used now (written at most once per tenth of the idle
-    /// time, and never more than 60 s late, in the background).
+    /// The session of this id, if it lives; it counts as used now (written once per tenth of the idle time
+    /// or per 60 s, whichever is shorter, in the background).
     ///
     /// # Errors
     /// When the store does not say, or what it holds cannot be read ([`StoreError::Unreadable`]): then nobody knows
@@ -69,7 +68,7 @@ impl Sessions {
         if interval <= unused && self.touches.claim(&key, Instant::now(), interval) {
             self.touch_in_background(key.clone(), stored.record.ends);
         }
-        Ok(Some(Session { id: id.clone(), key, record: stored.record }))
+        Ok(Some(Session { key, record: stored.record }))
     }
 
     /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.
@@ -220,7 +219,7 @@ mod tests {
         let session = sessions.resume(&id).await.unwrap().expect("it lives");
         assert_eq!(session.record.identity.user, "ann");
         assert_eq!(session.record.client.user_agent.len(), USER_AGENT_BYTES_MAX, "cut at a character");
-        assert!(session.id == id);
+        assert!(session.key == id.key());
         assert!(sessions.end(&id).await.unwrap());
         assert!(sessions.resume(&id).await.unwrap().is_none(), "ended is ended");
         assert!(!sessions.end(&id).await.unwrap());

@@ -42,7 +42,7 @@ impl Touches {
         true
     }
 
-    /// It did not work, or the session is gone: the next request may try again.
+    /// It did not work: the next request may try again.
     pub(super) fn give_back(&self, key: &SessionKey) {
         self.lately.lock().touched.remove(key);
     }

@@ -266,17 +266,14 @@ fn what_a_user_sees_is_kept_out_of_shared_caches() {
             .route("/public", "access = \"public\"")
             .start();
         let own = fields.iter().find(|(name, _)| *name == "Cache-Control").map(|(_, value)| *value);
-        let ann = gateway.log_in("ann");
+        let ann = gateway.log_in("ann").allowing("expires");
         let cache_control = |target: &str| {
             let response = ann.get(target).header("Accept", "*/*").try_send();
             response.unwrap().header("cache-control").map(str::to_owned)
         };
-        let ann_allowing = |target: &str| cache_control(target);
-        if own.is_none() && fields.is_empty() || own.is_some() {
-            assert_eq!(ann_allowing("/").as_deref(), expected, "{fields:?}");
-            assert_eq!(ann_allowing("/free").as_deref(), own);
-            assert_eq!(ann_allowing("/public").as_deref(), own, "nobody is known here");
-        }
+        assert_eq!(cache_control("/").as_deref(), expected, "{fields:?}");
+        assert_eq!(cache_control("/free").as_deref(), own, "{fields:?}");
+        assert_eq!(cache_control("/public").as_deref(), own, "nobody is known here");
     }
 }
 
@@ -459,17 +456,21 @@ fn a_hop_that_cannot_be_read_ends_what_is_believed() {
     let backend = Backend::echo();
     let gateway = public(&[&backend]).with("[server]\ntrusted_proxies = [\"127.0.0.1\"]").start();
     let mut connection = Connection::open(gateway.address());
-    connection
-        .write(b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.66\r\nX-Forwarded-For: 203.0.113.9\xff\r\n\r\n");
-    let seen = connection.read_response("GET").unwrap().seen();
-    assert!(seen.headers("x-forwarded-for")[0].ends_with(", 127.0.0.1"), "{seen:?}");
+    for (fields, expected) in [
+        (&b"X-Forwarded-For: 192.0.2.66\r\nX-Forwarded-For: 203.0.113.9\xff\r\n"[..], "127.0.0.1"),
+        (b"X-Forwarded-For: 203.0.113.9\xff\r\nX-Forwarded-For: 192.0.2.66\r\n", "192.0.2.66, 127.0.0.1"),
+    ] {
+        connection.write([b"GET / HTTP/1.1\r\nHost: a\r\n", fields, b"\r\n"].concat());
+        let seen = connection.read_response("GET").unwrap().seen();
+        assert_eq!(seen.headers("x-forwarded-for"), [expected], "nothing before the unreadable hop");
+    }
 }
 
 #[test]
 fn connections_are_spread_evenly() {
     let backend = Backend::echo();
     let gateway = public(&[&backend]).with("[server]\nthreads = 4\nconnections_max = 100").start();
-    let held: Vec<_> = (0..40)
+    let held: Vec<_> = (0..4)
         .map(|_| {
             let mut connection = Connection::open(gateway.address());
             connection.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
@@ -477,7 +478,7 @@ fn connections_are_spread_evenly() {
             connection
         })
         .collect();
-    // Each worker keeps its own connections to a backend; those that serve have at least one.
-    assert_eq!(backend.open_connections(), 4, "every worker serves");
+    // Each worker keeps its own connections to a backend.
+    assert_eq!(backend.open_connections(), 4, "one client for each worker");
     drop(held);
 }

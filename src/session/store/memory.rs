@@ -185,7 +185,7 @@ impl SessionStore for MemoryStore {
         if COUNTERS_PER_SHARD_MAX <= shard.counters.len() && !shard.counters.contains_key(&hash) {
             shard.counters.retain(|_, counter| now < counter.expires);
             if COUNTERS_PER_SHARD_MAX <= shard.counters.len() {
-                // To forget a count instead would let an attacker flush his own.
+                // To forget a count instead would let attackers flush their own.
                 return Err(StoreError::Refused("too many counters".into()));
             }
         }

@@ -1,7 +1,7 @@
 //! Sessions in Redis (or Valkey), shared by all instances of Cloakroom. The only file that knows Redis.
 //!
 //! Each tokio runtime has one multiplexed connection of its own, made at first use and kept by a task of ours: see
-//! [`supervise`]. Who asks while the store is down is told so at once, and nobody waits longer than the response
+//! `supervise`. Who asks while the store is down is told so at once, and nobody waits longer than the response
 //! timeout in total.
 //!
 //! **No command is ever answered with another request's reply.** A connection answers in the order of its commands,
@@ -553,7 +553,7 @@ fn check_prefix(prefix: &str) -> Result<(), SettingsError> {
 fn client(settings: &model::RedisStore) -> Result<Client, SettingsError> {
     let invalid = |reason: &str| SettingsError::Url(reason.to_owned());
     let url = settings.url.get_ref().expose();
-    let known = ["redis://", "rediss://", "unix://", "redis+unix://", "valkey://", "valkeys://", "valkey+unix://"];
+    let known = ["redis://", "rediss://", "unix://", "redis+unix://"];
     if !known.iter().any(|scheme| url.starts_with(scheme)) {
         return Err(invalid("expected redis://, rediss:// or unix://"));
     }
@@ -634,7 +634,6 @@ mod tests {
             ("rediss://redis.example", "redis.example:6379"),
             ("unix:///run/redis.sock", "/run/redis.sock"),
             ("redis+unix:///run/redis.sock?db=2&user=proxy&pass=hunter2", "/run/redis.sock"),
-            ("valkey://127.0.0.1", "127.0.0.1:6379"),
         ];
         for (url, address) in cases {
             let store = RedisStore::new(&settings(url)).unwrap();

@@ -118,11 +118,6 @@ impl Backend {
         &self.shared.name
     }
 
-    /// From the next request on.
-    pub(crate) fn answer_with(&self, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) {
-        *self.shared.answer.lock().unwrap() = Arc::new(answer);
-    }
-
     /// Lets one [`Answer::AfterStep`] or one chunk of [`Answer::Chunks`] go.
     pub(crate) fn step(&self) {
         self.shared.steps.allow_one();

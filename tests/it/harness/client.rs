@@ -1,7 +1,7 @@
 //! What does a browser, or an attacker, send and get? Raw connections, and on them a client with a cookie jar.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use rustls::pki_types::ServerName;
@@ -152,19 +152,10 @@ impl Connection {
         assert!(rest.is_empty(), "{} bytes came before the end: {why}", rest.len());
     }
 
-    /// Nothing more will be sent; reading goes on.
-    pub(crate) fn close_write(&mut self) {
-        let _ = self.reader.stream().socket().shutdown(Shutdown::Write);
-    }
-
     /// Ends it with a reset in place of an orderly end, as a client does that is killed.
     pub(crate) fn reset(mut self) {
         let socket = socket2::SockRef::from(self.reader.stream().socket());
         socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
-    }
-
-    pub(crate) fn local_address(&mut self) -> SocketAddr {
-        self.reader.stream().socket().local_addr().unwrap()
     }
 }
 

@@ -46,7 +46,6 @@ pub(crate) struct Setup {
     users: Vec<String>,
     store: Store,
     tls: bool,
-    listener: String,
     password: String,
     rest: String,
 }
@@ -69,7 +68,6 @@ impl Gateway {
             users: Vec::new(),
             store: Store::Memory,
             tls: false,
-            listener: String::new(),
             password: String::new(),
             rest: String::new(),
         }
@@ -174,12 +172,6 @@ impl Setup {
         self
     }
 
-    /// Forgets the routes so far.
-    pub(crate) fn without_routes(mut self) -> Self {
-        self.routes.clear();
-        self
-    }
-
     /// Forgets the further users so far.
     pub(crate) fn without_users(mut self) -> Self {
         self.users.clear();
@@ -200,12 +192,6 @@ impl Setup {
     /// The listener speaks TLS, with a certificate that the clients of this gateway trust.
     pub(crate) fn tls(mut self) -> Self {
         self.tls = true;
-        self
-    }
-
-    /// Further lines of the listener's table.
-    pub(crate) fn listener(mut self, keys: &str) -> Self {
-        let _ = writeln!(self.listener, "{keys}");
         self
     }
 
@@ -250,7 +236,7 @@ impl Setup {
         let users_file = folder.path().join("users.toml");
         std::fs::write(&users_file, users).unwrap();
 
-        let mut text = format!("[[listener]]\naddress = \"127.0.0.1:0\"\n{}", self.listener);
+        let mut text = String::from("[[listener]]\naddress = \"127.0.0.1:0\"\n");
         if self.tls {
             let (cert, key) = tls::write_files(folder.path());
             let _ = writeln!(text, "cert = {cert:?}\nkey = {key:?}");

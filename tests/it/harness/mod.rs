@@ -7,8 +7,6 @@
 //! assert_eq!(seen.headers("x-forwarded-user"), ["ann"], "the session alone says who the user is");
 //! ```
 
-#![allow(dead_code, reason = "the harness offers more than the tests of the day ask for")]
-
 pub(crate) mod backend;
 pub(crate) mod client;
 pub(crate) mod gateway;
