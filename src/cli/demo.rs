@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use rand::distr::{Alphanumeric, SampleString};
 
+use super::demo_backend::DemoBackend;
 use super::run::{Signals, start_log};
-use super::{FAILED, Terminal, demo_backend};
+use super::{FAILED, Terminal};
 use crate::config::model::{Log, LogLevel};
 use crate::login::hash::hash;
 use crate::{config, server};
@@ -36,7 +37,7 @@ fn start(redis: Option<&str>, port: u16, terminal: &mut Terminal<'_>) -> Result<
             "[{USER}]\npassword = \"{hash}\"\nname = \"Demo User\"\nemail = \"demo@example.org\"\ngroups = [\"staff\"]\n"
         ),
     )?;
-    let backends = [demo_backend::start("one")?, demo_backend::start("two")?];
+    let [one, two] = [DemoBackend::start("one")?, DemoBackend::start("two")?];
     let address = free_port(port)?;
     let store = match redis {
         Some(url) => format!("[store.redis]\nurl = {}", toml::Value::String(url.to_owned())),
@@ -71,7 +72,8 @@ enabled = false
 [log]
 access = false
 "#,
-        backends[0], backends[1]
+        one.address(),
+        two.address()
     );
     let file = folder.path().join("cloakroom.toml");
     std::fs::write(&file, text)?;
@@ -81,9 +83,11 @@ access = false
     };
     let running = server::start(prepared)?;
     terminal.say(format_args!(
-        "Cloakroom is in front of two backends ({} and {}).\n\n  open       http://{address}/\n  user       {USER}\n  password   {password}\n\n\
-         Reload the page: the other backend answers, and you are still logged in.\nCtrl-C ends it.",
-        backends[0], backends[1]
+        "Cloakroom is in front of two backends.\n\n  open       http://{address}/\n  user       {USER}\n  password   {password}\n\n\
+         Reload the page: the other backend answers, and you are still logged in.\n\
+         Kill one of them (kill {} or kill {}): nobody notices.\nCtrl-C ends it.",
+        one.pid(),
+        two.pid()
     ));
     signals.serve(|| {});
     running.stop();

@@ -5,12 +5,15 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use askama::Template;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
+
+use super::{FAILED, Terminal};
 
 /// Of one request head; more than the gateway in front lets pass.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
@@ -25,19 +28,69 @@ const FIRST_SHOWN: [&str; 4] =
 /// When a connection cannot be accepted (too many open files): before the next attempt.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
-/// Starts one on a free port of loopback, on a thread of its own that lives as long as the process; where it listens.
-///
-/// # Errors
-/// When there is no port, no runtime or no thread.
-pub fn start(name: &'static str) -> io::Result<SocketAddr> {
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let address = listener.local_addr()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name(format!("demo-backend-{name}")).spawn(move || {
-        let Err(err) = runtime.block_on(serve(name, listener));
-        tracing::warn!("demo backend: not serving: {err}");
-    })?;
-    Ok(address)
+/// One at work, in a process of its own so that it can be killed; it ends with this value.
+#[derive(Debug)]
+pub struct DemoBackend {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl DemoBackend {
+    /// # Errors
+    /// When it does not start, or does not say where it listens.
+    pub fn start(name: &str) -> io::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["demo-backend", name])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut said = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut said)?;
+        }
+        match said.trim().parse() {
+            Ok(address) => Ok(Self { child, address }),
+            Err(_) => {
+                let _ = child.kill();
+                Err(io::Error::other(format!("demo backend {name} does not start")))
+            }
+        }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for DemoBackend {
+    fn drop(&mut self) {
+        // It may have been killed before.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The process: says where it listens, and serves until whoever started it is gone.
+pub fn run(name: &str, terminal: &mut Terminal<'_>) -> ExitCode {
+    let served = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| {
+        let address = listener.local_addr()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        terminal.say(address);
+        // A pipe from whoever started us: its end is theirs, however they ended.
+        std::thread::spawn(|| {
+            let _ = io::copy(&mut io::stdin(), &mut io::sink());
+            std::process::exit(0);
+        });
+        runtime.block_on(serve(name, listener))
+    });
+    match served {
+        Ok(never) => match never {},
+        Err(error) => terminal.fail(&error, FAILED),
+    }
 }
 
 /// Serves on `listener` until the future is dropped; `name` is what the page says of who answered.

@@ -48,6 +48,9 @@ pub enum Command {
         #[arg(long, default_value_t = 8080)]
         port: u16,
     },
+    /// One of the demo's backends.
+    #[command(hide = true)]
+    DemoBackend { name: String },
     /// Make a password hash for users.toml: asks twice on a terminal, reads one line from a pipe.
     HashPassword,
     /// Ask a running gateway whether it is ready; exit code 0 means yes.
@@ -130,6 +133,7 @@ fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
         Command::Run { config } => run::run(&config, terminal),
         Command::Check { files } => check::check(&files, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
+        Command::DemoBackend { name } => demo_backend::run(&name, terminal),
         Command::HashPassword => match hash_password::hash_password() {
             Ok(hash) => {
                 terminal.say(hash);

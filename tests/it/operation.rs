@@ -371,6 +371,7 @@ fn the_demo_starts_on_the_next_free_port_and_lets_its_user_in() {
     };
     let url = word("open");
     let (user, password) = (word("user"), word("password"));
+    let kill = said.find(|line| line.starts_with("Kill one of them")).unwrap();
     let address: std::net::SocketAddr = url.trim_start_matches("http://").trim_end_matches('/').parse().unwrap();
     assert_ne!(address.port(), first);
     let client = Client::of(address);
@@ -382,6 +383,12 @@ fn the_demo_starts_on_the_next_free_port_and_lets_its_user_in() {
     let (one, two) = (client.navigate("/").send().text(), client.navigate("/").send().text());
     assert!(one.contains("demo@example.org") && one.to_lowercase().contains("x-forwarded-user"), "{one}");
     assert_ne!(one, two, "the other backend answers");
+
+    let pid = kill.split(|c: char| !c.is_ascii_digit()).find(|word| !word.is_empty()).unwrap();
+    assert!(Command::new("kill").args(["-9", pid]).status().unwrap().success());
+    for _ in 0..6 {
+        assert_eq!(client.navigate("/").send().status, 200, "killing a backend is not noticed");
+    }
     daemon.signal("TERM");
     assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
 }
