@@ -61,6 +61,8 @@ pub enum SettingsError {
 /// Where the server is and how to get in.
 struct Server {
     client: Client,
+    /// One runtime has reached it: the others need not wait out their backoff.
+    is_back: Notify,
     connect_timeout: Duration,
     response_timeout: Duration,
 }
@@ -102,8 +104,12 @@ impl RedisStore {
         let prefix = settings.prefix.get_ref().clone();
         check_prefix(&prefix)?;
         let response_timeout = settings.response_timeout.get();
-        let server =
-            Server { client: client(settings)?, connect_timeout: settings.connect_timeout.get(), response_timeout };
+        let server = Server {
+            client: client(settings)?,
+            is_back: Notify::new(),
+            connect_timeout: settings.connect_timeout.get(),
+            response_timeout,
+        };
         Ok(Self {
             server: Arc::new(server),
             prefix,
@@ -215,7 +221,7 @@ async fn supervise(server: Arc<Server>, state: watch::Sender<State>) {
                         tracing::warn!(address = server.address(), cause = &*failure.cause, "redis is down");
                     }
                     state.send_replace(State::Down(failure));
-                    pause(&mut backoff).await;
+                    server.pause(&mut backoff).await;
                     continue;
                 }
             };
@@ -223,6 +229,7 @@ async fn supervise(server: Arc<Server>, state: watch::Sender<State>) {
             is_told = true;
             let since = tokio::time::Instant::now();
             state.send_replace(State::Up(Arc::clone(&live)));
+            server.is_back.notify_waiters();
             let failure = server.watch(&live).await;
             tracing::warn!(address = server.address(), cause = &*failure.cause, "redis is down");
             state.send_replace(State::Down(failure));
@@ -230,7 +237,7 @@ async fn supervise(server: Arc<Server>, state: watch::Sender<State>) {
             if BACKOFF_MAX < since.elapsed() {
                 backoff = BACKOFF_MIN;
             }
-            pause(&mut backoff).await;
+            server.pause(&mut backoff).await;
         }
     };
     tokio::select! {
@@ -239,15 +246,16 @@ async fn supervise(server: Arc<Server>, state: watch::Sender<State>) {
     }
 }
 
-/// Waits for half to all of the backoff, so that instances do not come back in step, and doubles it.
-async fn pause(backoff: &mut Duration) {
-    tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..=1.0))).await;
-    *backoff = (*backoff * 2).min(BACKOFF_MAX);
-}
-
 impl Server {
     fn address(&self) -> String {
         self.client.get_connection_info().addr().to_string()
+    }
+
+    /// Waits for half to all of the backoff, so that instances do not come back in step, and doubles it; not longer than
+    /// until another runtime has found the server.
+    async fn pause(&self, backoff: &mut Duration) {
+        let _ = timeout(backoff.mul_f64(rand::random_range(0.5..=1.0)), self.is_back.notified()).await;
+        *backoff = (*backoff * 2).min(BACKOFF_MAX);
     }
 
     /// A connection that has answered: a frozen server accepts, too.
