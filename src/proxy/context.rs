@@ -88,8 +88,8 @@ pub struct RequestContext {
     pub body_bytes_max: u64,
     pub body_bytes: u64,
     pub tried: Tried,
-    /// It has been sent once more after a backend failed on it.
-    pub is_repeated: bool,
+    /// How often it was sent again after a backend failed on it.
+    pub repeats: u8,
     pub backend: Option<Arc<Backend>>,
     pub outcome: Option<Outcome>,
     /// Why an attempt failed, to be told if no other succeeds.
@@ -118,15 +118,13 @@ impl RequestContext {
             body_bytes_max: u64::MAX,
             body_bytes: 0,
             tried: Tried::default(),
-            is_repeated: false,
+            repeats: 0,
             backend: None,
             outcome: None,
             failure: None,
         }
     }
-}
 
-impl RequestContext {
     /// One line, one count (invariant 9). Bytes are those of the bodies.
     pub fn record(&mut self, status: u16, outcome: Outcome, bytes_in: usize, bytes_out: usize) {
         self.is_recorded = true;

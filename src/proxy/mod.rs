@@ -46,6 +46,11 @@ const REPLIED: bool = true;
 /// Pingora's contract of `request_filter`: on to a backend.
 const FORWARD: bool = false;
 
+/// A request is sent once more when a backend failed on it.
+const REPEATS_MAX: u8 = 1;
+/// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
+const REPEATS_AFTER_KEPT_MAX: u8 = 3;
+
 /// An id from a trusted proxy is kept when it is no longer than this.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -119,7 +124,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut HttpSession,
         body: &mut Option<Bytes>,
-        _: bool,
+        is_whole: bool,
         context: &mut RequestContext,
     ) -> Result<()> {
         if context.is_upgrade {
@@ -129,8 +134,9 @@ impl ProxyHttp for Gateway {
         if context.body_bytes_max < context.body_bytes {
             return Err(Error::explain(ErrorType::HTTPStatus(413), "request body over the limit").into_down());
         }
-        let late = context.started.elapsed().saturating_sub(self.body_timeout);
-        if context.body_bytes < self.body_rate_min.saturating_mul(late.as_secs()) {
+        // A body that is here, or that is sent again to another backend, has no rate any more.
+        let late = context.started.elapsed().saturating_sub(self.body_timeout).as_millis() as u64;
+        if !is_whole && context.body_bytes < self.body_rate_min.saturating_mul(late) / 1000 {
             return Err(Error::explain(ErrorType::ReadTimedout, "request body under the least rate").into_down());
         }
         Ok(())
@@ -259,9 +265,10 @@ impl ProxyHttp for Gateway {
             // The backend closed a connection that had been idle, which is its right: it is no worse than the others.
             context.tried.forget_last();
         }
-        error.set_retry(may_repeat && (was_kept || !context.is_repeated));
-        // A request on which a backend dies may be what kills it: it meets one more, not all of them.
-        context.is_repeated |= !was_kept;
+        // A request on which backends die may be what kills them: it does not meet all of them.
+        let repeats_max = if was_kept { REPEATS_AFTER_KEPT_MAX } else { REPEATS_MAX };
+        error.set_retry(may_repeat && context.repeats < repeats_max);
+        context.repeats += 1;
         error
     }
 
@@ -281,23 +288,12 @@ impl ProxyHttp for Gateway {
         };
         context.outcome = Some(outcome);
         let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
-        match outcome {
-            Outcome::ClientGone | Outcome::IdleSocket => {
-                tracing::debug!(request_id = context.request_id, outcome = outcome.label(), cause = %error, "ended early");
-            }
-            Outcome::Forwarded
-            | Outcome::Answered
-            | Outcome::LoginRedirect
-            | Outcome::Refused
-            | Outcome::Cut
-            | Outcome::Truncated
-            | Outcome::Rejected(_) => tracing::warn!(
-                request_id = context.request_id,
-                outcome = outcome.label(),
-                backend,
-                cause = %error,
-                "request failed"
-            ),
+        let label = outcome.label();
+        // What clients do is their business, and they could fill the log with it.
+        if *error.esource() == ErrorSource::Downstream || outcome == Outcome::IdleSocket {
+            tracing::debug!(request_id = context.request_id, outcome = label, cause = %error, "request ended early");
+        } else {
+            tracing::warn!(request_id = context.request_id, outcome = label, backend, cause = %error, "request failed");
         }
         let mut error_code = 0;
         if let Outcome::Rejected(rejection) = outcome {

@@ -202,8 +202,11 @@ pub async fn send(
     for (name, value) in &parts.headers {
         head.append_header(name.clone(), value.clone())?;
     }
-    // Without a length the body would be delimited by the end of the connection.
-    head.insert_header(header::CONTENT_LENGTH, body.len())?;
+    // Without a length the body would be delimited by the end of the connection. These have none, whatever the length
+    // of what they stand for (RFC 9110, section 8.6).
+    if ![StatusCode::NO_CONTENT, StatusCode::NOT_MODIFIED].contains(&parts.status) {
+        head.insert_header(header::CONTENT_LENGTH, body.len())?;
+    }
     head.insert_header("x-request-id", request_id)?;
     if close {
         downstream.set_keepalive(None);

@@ -291,6 +291,18 @@ fn a_user_who_is_disabled_or_removed_is_out_at_the_reload() {
 }
 
 #[test]
+fn a_stylesheet_that_is_known_is_not_sent_again() {
+    let backend = Backend::echo();
+    let gateway = gateway(&backend);
+    let client = gateway.client().allowing("etag");
+    let style = client.get("/.cloakroom/style.css").send();
+    let tag = style.header("etag").expect("a validator").to_owned();
+    let again = client.get("/.cloakroom/style.css").header("If-None-Match", &tag).send();
+    assert_eq!((again.status, again.header("content-length")), (304, None), "no length but that of the stylesheet");
+    assert_eq!(client.get("/.cloakroom/session").send().status, 401, "and the connection goes on");
+}
+
+#[test]
 fn nothing_outside_the_endpoints_answers_under_the_prefix() {
     let backend = Backend::echo();
     let gateway = gateway(&backend);

@@ -440,6 +440,33 @@ fn an_upload_that_trickles_is_given_up() {
 }
 
 #[test]
+fn a_request_that_is_sent_again_late_has_not_trickled() {
+    // Each answer is held until the request is older than the time that its body may take.
+    let dying = Backend::always(Answer::AfterStep(Box::new(Answer::close())));
+    let alive = Backend::echo();
+    let limits = "[limits]\nbody_timeout = \"50ms\"\nbody_rate_min = \"1GiB\"";
+    let gateway = public(&[&dying, &alive]).with(limits).start();
+    for (asked, method) in ["GET", "PUT"].into_iter().enumerate() {
+        std::thread::scope(|scope| {
+            let answer = scope.spawn(|| {
+                loop {
+                    // Backends take turns: at the latest the second request meets the one that dies.
+                    let response = gateway.client().request(method, "/").body("hello").send();
+                    if asked < dying.requests().len() {
+                        return response;
+                    }
+                }
+            });
+            dying.after_requests(asked + 1);
+            let met = std::time::Instant::now();
+            wait_until("the request is old", || 2 * 50 < met.elapsed().as_millis());
+            dying.step();
+            assert_eq!(answer.join().unwrap().seen().backend, alive.name(), "{method}");
+        });
+    }
+}
+
+#[test]
 fn an_early_answer_to_an_upload_arrives() {
     let backend = Backend::echo();
     let gateway = Gateway::in_front_of(&[&backend]).route("/", "body_bytes = \"1GiB\"").start();

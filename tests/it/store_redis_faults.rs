@@ -94,6 +94,7 @@ impl Traffic {
                             failures.fetch_add(1, Ordering::Relaxed);
                         }
                     }
+                    // The pace of a user, and nothing that a test waits for.
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
             });

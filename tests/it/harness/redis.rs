@@ -77,18 +77,13 @@ impl RedisServer {
     fn try_start(&mut self) -> bool {
         let server = Command::new("redis-server").arg(self.path("redis.conf")).stdout(Stdio::null()).spawn();
         let mut child = server.expect("redis-server is installed: see scripts/setup");
-        let started = Instant::now();
-        loop {
-            if child.try_wait().unwrap().is_some() {
-                return false;
-            }
-            if self.answers() {
-                self.child = Some(child);
-                return true;
-            }
-            assert!(started.elapsed() < DEADLINE, "redis-server never answers");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let mut has_left = false;
+        wait_until("redis-server answers, or leaves", || {
+            has_left = child.try_wait().unwrap().is_some();
+            has_left || self.answers()
+        });
+        self.child = Some(child).filter(|_| !has_left);
+        !has_left
     }
 
     /// Any answer but that it still loads its data; a wish for a password is one.
