@@ -94,6 +94,7 @@ fn records(criterion: &mut Criterion) {
         ends: 1_760_043_200_000,
         method: LoginMethod::Password,
         client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Mozilla/5.0 (X11; Linux)".into() },
+        secrets: None,
     };
     let bytes = record.encode().unwrap();
     criterion.bench_function("record/encode", |bencher| bencher.iter(|| black_box(&record).encode()));

@@ -13,7 +13,8 @@ mod validate;
 pub mod error;
 
 use error::{ConfigError, Problems};
-use model::{Config, Listener, Login, PasswordLogin, RedisStore, Store};
+use model::{Admin, Config, Events, Listener, Login, PasswordLogin, RedisStore, Session, Store};
+use value::Secret;
 
 /// Reads, parses and validates one file. In what comes back, paths are absolute and secrets are resolved; of the files
 /// that it names, only those of secrets were opened.
@@ -70,29 +71,40 @@ fn resolve(
     let Config {
         file: _,
         listeners,
-        store: Store { redis, memory: _ },
+        store: Store { redis, memory, grace: _ },
         login: Login { stylesheet, password, prefix: _, title: _, default_return: _ },
         server: _,
         limits: _,
-        session: _,
+        session: Session { keys_file, .. },
         identity: _,
         pools: _,
         routes: _,
-        admin: _,
+        events: Events { webhook_secret, webhook: _, audit: _ },
+        admin: Admin { token, address: _, enabled: _ },
         log: _,
     } = config;
 
     let mut paths = Vec::<&mut Spanned<PathBuf>>::new();
+    let mut secrets = Vec::<(&str, &mut Spanned<Secret>)>::new();
     for Listener { cert, key, address: _, scheme: _, insecure: _ } in listeners {
         paths.extend(cert.iter_mut().chain(key));
     }
     if let Some(redis) = redis {
-        let RedisStore { url, ca, prefix: _, connect_timeout: _, response_timeout: _ } = redis.get_mut();
-        paths.extend(ca);
-        if let Err(message) = url.get_mut().resolve(directory, environment) {
-            problems.add(url.span(), format!("store.redis.url: {message}"));
+        let RedisStore { url, ca, cert, key, .. } = redis.get_mut();
+        paths.extend(ca.iter_mut().chain(cert).chain(key));
+        secrets.push(("store.redis.url", url));
+    }
+    secrets.extend(webhook_secret.as_mut().map(|secret| ("events.webhook_secret", secret)));
+    secrets.extend(token.as_mut().map(|token| ("admin.token", token)));
+    for (name, secret) in secrets {
+        if let Err(message) = secret.get_mut().resolve(directory, &environment) {
+            problems.add(secret.span(), format!("{name}: {message}"));
         }
     }
+    if let Some(memory) = memory {
+        paths.extend(&mut memory.get_mut().file);
+    }
+    paths.extend(keys_file);
     paths.extend(stylesheet);
     if let Some(PasswordLogin { users_file, hashes_max: _, throttle: _ }) = password {
         paths.push(users_file);
@@ -122,7 +134,24 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 9] = ["cert", "key", "scheme", "url", "ca", "stylesheet", "X-Team", "host", "body_bytes"];
+    const EXAMPLES: [&str; 16] = [
+        "cert",
+        "key",
+        "scheme",
+        "url",
+        "ca",
+        "stylesheet",
+        "X-Team",
+        "host",
+        "body_bytes",
+        "grace",
+        "file",
+        "silent_header",
+        "keys_file",
+        "webhook",
+        "webhook_secret",
+        "token",
+    ];
 
     /// The manual with every key in force: `#key = value` and `#[section]` lose their `#`, prose (`# text`) stays.
     fn manual_with_every_key() -> String {

@@ -40,6 +40,8 @@ pub struct Config {
     #[serde(default, rename = "route")]
     pub routes: Vec<Route>,
     #[serde(default)]
+    pub events: Events,
+    #[serde(default)]
     pub admin: Admin,
     #[serde(default)]
     pub log: Log,
@@ -107,10 +109,12 @@ pub struct Limits {
     pub write_timeout: Duration,
 }
 
-/// `[store.redis]` or `[store.memory]`; neither = memory.
+/// `[store]`, with `[store.redis]` or `[store.memory]`; neither = memory.
 #[derive(Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Store {
+    /// While the store is down, sessions that this instance knows are served for so long; absent = not at all.
+    pub grace: Option<Spanned<Duration>>,
     pub redis: Option<Spanned<RedisStore>>,
     pub memory: Option<Spanned<MemoryStore>>,
 }
@@ -119,7 +123,8 @@ pub struct Store {
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RedisStore {
-    /// `redis://`, `rediss://` or `unix://`; may hold a user, a password and a database number.
+    /// `redis://`, `rediss://`, `redis+sentinel://`, `redis+cluster://` or `unix://`; may hold a user, a password and a
+    /// database number.
     pub url: Spanned<Secret>,
     #[serde(default = "RedisStore::default_prefix")]
     pub prefix: Spanned<String>,
@@ -129,6 +134,49 @@ pub struct RedisStore {
     pub response_timeout: Duration,
     /// PEM of the authority that signed the server's certificate; default: the system's.
     pub ca: Option<Spanned<PathBuf>>,
+    /// PEM chain that shows the server who we are; with `key`.
+    pub cert: Option<Spanned<PathBuf>>,
+    /// PEM private key of `cert`.
+    pub key: Option<Spanned<PathBuf>>,
+    #[serde(default = "RedisStore::default_cache")]
+    pub cache: Cache,
+    /// Copies of sessions that this instance keeps.
+    #[serde(default = "RedisStore::default_cache_sessions_max")]
+    pub cache_sessions_max: usize,
+    /// What the copies may take together.
+    #[serde(default = "RedisStore::default_cache_bytes")]
+    pub cache_bytes: Bytes,
+    /// The bound of staleness: without a sign of life from the server for this long, no copy is used.
+    #[serde(default = "RedisStore::default_lease")]
+    pub lease: Spanned<Duration>,
+    #[serde(default = "RedisStore::default_logout")]
+    pub logout: Logout,
+    /// With `logout = "durable"`: replicas that must have it, and how long they may take.
+    #[serde(default = "RedisStore::default_logout_replicas")]
+    pub logout_replicas: u16,
+    #[serde(default = "RedisStore::default_logout_timeout")]
+    pub logout_timeout: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// Copies, which the server takes back when they change.
+    Coherent,
+    /// Every request asks the server.
+    Off,
+}
+
+/// When a logout is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Logout {
+    /// As soon as the server has ended the session.
+    Fast,
+    /// When no instance can have a copy any more: one `lease` later.
+    Strict,
+    /// When so many replicas have it, too.
+    Durable,
 }
 
 impl RedisStore {
@@ -141,6 +189,27 @@ impl RedisStore {
     const fn default_response_timeout() -> Duration {
         Duration::from_millis(500)
     }
+    const fn default_cache() -> Cache {
+        Cache::Coherent
+    }
+    const fn default_cache_sessions_max() -> usize {
+        100_000
+    }
+    const fn default_cache_bytes() -> Bytes {
+        Bytes(128 * 1024 * 1024)
+    }
+    fn default_lease() -> Spanned<Duration> {
+        Spanned::new(0..0, Duration::from_millis(1000))
+    }
+    const fn default_logout() -> Logout {
+        Logout::Fast
+    }
+    const fn default_logout_replicas() -> u16 {
+        1
+    }
+    const fn default_logout_timeout() -> Duration {
+        Duration::from_millis(1000)
+    }
 }
 
 /// `[store.memory]`
@@ -149,6 +218,8 @@ impl RedisStore {
 pub struct MemoryStore {
     /// Logins are refused (503) beyond this many live sessions.
     pub sessions_max: usize,
+    /// Where they survive a restart; absent = nowhere.
+    pub file: Option<Spanned<PathBuf>>,
 }
 
 /// `[session]`
@@ -159,6 +230,35 @@ pub struct Session {
     pub same_site: SameSite,
     pub idle_timeout: Spanned<Duration>,
     pub absolute_timeout: Spanned<Duration>,
+    /// Live sessions of one user; 0 = any number.
+    pub max_per_user: u32,
+    pub when_full: WhenFull,
+    /// Entries of the activity trail that are kept for each session; 0 = none is written.
+    pub activity: u16,
+    /// Name of a request header whose presence says: this request is nobody's use of the session.
+    pub silent_header: Option<Spanned<String>>,
+    /// The key ring: one line per key, the first one seals.
+    pub keys_file: Option<Spanned<PathBuf>>,
+    /// Seal whole records with the key ring, not only what is secret in them.
+    pub seal_records: Spanned<bool>,
+    pub fallback: Option<Spanned<Fallback>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// The user's oldest session makes room.
+    EvictOldest,
+    /// The new login is refused.
+    Refuse,
+}
+
+/// `[session.fallback]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fallback {
+    /// Of the sealed cookie that says who the user is while the store is down.
+    pub lifetime: Spanned<Duration>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -292,6 +392,12 @@ pub struct Route {
     pub websocket_origins: Vec<Spanned<String>>,
     /// Request body; default: `limits.body_bytes`.
     pub body_bytes: Option<Bytes>,
+    /// Whether a request counts as use of the session.
+    #[serde(default = "Route::default_touch")]
+    pub touch: bool,
+    /// Whether the sealed cookie of `[session.fallback]` counts here while the store is down.
+    #[serde(default = "Route::default_fallback")]
+    pub fallback: bool,
 }
 
 impl Route {
@@ -299,6 +405,12 @@ impl Route {
         Spanned::new(0..0, Access::Required)
     }
     const fn default_cache_guard() -> bool {
+        true
+    }
+    const fn default_touch() -> bool {
+        true
+    }
+    const fn default_fallback() -> bool {
         true
     }
 }
@@ -314,6 +426,18 @@ pub enum Access {
     Required,
 }
 
+/// `[events]`: who is told that a session has ended.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Events {
+    /// One line in the log for each.
+    pub audit: bool,
+    /// A URL that gets a POST for each.
+    pub webhook: Option<Spanned<String>>,
+    /// What the webhook's signature is made with.
+    pub webhook_secret: Option<Spanned<Secret>>,
+}
+
 /// `[admin]`
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -322,6 +446,8 @@ pub struct Admin {
     pub address: Spanned<SocketAddr>,
     /// No admin listener at all.
     pub enabled: bool,
+    /// Opens the sessions API to who sends it as a bearer token; absent = there is no such API.
+    pub token: Option<Spanned<Secret>>,
 }
 
 /// `[log]`
@@ -381,7 +507,7 @@ impl Default for Limits {
 
 impl Default for MemoryStore {
     fn default() -> Self {
-        Self { sessions_max: 1_000_000 }
+        Self { sessions_max: 1_000_000, file: None }
     }
 }
 
@@ -392,7 +518,20 @@ impl Default for Session {
             same_site: SameSite::Lax,
             idle_timeout: Spanned::new(0..0, Duration::from_millis(30 * 60 * 1000)),
             absolute_timeout: Spanned::new(0..0, Duration::from_millis(12 * 60 * 60 * 1000)),
+            max_per_user: 0,
+            when_full: WhenFull::EvictOldest,
+            activity: 0,
+            silent_header: None,
+            keys_file: None,
+            seal_records: Spanned::new(0..0, false),
+            fallback: None,
         }
+    }
+}
+
+impl Default for Fallback {
+    fn default() -> Self {
+        Self { lifetime: Spanned::new(0..0, Duration::from_millis(5 * 60 * 1000)) }
     }
 }
 
@@ -427,7 +566,7 @@ impl Default for Identity {
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))), enabled: true }
+        Self { address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))), enabled: true, token: None }
     }
 }
 

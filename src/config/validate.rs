@@ -652,12 +652,12 @@ pool = "app"
     #[test]
     fn an_unknown_key_is_shown_with_what_was_meant() {
         let expected = "\
-error: cloakroom.toml:2:1: unknown key `idle_timeot` in [session], expected one of `cookie`, `same_site`, `idle_timeout`, `absolute_timeout`
+error: cloakroom.toml:2:1: unknown key `formt` in [log], expected one of `format`, `level`, `access`
   |
-2 | idle_timeot = \"30m\"
-  | ^^^^^^^^^^^
-  hint: did you mean `idle_timeout`?";
-        assert_eq!(errors("[session]\nidle_timeot = \"30m\"\n"), expected);
+2 | formt = \"json\"
+  | ^^^^^
+  hint: did you mean `format`?";
+        assert_eq!(errors("[log]\nformt = \"json\"\n"), expected);
     }
 
     #[test]

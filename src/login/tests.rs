@@ -10,7 +10,7 @@ use super::*;
 use crate::session::Lifetime;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
-use crate::session::store::{Count, NewSession, SessionStore, Stored};
+use crate::session::store::{Count, Creation, Ending, Found, NewSession, SessionStore, Stored, Terms};
 
 /// Forgets nothing by time, and says nothing while it is down.
 #[derive(Default)]
@@ -69,28 +69,24 @@ impl FakeStore {
 
 #[async_trait]
 impl SessionStore for FakeStore {
-    async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError> {
+    async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
         let time_to_live = Duration::from_secs(60);
         self.with(|kept| match kept.sessions.get(key) {
             Some(_) if kept.unreadable => Err(StoreError::Unreadable),
-            found => Ok(found.map(|record| Stored { record: record.clone().into(), time_to_live })),
+            Some(record) => Ok(Found::Live(Stored { record: record.clone().into(), time_to_live })),
+            None => Ok(Found::Nothing),
         })?
     }
 
-    async fn create(
-        &self,
-        key: &SessionKey,
-        session: NewSession,
-        lifetime: Lifetime,
-        replaces: Option<&SessionKey>,
-    ) -> Result<(), StoreError> {
-        let NewSession { identity, method, client } = session;
+    async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+        let NewSession { identity, method, client, secrets } = session;
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        let [created, ends] = [created, created + lifetime.absolute].map(|time| time.as_millis() as u64);
-        let record = Record { identity, attributes: BTreeMap::new(), created, ends, method, client };
+        let [created, ends] = [created, created + terms.lifetime.absolute].map(|time| time.as_millis() as u64);
+        let record = Record { identity, attributes: BTreeMap::new(), created, ends, method, client, secrets };
         self.with(|kept| {
             kept.sessions.insert(key.clone(), record);
-            replaces.map(|old| kept.sessions.remove(old));
+            terms.replaces.as_ref().map(|old| kept.sessions.remove(old));
+            Creation::Begun { displaced: 0 }
         })
     }
 
@@ -98,7 +94,7 @@ impl SessionStore for FakeStore {
         self.with(|kept| kept.sessions.contains_key(key))
     }
 
-    async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError> {
+    async fn destroy(&self, key: &SessionKey, _: Option<&str>, _: Ending) -> Result<bool, StoreError> {
         self.with(|kept| kept.sessions.remove(key).is_some())
     }
 

@@ -155,6 +155,8 @@ mod tests {
             cache_guard: true,
             websocket_origins: Vec::new(),
             body_bytes: None,
+            touch: true,
+            fallback: true,
         }
     }
 

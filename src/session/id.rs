@@ -26,6 +26,16 @@ pub struct SessionKey {
     hash: [u8; KEY_BYTES],
 }
 
+/// Under what a store keeps the list of a user's sessions: a hash of the name, in the bucket of all their sessions.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct UserKey {
+    bucket: u16,
+    hash: [u8; KEY_BYTES],
+}
+
+/// How many buckets there are.
+pub const BUCKETS: u16 = 4096;
+
 const SECRET_BYTES: usize = 32;
 /// 192 bits of SHA-256: nobody finds a second id for a key, and base64url needs no odd character.
 const KEY_BYTES: usize = 24;
@@ -79,13 +89,23 @@ impl SessionKey {
     /// Its name in a store: `<prefix>s:{<bucket>}:<hash>`. The braces are a Redis Cluster hash tag: all sessions of a
     /// user share a slot, so that one command can replace one by another.
     pub fn to_store_key(&self, prefix: &str) -> String {
-        let mut name = String::with_capacity(prefix.len() + "s:{".len() + BUCKET_CHARS + "}:".len() + KEY_CHARS);
-        name.push_str(prefix);
-        name.push_str("s:{");
-        push_bucket(&mut name, self.bucket);
-        name.push_str("}:");
-        URL_SAFE_NO_PAD.encode_string(self.hash, &mut name);
-        name
+        store_key(prefix, "s", self.bucket, &self.hash)
+    }
+
+    /// The last part of its name in a store, 32 characters of base64url.
+    pub fn member(&self) -> String {
+        URL_SAFE_NO_PAD.encode(self.hash)
+    }
+
+    /// Reads what [`Self::member`] wrote.
+    pub fn of_member(bucket: u16, member: &[u8]) -> Option<Self> {
+        let mut hash = [0; KEY_BYTES];
+        let length = URL_SAFE_NO_PAD.decode_slice(member, &mut hash).ok()?;
+        (length == KEY_BYTES && bucket < BUCKETS).then_some(Self { bucket, hash })
+    }
+
+    pub fn bucket(&self) -> u16 {
+        self.bucket
     }
 
     /// What a log line may say of a session: enough to follow one, nothing to use it or to find it in the store.
@@ -100,6 +120,43 @@ impl SessionKey {
     }
 }
 
+impl UserKey {
+    pub fn of(user: &str) -> Self {
+        let digest = Sha256::new().chain_update(b"cloakroom user\0").chain_update(user).finalize();
+        let mut hash = [0; KEY_BYTES];
+        hash.copy_from_slice(&digest[..KEY_BYTES]);
+        Self { bucket: bucket_of(user), hash }
+    }
+
+    /// `<prefix>u:{<bucket>}:<hash>`
+    pub fn to_store_key(&self, prefix: &str) -> String {
+        store_key(prefix, "u", self.bucket, &self.hash)
+    }
+
+    pub fn bucket(&self) -> u16 {
+        self.bucket
+    }
+}
+
+/// A bucket as it stands in a cookie and between the braces of a key: two characters of base64url.
+pub fn bucket_text(bucket: u16) -> String {
+    let mut text = String::with_capacity(BUCKET_CHARS);
+    push_bucket(&mut text, bucket);
+    text
+}
+
+fn store_key(prefix: &str, kind: &str, bucket: u16, hash: &[u8; KEY_BYTES]) -> String {
+    let length = prefix.len() + kind.len() + ":{".len() + BUCKET_CHARS + "}:".len() + KEY_CHARS;
+    let mut name = String::with_capacity(length);
+    name.push_str(prefix);
+    name.push_str(kind);
+    name.push_str(":{");
+    push_bucket(&mut name, bucket);
+    name.push_str("}:");
+    URL_SAFE_NO_PAD.encode_string(hash, &mut name);
+    name
+}
+
 impl PartialEq for SessionId {
     /// In constant time, for it compares secrets.
     fn eq(&self, other: &Self) -> bool {
@@ -112,6 +169,12 @@ impl Eq for SessionId {}
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SessionId(..)")
+    }
+}
+
+impl fmt::Debug for UserKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("UserKey(..)")
     }
 }
 

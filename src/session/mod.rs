@@ -15,7 +15,7 @@ pub mod store;
 
 use id::{SessionId, SessionKey};
 use record::{ClientHints, LoginMethod, Record};
-use store::{NewSession, SessionStore, StoreError};
+use store::{Ending, NewSession, SessionStore, StoreError, Terms};
 use touch::Touches;
 
 /// How long a session lives.
@@ -61,7 +61,7 @@ impl Sessions {
     /// that the session is gone.
     pub async fn resume(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
         let key = id.key();
-        let Some(stored) = self.store.load(&key).await? else { return Ok(None) };
+        let Some(stored) = self.store.load(&key).await?.live() else { return Ok(None) };
         let interval = self.touch_interval();
         // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
         let unused = self.lifetime.idle.saturating_sub(stored.time_to_live);
@@ -83,15 +83,15 @@ impl Sessions {
         let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
         let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
         client.user_agent.truncate(at.unwrap_or_default());
-        let session = NewSession { identity, method, client };
-        let replaces = replaces.map(SessionId::key);
-        self.store.create(&id.key(), session, self.lifetime, replaces.as_ref()).await?;
+        let session = NewSession { identity, method, client, secrets: None };
+        let terms = Terms { lifetime: self.lifetime, limit: None, replaces: replaces.map(SessionId::key) };
+        self.store.create(&id.key(), session, &terms).await?;
         Ok(id)
     }
 
     /// Ends it; whether it lived.
     pub async fn end(&self, id: &SessionId) -> Result<bool, StoreError> {
-        self.store.destroy(&id.key()).await
+        self.store.destroy(&id.key(), None, Ending::LoggedOut).await
     }
 
     /// For the login throttle and readiness, which keep their counts where the sessions are.
@@ -133,7 +133,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::store::memory::MemoryStore;
-    use super::store::{Count, Stored};
+    use super::store::{Count, Creation, Found};
     use super::*;
 
     /// A memory store on a clock of the test's that tells of every touch, and can be made to fail.
@@ -146,17 +146,11 @@ mod tests {
 
     #[async_trait::async_trait]
     impl SessionStore for Watched {
-        async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError> {
+        async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
             self.store.load(key).await
         }
-        async fn create(
-            &self,
-            key: &SessionKey,
-            session: NewSession,
-            lifetime: Lifetime,
-            replaces: Option<&SessionKey>,
-        ) -> Result<(), StoreError> {
-            self.store.create(key, session, lifetime, replaces).await
+        async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+            self.store.create(key, session, terms).await
         }
         async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
             let result = if self.is_down.load(Ordering::Relaxed) {
@@ -167,8 +161,8 @@ mod tests {
             self.touched.send(self.now.load(Ordering::Relaxed)).unwrap();
             result
         }
-        async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError> {
-            self.store.destroy(key).await
+        async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
+            self.store.destroy(key, user, ending).await
         }
         async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
             self.store.increment(counter, window).await
@@ -254,7 +248,7 @@ mod tests {
         settle().await;
         assert!(touches.try_recv().is_ok(), "after 60 s it is written");
         assert!(touches.try_recv().is_err(), "once, however many requests come together");
-        let stored = store.load(&id.key()).await.unwrap().unwrap();
+        let stored = store.load(&id.key()).await.unwrap().live().unwrap();
         assert_eq!(stored.time_to_live, Duration::from_millis(30 * MINUTE), "it counts as used now");
     }
 
@@ -301,7 +295,7 @@ mod tests {
         store.is_down.store(false, Ordering::Relaxed);
         sessions.resume(&id).await.unwrap();
         settle().await;
-        let stored = store.load(&id.key()).await.unwrap().unwrap();
+        let stored = store.load(&id.key()).await.unwrap().live().unwrap();
         assert_eq!(stored.time_to_live, Duration::from_millis(30 * MINUTE));
     }
 }

@@ -20,6 +20,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::id::SessionKey;
 use crate::identity::Identity;
 
 /// One session at rest.
@@ -33,7 +34,14 @@ pub struct Record {
     pub ends: u64,
     pub method: LoginMethod,
     pub client: ClientHints,
+    /// What only the holder of the id can open.
+    #[serde(skip)]
+    pub secrets: Option<Sealed>,
 }
+
+/// Encrypted bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed(pub Vec<u8>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LoginMethod {
@@ -95,6 +103,21 @@ impl Record {
     }
 }
 
+/// How records are written into a store and read from it.
+#[derive(Clone, Debug, Default)]
+pub struct Codec {}
+
+impl Codec {
+    /// `key`: under which it will be kept.
+    pub fn encode(&self, record: &Record, _key: &SessionKey) -> Result<Vec<u8>, RecordError> {
+        record.encode()
+    }
+
+    pub fn decode(&self, bytes: &[u8], _key: &SessionKey) -> Result<Record, RecordError> {
+        Record::decode(bytes)
+    }
+}
+
 impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -128,6 +151,7 @@ mod tests {
             ends: 1_800_043_200_000,
             method: LoginMethod::Password,
             client: ClientHints { address: Some("2001:db8::1".parse().unwrap()), user_agent: "Browser/1".into() },
+            secrets: None,
         }
     }
 
@@ -140,6 +164,7 @@ mod tests {
             ends: u64::MAX,
             method: LoginMethod::Password,
             client: ClientHints { address: Some("192.0.2.7".parse().unwrap()), user_agent: String::new() },
+            secrets: None,
         };
         for record in [full(), plain] {
             let bytes = record.encode().unwrap();
@@ -158,6 +183,7 @@ mod tests {
             ends: 2,
             method: LoginMethod::Password,
             client: ClientHints { address: Some("192.0.2.7".parse().unwrap()), user_agent: "x".into() },
+            secrets: None,
         };
         let expected: Vec<u8> = [
             &[1, 0x96, 0x95][..],

@@ -9,14 +9,13 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use cloakroom::config::model;
-use cloakroom::config::value::{Duration as ConfigDuration, Secret};
 use cloakroom::identity::Identity;
 use cloakroom::session::Lifetime;
 use cloakroom::session::id::{SessionId, SessionKey};
 use cloakroom::session::record::{ClientHints, LoginMethod, RECORD_BYTES_MAX};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{NewSession, SessionStore, StoreError};
+use cloakroom::session::store::{Ending, NewSession, SessionStore, StoreError, Terms};
 use toml::Spanned;
 
 use crate::harness::eventually;
@@ -26,13 +25,8 @@ pub(crate) const PREFIX: &str = "cloakroom:";
 
 /// Generous, so that only a store that is really down meets them.
 pub(crate) fn settings(url: &str) -> model::RedisStore {
-    model::RedisStore {
-        url: Spanned::new(0..0, Secret::new(url.to_owned())),
-        prefix: Spanned::new(0..0, PREFIX.to_owned()),
-        connect_timeout: ConfigDuration::from_millis(10_000),
-        response_timeout: ConfigDuration::from_millis(10_000),
-        ca: None,
-    }
+    let text = format!("url = {url:?}\nprefix = {PREFIX:?}\nconnect_timeout = \"10s\"\nresponse_timeout = \"10s\"");
+    toml::from_str(&text).unwrap()
 }
 
 pub(crate) fn session_of(user: &str) -> NewSession {
@@ -40,7 +34,12 @@ pub(crate) fn session_of(user: &str) -> NewSession {
         identity: Identity { user: user.to_owned(), groups: vec!["staff".to_owned()], ..Identity::default() },
         method: LoginMethod::Password,
         client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Browser/1".to_owned() },
+        secrets: None,
     }
+}
+
+pub(crate) fn terms(lifetime: Lifetime, replaces: Option<&SessionKey>) -> Terms {
+    Terms { lifetime, limit: None, replaces: replaces.cloned() }
 }
 
 pub(crate) fn id_of(user: &str) -> SessionId {
@@ -76,20 +75,20 @@ impl World {
 
     async fn created(&self, user: &str, lifetime: Lifetime) -> SessionKey {
         let key = id_of(user).key();
-        self.store.create(&key, session_of(user), lifetime, None).await.unwrap();
+        self.store.create(&key, session_of(user), &terms(lifetime, None)).await.unwrap();
         key
     }
 
     async fn user(&self, key: &SessionKey) -> Option<String> {
-        self.store.load(key).await.unwrap().map(|stored| stored.record.identity.user.clone())
+        self.store.load(key).await.unwrap().live().map(|stored| stored.record.identity.user.clone())
     }
 
     async fn time_to_live(&self, key: &SessionKey) -> Duration {
-        self.store.load(key).await.unwrap().expect("it lives").time_to_live
+        self.store.load(key).await.unwrap().live().expect("it lives").time_to_live
     }
 
     async fn ends(&self, key: &SessionKey) -> u64 {
-        self.store.load(key).await.unwrap().expect("it lives").record.ends
+        self.store.load(key).await.unwrap().live().expect("it lives").record.ends
     }
 }
 
@@ -111,21 +110,21 @@ async fn keeps_the_contract(world: World) {
 
 async fn what_is_created_is_loaded_until_it_is_destroyed(world: &World) {
     let unknown = id_of("ann").key();
-    assert!(world.store.load(&unknown).await.unwrap().is_none(), "an id that was never issued is nobody");
-    assert!(!world.store.destroy(&unknown).await.unwrap());
+    assert!(world.store.load(&unknown).await.unwrap().live().is_none(), "an id that was never issued is nobody");
+    assert!(!world.store.destroy(&unknown, None, Ending::LoggedOut).await.unwrap());
 
     let key = world.created("ann", LONG).await;
-    let stored = world.store.load(&key).await.unwrap().unwrap();
+    let stored = world.store.load(&key).await.unwrap().live().unwrap();
     assert_eq!(stored.record.identity, session_of("ann").identity);
     assert_eq!(stored.record.client, session_of("ann").client);
     assert_eq!(stored.record.ends - stored.record.created, 6_000_000, "the absolute end counts from creation");
     assert!(stored.time_to_live <= LONG.idle && Duration::from_secs(500) < stored.time_to_live);
 
-    assert!(world.store.destroy(&key).await.unwrap());
-    assert!(world.store.load(&key).await.unwrap().is_none(), "ended is ended");
-    assert!(!world.store.destroy(&key).await.unwrap(), "it ends once");
+    assert!(world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap());
+    assert!(world.store.load(&key).await.unwrap().live().is_none(), "ended is ended");
+    assert!(!world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap(), "it ends once");
     assert!(!world.store.touch(&key, LONG.idle, stored.record.ends).await.unwrap());
-    assert!(world.store.load(&key).await.unwrap().is_none(), "a touch never brings a session back");
+    assert!(world.store.load(&key).await.unwrap().live().is_none(), "a touch never brings a session back");
 }
 
 async fn a_session_ends_by_itself_and_stays_ended(world: &World) {
@@ -138,7 +137,7 @@ async fn a_session_ends_by_itself_and_stays_ended(world: &World) {
     .await;
     assert!(!world.store.touch(&key, LONG.idle, u64::MAX / 2_000_000).await.unwrap());
     assert!(world.user(&key).await.is_none(), "a touch never brings a session back");
-    assert!(!world.store.destroy(&key).await.unwrap());
+    assert!(!world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap());
 }
 
 async fn a_touch_extends_life_up_to_the_absolute_end_and_never_shortens_it(world: &World) {
@@ -167,7 +166,7 @@ async fn the_absolute_end_is_sooner_than_the_idle_one(world: &World) {
     let key = world.created("ann", short).await;
     eventually("a session ends, however long it may idle", async || {
         world.passing().await;
-        let Some(stored) = world.store.load(&key).await.unwrap() else { return Some(()) };
+        let Some(stored) = world.store.load(&key).await.unwrap().live() else { return Some(()) };
         assert!(stored.time_to_live <= short.absolute);
         let _ = world.store.touch(&key, LONG.idle, stored.record.ends).await.unwrap();
         None
@@ -178,13 +177,17 @@ async fn the_absolute_end_is_sooner_than_the_idle_one(world: &World) {
 async fn a_new_session_ends_the_one_that_it_replaces(world: &World) {
     let (old, other) = (world.created("ann", LONG).await, world.created("ann", LONG).await);
     let new = id_of("bob").key();
-    world.store.create(&new, session_of("bob"), LONG, Some(&old)).await.unwrap();
+    world.store.create(&new, session_of("bob"), &terms(LONG, Some(&old))).await.unwrap();
     assert_eq!(world.user(&old).await, None, "the id that the browser came with is worth nothing after login");
     assert_eq!(world.user(&new).await.as_deref(), Some("bob"));
     assert_eq!(world.user(&other).await.as_deref(), Some("ann"), "nobody else is logged out");
 
     let newer = id_of("bob").key();
-    world.store.create(&newer, session_of("bob"), LONG, Some(&old)).await.expect("what it replaces may be gone");
+    world
+        .store
+        .create(&newer, session_of("bob"), &terms(LONG, Some(&old)))
+        .await
+        .expect("what it replaces may be gone");
     assert!(world.user(&newer).await.is_some());
 }
 
@@ -245,7 +248,7 @@ async fn a_session_larger_than_a_record_may_be_is_refused(world: &World) {
     let mut session = session_of("ann");
     session.identity.groups = vec!["g".repeat(RECORD_BYTES_MAX)];
     let key = id_of("ann").key();
-    let refused = world.store.create(&key, session, LONG, None).await;
+    let refused = world.store.create(&key, session, &terms(LONG, None)).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
     assert!(world.user(&key).await.is_none());
 }
@@ -260,13 +263,13 @@ async fn many_at_once_get_their_own(world: &World) {
                 let mut last: Option<SessionKey> = None;
                 for _ in 0..10 {
                     let key = id_of(&user).key();
-                    store.create(&key, session_of(&user), LONG, last.as_ref()).await.unwrap();
-                    let stored = store.load(&key).await.unwrap().expect("just created");
+                    store.create(&key, session_of(&user), &terms(LONG, last.as_ref())).await.unwrap();
+                    let stored = store.load(&key).await.unwrap().live().expect("just created");
                     assert_eq!(stored.record.identity.user, user, "everybody gets his own session");
                     counts.push(store.increment("shared", LONG.idle).await.unwrap().value);
                     last = Some(key);
                 }
-                assert!(store.destroy(&last.unwrap()).await.unwrap());
+                assert!(store.destroy(&last.unwrap(), None, Ending::LoggedOut).await.unwrap());
                 counts
             })
         })
@@ -344,7 +347,7 @@ async fn what_redis_holds_cannot_make_a_cookie() {
     let world = World::redis(&settings(&server.url()));
     let ids: Vec<_> = (0..20).map(|n| id_of(&format!("user{n}"))).collect();
     for id in &ids {
-        world.store.create(&id.key(), session_of("ann"), LONG, None).await.unwrap();
+        world.store.create(&id.key(), session_of("ann"), &terms(LONG, None)).await.unwrap();
     }
     world.store.increment("account:hunter2", LONG.idle).await.unwrap();
 
@@ -429,8 +432,8 @@ async fn what_cannot_be_read_is_neither_a_session_nor_the_lack_of_one_and_one_li
         assert!(text.contains("ERROR") && text.contains(&id.key().log_hash()), "{what}: {text}");
         assert!(!text.contains(&id.to_cookie_value()[2..]), "a log tells no secret");
         assert!(!text.contains(&id.key().to_store_key(PREFIX)), "nor where to find one");
-        assert!(world.store.destroy(&id.key()).await.unwrap(), "{what} can be ended");
-        assert!(world.store.load(&id.key()).await.unwrap().is_none(), "{what}: ended is ended");
+        assert!(world.store.destroy(&id.key(), None, Ending::LoggedOut).await.unwrap(), "{what} can be ended");
+        assert!(world.store.load(&id.key()).await.unwrap().live().is_none(), "{what}: ended is ended");
     }
     assert_eq!(world.user(&good).await.as_deref(), Some("ann"), "the others are not concerned");
 }
@@ -441,10 +444,10 @@ async fn a_full_redis_refuses_logins_and_still_knows_and_ends_sessions() {
     let world = World::redis(&settings(&server.url()));
     let key = world.created("ann", LONG).await;
     let _: () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(1).query(&mut server.client()).unwrap();
-    let refused = world.store.create(&id_of("bob").key(), session_of("bob"), LONG, Some(&key)).await;
+    let refused = world.store.create(&id_of("bob").key(), session_of("bob"), &terms(LONG, Some(&key))).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
     assert_eq!(world.user(&key).await.as_deref(), Some("ann"), "a login that failed ends nothing");
-    assert!(world.store.destroy(&key).await.unwrap(), "a logout works always");
+    assert!(world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap(), "a logout works always");
 }
 
 /// Runtimes come and go, each with its own connection; one store serves them all.
@@ -467,8 +470,8 @@ fn each_runtime_has_its_own_connection_for_as_long_as_it_lives() {
                         let user = format!("user{n}");
                         for _ in 0..50 {
                             let key = id_of(&user).key();
-                            store.create(&key, session_of(&user), LONG, None).await.unwrap();
-                            assert_eq!(store.load(&key).await.unwrap().unwrap().record.identity.user, user);
+                            store.create(&key, session_of(&user), &terms(LONG, None)).await.unwrap();
+                            assert_eq!(store.load(&key).await.unwrap().live().unwrap().record.identity.user, user);
                         }
                         barrier.wait();
                         barrier.wait();

@@ -8,7 +8,7 @@ use cloakroom::config::model;
 use cloakroom::config::value::Duration as ConfigDuration;
 use cloakroom::session::id::SessionKey;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{SessionStore, StoreError};
+use cloakroom::session::store::{Ending, SessionStore, StoreError};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
 use crate::harness::{DEADLINE, eventually};
-use crate::store_contract::{LONG, id_of, session_of, settings};
+use crate::store_contract::{LONG, id_of, session_of, settings, terms};
 
 /// Short, for a store that is going to be down.
 fn impatient(url: &str) -> model::RedisStore {
@@ -40,7 +40,7 @@ fn patient_store(server: &RedisServer) -> Arc<RedisStore> {
 async fn create(store: &RedisStore, user: &str) -> SessionKey {
     eventually("a session is created", async || {
         let key = id_of(user).key();
-        store.create(&key, session_of(user), LONG, None).await.ok().map(|()| key)
+        store.create(&key, session_of(user), &terms(LONG, None)).await.ok().map(|_| key)
     })
     .await
 }
@@ -48,7 +48,7 @@ async fn create(store: &RedisStore, user: &str) -> SessionKey {
 /// The user of a session, where an answer comes; that one comes in the end, good or bad, is part of every promise.
 async fn load(store: &RedisStore, key: &SessionKey) -> Result<Option<String>, StoreError> {
     let answer = timeout(DEADLINE, store.load(key)).await.expect("nobody waits for ever");
-    answer.map(|stored| stored.map(|stored| stored.record.identity.user.clone()))
+    answer.map(|found| found.live().map(|stored| stored.record.identity.user.clone()))
 }
 
 async fn until_down(store: &RedisStore, key: &SessionKey) {
@@ -128,7 +128,10 @@ async fn a_killed_redis_is_unavailable_and_its_sessions_come_back_with_its_data(
         server.kill();
         until_down(&store, &key).await;
         assert!(matches!(store.ping().await, Err(StoreError::Unavailable(_))), "readiness tells");
-        assert!(store.destroy(&key).await.is_err(), "a logout that did not happen is not told as one");
+        assert!(
+            store.destroy(&key, None, Ending::LoggedOut).await.is_err(),
+            "a logout that did not happen is not told as one"
+        );
         server.restart();
         assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"), "still logged in");
         traffic.flows().await;
@@ -252,9 +255,9 @@ async fn without_its_password_a_redis_refuses() {
 async fn a_missing_permission_is_a_refusal_and_costs_no_connection() {
     let server = RedisServer::with("user default on nopass ~* +@all -set -ping");
     let store = patient_store(&server);
-    let refused = store.create(&id_of("ann").key(), session_of("ann"), LONG, None).await;
+    let refused = store.create(&id_of("ann").key(), session_of("ann"), &terms(LONG, None)).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
-    assert!(store.load(&id_of("ann").key()).await.unwrap().is_none());
+    assert!(store.load(&id_of("ann").key()).await.unwrap().live().is_none());
 }
 
 #[tokio::test]
@@ -265,12 +268,12 @@ async fn a_replica_takes_no_logins_until_it_is_a_primary_again() {
     let mut client = server.client();
     // A primary that is not there: the replica keeps its data and waits.
     let _: () = redis::cmd("REPLICAOF").arg("127.0.0.1").arg(1).query(&mut client).unwrap();
-    let refused = store.create(&id_of("bob").key(), session_of("bob"), LONG, Some(&key)).await;
+    let refused = store.create(&id_of("bob").key(), session_of("bob"), &terms(LONG, Some(&key))).await;
     assert!(matches!(refused, Err(StoreError::Unavailable(_))), "not now, rather than no: {refused:?}");
     assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"), "who is in stays in");
     let _: () = redis::cmd("REPLICAOF").arg("NO").arg("ONE").query(&mut client).unwrap();
     eventually("logins work again", async || {
-        store.create(&id_of("bob").key(), session_of("bob"), LONG, Some(&key)).await.ok()
+        store.create(&id_of("bob").key(), session_of("bob"), &terms(LONG, Some(&key))).await.ok()
     })
     .await;
     assert_eq!(until_back(&store, &key).await, None);
@@ -340,7 +343,7 @@ async fn nonsense_is_never_a_session_and_never_a_panic() {
             assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{what}: {answer:?}");
             let answers = async {
                 (
-                    store.create(&key, session_of("ann"), LONG, None).await.is_err(),
+                    store.create(&key, session_of("ann"), &terms(LONG, None)).await.is_err(),
                     store.touch(&key, LONG.idle, 1).await.is_err(),
                     store.increment("x", LONG.idle).await.is_err(),
                 )
@@ -381,7 +384,7 @@ async fn ten_thousand_cancelled_loads_never_give_a_user_the_session_of_another()
                 tokio::select! {
                     biased;
                     stored = store.load(key) => {
-                        let stored = stored.unwrap().expect("it lives");
+                        let stored = stored.unwrap().live().expect("it lives");
                         assert_eq!(&stored.record.identity.user, user, "the session of another");
                         completed += 1;
                     }

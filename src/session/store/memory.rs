@@ -9,8 +9,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
-use super::{Count, NewSession, SessionStore, StoreError, Stored, counter_hash, millis};
-use crate::session::Lifetime;
+use super::{
+    Count, Creation, Ending, Found, NewSession, SessionStore, StoreError, Stored, Terms, counter_hash, millis,
+};
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
 
@@ -115,23 +116,20 @@ impl MemoryStore {
 
 #[async_trait]
 impl SessionStore for MemoryStore {
-    async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError> {
+    async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
         let now = (self.clock)();
         let shard = self.shard(key).lock();
         let live = shard.sessions.get(key).filter(|entry| now < entry.expires);
-        Ok(live.map(|entry| Stored {
-            record: Arc::clone(&entry.record),
-            time_to_live: Duration::from_millis(entry.expires - now),
+        Ok(live.map_or(Found::Nothing, |entry| {
+            Found::Live(Stored {
+                record: Arc::clone(&entry.record),
+                time_to_live: Duration::from_millis(entry.expires - now),
+            })
         }))
     }
 
-    async fn create(
-        &self,
-        key: &SessionKey,
-        session: NewSession,
-        lifetime: Lifetime,
-        replaces: Option<&SessionKey>,
-    ) -> Result<(), StoreError> {
+    async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+        let (lifetime, replaces) = (terms.lifetime, terms.replaces.as_ref());
         let now = (self.clock)();
         self.sweep_some(now);
         let record = session.into_record(now, lifetime);
@@ -154,7 +152,7 @@ impl SessionStore for MemoryStore {
         if self.shard(key).lock().sessions.insert(key.clone(), entry).is_some() {
             self.release(1);
         }
-        Ok(())
+        Ok(Creation::Begun { displaced: 0 })
     }
 
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
@@ -170,7 +168,7 @@ impl SessionStore for MemoryStore {
         Ok(true)
     }
 
-    async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError> {
+    async fn destroy(&self, key: &SessionKey, _user: Option<&str>, _ending: Ending) -> Result<bool, StoreError> {
         let now = (self.clock)();
         let Some(entry) = self.shard(key).lock().sessions.remove(key) else { return Ok(false) };
         self.release(1);
@@ -245,6 +243,8 @@ mod tests {
     use crate::session::id::SessionId;
     use crate::session::record::{ClientHints, LoginMethod};
 
+    use crate::session::Lifetime;
+
     use super::*;
 
     const LIFETIME: Lifetime = Lifetime { idle: Duration::from_millis(100), absolute: Duration::from_millis(1_000) };
@@ -260,7 +260,12 @@ mod tests {
             identity: Identity { user: "ann".into(), ..Identity::default() },
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
+            secrets: None,
         }
+    }
+
+    fn terms(replaces: Option<&SessionKey>) -> Terms {
+        Terms { lifetime: LIFETIME, limit: None, replaces: replaces.cloned() }
     }
 
     fn key() -> SessionKey {
@@ -272,26 +277,26 @@ mod tests {
         let (store, now) = store(3);
         let keys = [key(), key(), key()];
         for key in &keys {
-            store.create(key, session(), LIFETIME, None).await.unwrap();
+            store.create(key, session(), &terms(None)).await.unwrap();
         }
-        let refused = store.create(&key(), session(), LIFETIME, None).await;
+        let refused = store.create(&key(), session(), &terms(None)).await;
         assert!(matches!(refused, Err(StoreError::Refused(_))), "the bound is the bound");
-        assert!(store.load(&keys[0]).await.unwrap().is_some(), "who is in stays in");
+        assert!(store.load(&keys[0]).await.unwrap().live().is_some(), "who is in stays in");
 
         let replacing = key();
-        store.create(&replacing, session(), LIFETIME, Some(&keys[0])).await.expect("a new login of the same browser");
-        assert!(store.load(&keys[0]).await.unwrap().is_none());
-        assert!(store.create(&key(), session(), LIFETIME, None).await.is_err(), "one for one");
-        assert!(store.create(&key(), session(), LIFETIME, Some(&keys[0])).await.is_err(), "an ended one frees nothing");
+        store.create(&replacing, session(), &terms(Some(&keys[0]))).await.expect("a new login of the same browser");
+        assert!(store.load(&keys[0]).await.unwrap().live().is_none());
+        assert!(store.create(&key(), session(), &terms(None)).await.is_err(), "one for one");
+        assert!(store.create(&key(), session(), &terms(Some(&keys[0]))).await.is_err(), "an ended one frees nothing");
 
-        assert!(store.destroy(&keys[1]).await.unwrap());
-        store.create(&key(), session(), LIFETIME, None).await.expect("a logout makes room");
+        assert!(store.destroy(&keys[1], None, Ending::LoggedOut).await.unwrap());
+        store.create(&key(), session(), &terms(None)).await.expect("a logout makes room");
 
         now.fetch_add(100, Ordering::Relaxed);
         for _ in 0..3 {
-            store.create(&key(), session(), LIFETIME, None).await.expect("the expired make room");
+            store.create(&key(), session(), &terms(None)).await.expect("the expired make room");
         }
-        assert!(store.create(&key(), session(), LIFETIME, None).await.is_err());
+        assert!(store.create(&key(), session(), &terms(None)).await.is_err());
         assert_eq!(store.sessions.load(Ordering::Relaxed), 3);
     }
 
@@ -299,7 +304,7 @@ mod tests {
     async fn the_expired_are_swept_by_later_writes() {
         let (store, now) = store(10_000);
         for n in 0..1_000 {
-            store.create(&key(), session(), LIFETIME, None).await.unwrap();
+            store.create(&key(), session(), &terms(None)).await.unwrap();
             store.increment(&n.to_string(), Duration::from_millis(50)).await.unwrap();
         }
         for _ in 0..=SHARDS {
@@ -341,13 +346,13 @@ mod tests {
                         let mut last: Option<SessionKey> = None;
                         for n in 0..2_000 {
                             let key = key();
-                            if store.create(&key, session(), LIFETIME, last.as_ref()).await.is_ok() {
+                            if store.create(&key, session(), &terms(last.as_ref())).await.is_ok() {
                                 last = Some(key);
                             }
                             if n % 3 == 0
                                 && let Some(key) = last.take()
                             {
-                                store.destroy(&key).await.unwrap();
+                                store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
                             }
                         }
                     });

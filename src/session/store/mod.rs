@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
-use super::record::{ClientHints, LoginMethod, Record};
+use super::record::{ClientHints, LoginMethod, Record, Sealed};
+use crate::config::model::WhenFull;
 use crate::identity::Identity;
 
 pub mod memory;
@@ -23,6 +26,45 @@ pub struct NewSession {
     pub identity: Identity,
     pub method: LoginMethod,
     pub client: ClientHints,
+    /// What only the holder of the id can open; see [`crate::session::seal`].
+    pub secrets: Option<Sealed>,
+}
+
+/// On what terms a session begins.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    pub lifetime: Lifetime,
+    /// How many sessions its user may have, this one included; none = any number.
+    pub limit: Option<Limit>,
+    /// The session that ends in the same step.
+    pub replaces: Option<SessionKey>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// At least 1.
+    pub sessions: u32,
+    pub when_full: WhenFull,
+}
+
+/// What became of a login.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Creation {
+    Begun {
+        /// So many older sessions of the user made room.
+        displaced: u32,
+    },
+    /// The user has as many as they may have.
+    Full,
+}
+
+/// What is at a session's key.
+#[derive(Clone, Debug)]
+pub enum Found {
+    Live(Stored),
+    /// It ended not long ago, and its user may want to know why.
+    Ended(Ending),
+    Nothing,
 }
 
 /// A live record and how long it lives if nobody uses it.
@@ -30,6 +72,49 @@ pub struct NewSession {
 pub struct Stored {
     pub record: Arc<Record>,
     pub time_to_live: Duration,
+}
+
+/// Why a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    LoggedOut,
+    /// The same browser logged in again.
+    Replaced,
+    /// A newer session of the user took its place: remembered for a while.
+    Displaced,
+    /// An administrator, or the user from another session: remembered for a while.
+    Revoked,
+    /// Unused for too long, or at its absolute end.
+    Expired,
+}
+
+/// One of a list.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    pub key: SessionKey,
+    pub stored: Stored,
+}
+
+/// One use of a session, for its activity trail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// Unix time in ms, by the clock of the instance that saw it.
+    pub at: u64,
+    pub address: IpAddr,
+    pub route: String,
+}
+
+/// A session has ended, and whoever wanted to know has not been told yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndEvent {
+    /// What the store knows it by, for [`SessionStore::forget_events`].
+    pub token: Vec<u8>,
+    /// [`SessionKey::log_hash`] of the session.
+    pub session: String,
+    pub user: String,
+    pub ending: Ending,
+    /// Unix time in ms, by the store's clock.
+    pub at: u64,
 }
 
 /// A count that forgets: the login throttle's.
@@ -43,24 +128,88 @@ pub struct Count {
 /// Keeps sessions, by the hash of their id, on one clock of its own.
 #[async_trait]
 pub trait SessionStore: Send + Sync + 'static {
-    /// The live session of this key. A record that cannot be read is [`StoreError::Unreadable`] and one line in the log.
-    async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError>;
+    /// What is known here without asking anybody, if it is known to be true now; see [`crate::session::cache`].
+    fn recall(&self, _key: &SessionKey) -> Option<Stored> {
+        None
+    }
 
-    /// Writes a new session and ends `replaces`, in one step.
-    async fn create(
-        &self,
-        key: &SessionKey,
-        session: NewSession,
-        lifetime: Lifetime,
-        replaces: Option<&SessionKey>,
-    ) -> Result<(), StoreError>;
+    /// While the store is down: what was known here to be true not longer than `grace` ago, and by its own clocks lives.
+    fn recall_within(&self, _grace: Duration, _key: &SessionKey) -> Option<Stored> {
+        None
+    }
+
+    /// Whether the place of this session cannot be reached, as was found before this request came.
+    fn is_down(&self, _key: &SessionKey) -> bool {
+        false
+    }
+
+    /// What is at this key. A record that cannot be read is [`StoreError::Unreadable`] and one line in the log.
+    async fn load(&self, key: &SessionKey) -> Result<Found, StoreError>;
+
+    /// Writes a new session, ends what it replaces or displaces, in one step.
+    async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError>;
 
     /// Sets the idle clock back, never past `ends` (the record's absolute end), never re-creating an ended
     /// session, never shortening its life; whether it lives.
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError>;
 
-    /// Ends it; whether it lived.
-    async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError>;
+    /// Ends it; whether it lived. `user`, where known, spares the user's list a member that is gone.
+    async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError>;
+
+    /// The live sessions of a user, the oldest first.
+    async fn list(&self, _user: &str) -> Result<Vec<Listed>, StoreError> {
+        Err(not_yet())
+    }
+
+    /// Ends all sessions of a user but one, if one is named; how many.
+    async fn destroy_all(&self, _user: &str, _except: Option<&SessionKey>, _ending: Ending) -> Result<u64, StoreError> {
+        Err(not_yet())
+    }
+
+    /// Into so many parts the sessions are divided, for what goes through all of them.
+    fn parts(&self) -> u16 {
+        1
+    }
+
+    /// The live sessions in one part.
+    async fn list_part(&self, _part: u16) -> Result<Vec<Listed>, StoreError> {
+        Err(not_yet())
+    }
+
+    /// Ends all sessions in one part; how many.
+    async fn destroy_part(&self, _part: u16, _ending: Ending) -> Result<u64, StoreError> {
+        Err(not_yet())
+    }
+
+    /// How many sessions live in all, without looking at each: those that expired since the last sweep may be among them.
+    async fn total(&self) -> Result<u64, StoreError> {
+        Err(not_yet())
+    }
+
+    /// Notes the expired sessions of one part as ended, and gives the ends of which nobody was told, the oldest first.
+    async fn sweep(&self, _part: u16) -> Result<Vec<EndEvent>, StoreError> {
+        Err(not_yet())
+    }
+
+    /// These have been told.
+    async fn forget_events(&self, _part: u16, _events: &[EndEvent]) -> Result<(), StoreError> {
+        Err(not_yet())
+    }
+
+    /// Whether this instance is the one that sweeps, for so long from now. Ask again well before.
+    async fn lead(&self, _instance: &str, _time: Duration) -> Result<bool, StoreError> {
+        Err(not_yet())
+    }
+
+    /// Adds to a session's trail, of which the last `keep` stay, as long as the session.
+    async fn add_activity(&self, _key: &SessionKey, _seen: &[Activity], _keep: u16) -> Result<(), StoreError> {
+        Err(not_yet())
+    }
+
+    /// A session's trail, the latest first.
+    async fn activity(&self, _key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+        Err(not_yet())
+    }
 
     /// Adds one to a counter that forgets `window` after its first count.
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError>;
@@ -76,6 +225,33 @@ pub trait SessionStore: Send + Sync + 'static {
 
     /// Whether it answers: for readiness.
     async fn ping(&self) -> Result<(), StoreError>;
+}
+
+impl Found {
+    pub fn live(self) -> Option<Stored> {
+        match self {
+            Self::Live(stored) => Some(stored),
+            Self::Ended(_) | Self::Nothing => None,
+        }
+    }
+}
+
+impl Ending {
+    /// For logs, events and what is kept in the place of a session.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::LoggedOut => "logged_out",
+            Self::Replaced => "replaced",
+            Self::Displaced => "displaced",
+            Self::Revoked => "revoked",
+            Self::Expired => "expired",
+        }
+    }
+
+    pub fn of_label(label: &str) -> Option<Self> {
+        let all = [Self::LoggedOut, Self::Replaced, Self::Displaced, Self::Revoked, Self::Expired];
+        all.into_iter().find(|ending| ending.label() == label)
+    }
 }
 
 /// The store could not say. Never a reason to log anybody out.
@@ -100,6 +276,7 @@ impl NewSession {
             ends: now.saturating_add(millis(lifetime.absolute)),
             method: self.method,
             client: self.client,
+            secrets: self.secrets,
         }
     }
 }
@@ -121,6 +298,10 @@ impl Error for StoreError {
             Self::Unreadable => None,
         }
     }
+}
+
+fn not_yet() -> StoreError {
+    StoreError::Refused("not kept by this store".into())
 }
 
 /// A counter's key: a hash of its name. The name holds what somebody typed as a user, which may be a password by

@@ -34,9 +34,8 @@ use tokio::runtime;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
-use super::{Count, NewSession, SessionStore, StoreError, Stored, counter_hash, millis};
+use super::{Count, Creation, Ending, NewSession, SessionStore, StoreError, Stored, Terms, counter_hash, millis};
 use crate::config::model;
-use crate::session::Lifetime;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
 
@@ -329,13 +328,16 @@ async fn probe(mut connection: MultiplexedConnection) -> RedisResult<()> {
 
 #[async_trait]
 impl SessionStore for RedisStore {
-    async fn load(&self, key: &SessionKey) -> Result<Option<Stored>, StoreError> {
+    async fn load(&self, key: &SessionKey) -> Result<super::Found, StoreError> {
         let name = self.session_name(key);
         let found = self.exchange(|connection| read(connection, name)).await?;
         let problem: &dyn fmt::Display = match &found {
-            Found::Nothing => return Ok(None),
+            Found::Nothing => return Ok(super::Found::Nothing),
             Found::Session(bytes, time_to_live) => match Record::decode(bytes) {
-                Ok(record) => return Ok(Some(Stored { record: Arc::new(record), time_to_live: *time_to_live })),
+                Ok(record) => {
+                    let stored = Stored { record: Arc::new(record), time_to_live: *time_to_live };
+                    return Ok(super::Found::Live(stored));
+                }
                 Err(error) => &error.clone(),
             },
             Found::Immortal => &"it has no time to live",
@@ -345,15 +347,10 @@ impl SessionStore for RedisStore {
         Err(StoreError::Unreadable)
     }
 
-    async fn create(
-        &self,
-        key: &SessionKey,
-        session: NewSession,
-        lifetime: Lifetime,
-        replaces: Option<&SessionKey>,
-    ) -> Result<(), StoreError> {
+    async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+        let lifetime = terms.lifetime;
         let name = self.session_name(key);
-        let replaces = replaces.map(|old| self.session_name(old));
+        let replaces = terms.replaces.as_ref().map(|old| self.session_name(old));
         let written = self.exchange(|mut connection| async move {
             let record = session.into_record(now(&mut connection).await?, lifetime);
             let bytes = match record.encode() {
@@ -373,7 +370,8 @@ impl SessionStore for RedisStore {
             }
             commands.exec_async(&mut connection).await.map(Ok)
         });
-        written.await?.map_err(|error| StoreError::Refused(error.into()))
+        written.await?.map_err(|error| StoreError::Refused(error.into()))?;
+        Ok(Creation::Begun { displaced: 0 })
     }
 
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
@@ -395,7 +393,7 @@ impl SessionStore for RedisStore {
         touched.await
     }
 
-    async fn destroy(&self, key: &SessionKey) -> Result<bool, StoreError> {
+    async fn destroy(&self, key: &SessionKey, _user: Option<&str>, _ending: Ending) -> Result<bool, StoreError> {
         let name = self.session_name(key);
         let deleted = self.exchange(|mut connection| async move {
             redis::cmd("DEL").arg(name).query_async::<u64>(&mut connection).await
@@ -616,19 +614,12 @@ impl Error for SettingsError {}
 mod tests {
     use std::path::PathBuf;
 
-    use crate::config::value::{Duration, Secret};
     use toml::Spanned;
 
     use super::*;
 
     fn settings(url: &str) -> model::RedisStore {
-        model::RedisStore {
-            url: Spanned::new(0..0, Secret::new(url.into())),
-            prefix: Spanned::new(0..0, "cloakroom:".into()),
-            connect_timeout: Duration::from_millis(1000),
-            response_timeout: Duration::from_millis(500),
-            ca: None,
-        }
+        toml::from_str(&format!("url = {url:?}")).unwrap()
     }
 
     #[test]
