@@ -36,9 +36,9 @@ use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
 use crate::proxy::rules::Rules;
 use crate::session::cookie::{ReservedCookies, SessionCookie};
-use crate::session::store::SessionStore;
 use crate::session::store::memory::MemoryStore;
 use crate::session::store::redis::RedisStore;
+use crate::session::store::{SessionStore, StoreOptions};
 use crate::session::{Lifetime, Sessions};
 
 /// Idle connections to backends that one worker keeps.
@@ -118,7 +118,7 @@ pub fn prepare_with_store(config: Config, store: Arc<dyn SessionStore>) -> Resul
 
 fn open_store(config: &Config) -> Result<Arc<dyn SessionStore>, ConfigError> {
     match &config.store.redis {
-        Some(redis) => match RedisStore::new(redis.get_ref()) {
+        Some(redis) => match RedisStore::new(redis.get_ref(), StoreOptions::default()) {
             Ok(store) => Ok(Arc::new(store)),
             Err(error) => Err(ConfigError::of_file(&config.file, &error.to_string(), "see [store.redis]")),
         },

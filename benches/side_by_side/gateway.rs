@@ -11,9 +11,9 @@ use cloakroom::identity::Identity;
 use cloakroom::server;
 use cloakroom::session::cookie::SessionCookie;
 use cloakroom::session::record::{ClientHints, LoginMethod};
-use cloakroom::session::store::SessionStore;
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
+use cloakroom::session::store::{SessionStore, StoreOptions};
 use cloakroom::session::{Lifetime, Sessions};
 
 use super::{SESSIONS, THREADS, process};
@@ -47,7 +47,8 @@ pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
 
     let (prepared, cookies) = match &config.store.redis {
         Some(redis) => {
-            let cookies = fill(Arc::new(RedisStore::new(redis.get_ref()).unwrap()), &config, &cookie);
+            let cookies =
+                fill(Arc::new(RedisStore::new(redis.get_ref(), StoreOptions::default()).unwrap()), &config, &cookie);
             (server::prepare(config), cookies)
         }
         None => {

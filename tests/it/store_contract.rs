@@ -15,7 +15,7 @@ use cloakroom::session::id::{SessionId, SessionKey};
 use cloakroom::session::record::{ClientHints, LoginMethod, RECORD_BYTES_MAX};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{Ending, NewSession, SessionStore, StoreError, Terms};
+use cloakroom::session::store::{Ending, NewSession, SessionStore, StoreError, StoreOptions, Terms};
 use toml::Spanned;
 
 use crate::harness::eventually;
@@ -56,7 +56,7 @@ struct World {
 
 impl World {
     fn redis(settings: &model::RedisStore) -> Self {
-        Self { store: Arc::new(RedisStore::new(settings).unwrap()), memory_clock: None }
+        Self { store: Arc::new(RedisStore::new(settings, StoreOptions::default()).unwrap()), memory_clock: None }
     }
 
     fn memory() -> Self {
@@ -334,7 +334,7 @@ async fn redis_keeps_the_contract_over_tls() {
     let stranger = RedisServer::with_tls();
     let distrusting =
         model::RedisStore { ca: Some(Spanned::new(0..0, stranger.authority())), ..settings(&server.tls_url()) };
-    let refused = RedisStore::new(&distrusting).unwrap().ping().await;
+    let refused = RedisStore::new(&distrusting, StoreOptions::default()).unwrap().ping().await;
     assert!(
         matches!(refused, Err(StoreError::Unavailable(_))),
         "a server of another authority is not ours: {refused:?}"
@@ -454,7 +454,7 @@ async fn a_full_redis_refuses_logins_and_still_knows_and_ends_sessions() {
 #[test]
 fn each_runtime_has_its_own_connection_for_as_long_as_it_lives() {
     let server = RedisServer::start();
-    let store = Arc::new(RedisStore::new(&settings(&server.url())).unwrap());
+    let store = Arc::new(RedisStore::new(&settings(&server.url()), StoreOptions::default()).unwrap());
     let connections = || -> usize {
         let list: String = redis::cmd("CLIENT").arg("LIST").query(&mut server.client()).unwrap();
         list.lines().count() - 1

@@ -8,7 +8,7 @@ use cloakroom::config::model;
 use cloakroom::config::value::Duration as ConfigDuration;
 use cloakroom::session::id::SessionKey;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{Ending, SessionStore, StoreError};
+use cloakroom::session::store::{Ending, SessionStore, StoreError, StoreOptions};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,11 +29,11 @@ fn impatient(url: &str) -> model::RedisStore {
 }
 
 fn store(server: &RedisServer) -> Arc<RedisStore> {
-    Arc::new(RedisStore::new(&impatient(&server.url())).unwrap())
+    Arc::new(RedisStore::new(&impatient(&server.url()), StoreOptions::default()).unwrap())
 }
 
 fn patient_store(server: &RedisServer) -> Arc<RedisStore> {
-    Arc::new(RedisStore::new(&settings(&server.url())).unwrap())
+    Arc::new(RedisStore::new(&settings(&server.url()), StoreOptions::default()).unwrap())
 }
 
 /// Tried again when the machine is too busy for an impatient store.
@@ -234,7 +234,7 @@ async fn a_wrong_password_is_a_refusal_that_can_be_put_right_without_a_restart()
         .query(&mut client)
         .unwrap();
     let url = format!("redis://proxy:hunter2@127.0.0.1:{}", server.port());
-    let store = RedisStore::new(&settings(&url)).unwrap();
+    let store = RedisStore::new(&settings(&url), StoreOptions::default()).unwrap();
     let key = id_of("ann").key();
     let error = store.load(&key).await.unwrap_err();
     assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
@@ -336,7 +336,7 @@ async fn nonsense_is_never_a_session_and_never_a_panic() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("redis://{}", listener.local_addr().unwrap());
         let liar = tokio::spawn(lie(listener, kind));
-        let store = RedisStore::new(&impatient(&url)).unwrap();
+        let store = RedisStore::new(&impatient(&url), StoreOptions::default()).unwrap();
         let key = id_of("ann").key();
         for _ in 0..3 {
             let answer = load(&store, &key).await;

@@ -13,12 +13,20 @@ use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
-use super::record::{ClientHints, LoginMethod, Record, Sealed};
+use super::record::{ClientHints, Codec, LoginMethod, Record, Sealed};
 use crate::config::model::WhenFull;
 use crate::identity::Identity;
 
 pub mod memory;
 pub mod redis;
+
+/// What all stores are told alike.
+#[derive(Clone, Debug, Default)]
+pub struct StoreOptions {
+    pub codec: Codec,
+    /// Whether somebody wants to be told of ends; else they are not collected.
+    pub events: bool,
+}
 
 /// What a new record is made of; the store adds the times, by its own clock.
 #[derive(Clone, Debug)]
