@@ -240,7 +240,7 @@ pub struct Session {
     /// The key ring: one line per key, the first one seals.
     pub keys_file: Option<Spanned<PathBuf>>,
     /// Seal whole records with the key ring, not only what is secret in them.
-    pub seal_records: Spanned<bool>,
+    pub seal_records: Spanned<SealRecords>,
     pub fallback: Option<Spanned<Fallback>>,
 }
 
@@ -251,6 +251,18 @@ pub enum WhenFull {
     EvictOldest,
     /// The new login is refused.
     Refuse,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SealRecords {
+    /// Records are written plain.
+    #[default]
+    Off,
+    /// Records are written sealed; plain ones, of before, are still read.
+    On,
+    /// As `On`, and plain ones are not read: nobody can plant one.
+    Only,
 }
 
 /// `[session.fallback]`
@@ -523,7 +535,7 @@ impl Default for Session {
             activity: 0,
             silent_header: None,
             keys_file: None,
-            seal_records: Spanned::new(0..0, false),
+            seal_records: Spanned::new(0..0, SealRecords::Off),
             fallback: None,
         }
     }

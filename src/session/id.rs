@@ -77,6 +77,11 @@ impl SessionId {
         text
     }
 
+    /// What keys are derived from; see [`super::seal`].
+    pub(super) fn secret(&self) -> &[u8; SECRET_BYTES] {
+        &self.secret
+    }
+
     pub fn key(&self) -> SessionKey {
         let digest = Sha256::digest(self.secret);
         let mut hash = [0; KEY_BYTES];
@@ -112,6 +117,14 @@ impl SessionKey {
     pub fn log_hash(&self) -> String {
         let digest = Sha256::new().chain_update(b"cloakroom log\0").chain_update(self.hash).finalize();
         digest[..5].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Bucket and hash, of a fixed length.
+    pub(super) fn to_bytes(&self) -> [u8; 2 + KEY_BYTES] {
+        let mut bytes = [0; 2 + KEY_BYTES];
+        bytes[..2].copy_from_slice(&self.bucket.to_be_bytes());
+        bytes[2..].copy_from_slice(&self.hash);
+        bytes
     }
 
     /// Evenly spread, as the hash is: for choosing a shard.

@@ -9,6 +9,7 @@ use crate::identity::Identity;
 
 pub mod id;
 pub mod record;
+pub mod seal;
 pub mod cookie;
 mod touch;
 pub mod store;

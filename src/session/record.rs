@@ -1,6 +1,6 @@
 //! What the store keeps of a session: versioned MessagePack that other services may read.
 //!
-//! The first byte is the version of the layout, 1. The rest is one MessagePack array of six, in this order:
+//! The first byte is the version of the layout. The rest is one MessagePack array, in this order:
 //!
 //! | # | field        | type                                                                             |
 //! |---|--------------|----------------------------------------------------------------------------------|
@@ -10,17 +10,29 @@
 //! | 3 | `ends`       | uint, Unix time in ms: the absolute end, however much the session is used        |
 //! | 4 | `method`     | str: `"Password"`                                                                |
 //! | 5 | `client`     | array of 2: address nil or map of one (`"V4"` or `"V6"` to an array of 4 or 16 bytes), user agent str |
+//! | 6 | `secrets`    | only in version 2: bin, [sealed](super::seal) under a key that the session's id opens |
+//!
+//! Version 1 has six fields, version 2 has seven. A record without secrets is written as version 1, so that older
+//! Cloakrooms and other readers go on reading it. A first byte of 129 says that the rest is a whole record of one of
+//! these versions, sealed under the key ring (`session.seal_records`). Byte 0 is never a record: stores keep there why
+//! a session ended.
 //!
 //! A session lives as long as its key does: a reader has to look at nothing but whether the key is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use parking_lot::Mutex;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::id::SessionKey;
+use super::seal::{KeyRing, Purpose, SEAL_BYTES, SealError, key_of};
+use super::store::StoreError;
+use crate::config::model::SealRecords;
 use crate::identity::Identity;
 
 /// One session at rest.
@@ -35,12 +47,12 @@ pub struct Record {
     pub method: LoginMethod,
     pub client: ClientHints,
     /// What only the holder of the id can open.
-    #[serde(skip)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secrets: Option<Sealed>,
 }
 
-/// Encrypted bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Encrypted bytes: see [`super::seal`].
+#[derive(Clone, PartialEq, Eq)]
 pub struct Sealed(pub Vec<u8>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,27 +67,102 @@ pub struct ClientHints {
     pub user_agent: String,
 }
 
+/// How records are written into a store and read from it. Clones share what they have said.
+#[derive(Clone, Debug, Default)]
+pub struct Codec {
+    ring: Option<Arc<KeyRing>>,
+    sealing: SealRecords,
+    /// Which causes, and of which session where a cause concerns one alone.
+    told: Arc<Mutex<BTreeSet<(RecordError, Option<String>)>>>,
+}
+
 /// A record that cannot be written or read. Tells nothing of what is in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RecordError {
     /// Longer than [`RECORD_BYTES_MAX`].
     TooLarge,
     /// Written by a later Cloakroom than this one, with this layout.
     NewerVersion(u8),
-    /// Not what [`Record::encode`] writes.
+    /// Not what [`Codec::encode`] writes.
     Malformed,
+    /// Not sealed, where only sealed ones count (`session.seal_records = "only"`).
+    Plain,
+    Sealed(SealError),
 }
 
 /// A record is read on every request: one that is larger than this is a mistake.
 pub const RECORD_BYTES_MAX: usize = 64 * 1024;
 
-const VERSION: u8 = 1;
+const WITHOUT_SECRETS: u8 = 1;
+const WITH_SECRETS: u8 = 2;
+/// Before a sealed record.
+const SEALED: u8 = 129;
+/// How MessagePack begins an array of six, and of seven.
+const SIX_FIELDS: u8 = 0x96;
+const SEVEN_FIELDS: u8 = 0x97;
 /// A record nests four deep; more is not a record.
 const DEPTH_MAX: usize = 8;
+/// Whoever can write into the store could invent keys without end.
+const TOLD_MAX: usize = 512;
+
+impl Codec {
+    pub fn new(ring: Option<Arc<KeyRing>>, sealing: SealRecords) -> Self {
+        Self { ring, sealing, told: Arc::default() }
+    }
+
+    /// `key`: under which it will be kept.
+    pub fn encode(&self, record: &Record, key: &SessionKey) -> Result<Vec<u8>, RecordError> {
+        let plain = record.encode()?;
+        match (self.sealing, &self.ring) {
+            (SealRecords::Off, _) => Ok(plain),
+            (SealRecords::On | SealRecords::Only, None) => Err(RecordError::Sealed(SealError::UnknownKey([0; 4]))),
+            (SealRecords::On | SealRecords::Only, Some(ring)) => {
+                let mut bytes = ring.seal(Purpose::Record, key, &plain)?;
+                bytes.insert(0, SEALED);
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Sealed records are read whatever is written now. Of plain ones see [`SealRecords`].
+    pub fn decode(&self, bytes: &[u8], key: &SessionKey) -> Result<Record, RecordError> {
+        let Some((&SEALED, sealed)) = bytes.split_first() else {
+            return match self.sealing {
+                SealRecords::Off | SealRecords::On => Record::decode(bytes),
+                // That it is newer is the better answer to what cannot be read anyway.
+                SealRecords::Only => Record::decode(bytes).and(Err(RecordError::Plain)),
+            };
+        };
+        if RECORD_BYTES_MAX + SEAL_BYTES < sealed.len() {
+            return Err(RecordError::TooLarge);
+        }
+        match &self.ring {
+            Some(ring) => Record::decode(&ring.open(Purpose::Record, key, sealed)?),
+            None => Err(RecordError::Sealed(SealError::UnknownKey(key_of(sealed)?))),
+        }
+    }
+
+    /// What a store answers when [`Self::decode`] failed. The log is told once and not once per request: of what concerns
+    /// all sessions of a version or of a key that is gone, once for all.
+    pub fn unreadable(&self, key: &SessionKey, error: RecordError) -> StoreError {
+        let session = key.log_hash();
+        let cause = match error {
+            RecordError::NewerVersion(_) | RecordError::Plain | RecordError::Sealed(SealError::UnknownKey(_)) => None,
+            RecordError::TooLarge | RecordError::Malformed => Some(session.clone()),
+            RecordError::Sealed(SealError::Broken | SealError::NoRandom) => Some(session.clone()),
+        };
+        let concerns_many = cause.is_none();
+        let mut told = self.told.lock();
+        if told.len() < TOLD_MAX && told.insert((error, cause)) {
+            tracing::error!(session, concerns_many, cause = %error, "stored session cannot be read; said once");
+        }
+        StoreError::Unreadable
+    }
+}
 
 impl Record {
     pub fn encode(&self) -> Result<Vec<u8>, RecordError> {
-        let mut bytes = vec![VERSION];
+        let mut bytes = vec![if self.secrets.is_some() { WITH_SECRETS } else { WITHOUT_SECRETS }];
         rmp_serde::encode::write(&mut bytes, self).map_err(|_| RecordError::Malformed)?;
         if RECORD_BYTES_MAX < bytes.len() {
             return Err(RecordError::TooLarge);
@@ -87,11 +174,12 @@ impl Record {
         if RECORD_BYTES_MAX < bytes.len() {
             return Err(RecordError::TooLarge);
         }
-        let body = match bytes.split_first() {
-            Some((&VERSION, body)) => body,
-            Some((&version, _)) if VERSION < version => return Err(RecordError::NewerVersion(version)),
-            Some(_) | None => return Err(RecordError::Malformed),
-        };
+        let (&version, body) = bytes.split_first().ok_or(RecordError::Malformed)?;
+        match (version, body.first()) {
+            (WITHOUT_SECRETS, Some(&SIX_FIELDS)) | (WITH_SECRETS, Some(&SEVEN_FIELDS)) => {}
+            (version, _) if WITH_SECRETS < version => return Err(RecordError::NewerVersion(version)),
+            (_, _) => return Err(RecordError::Malformed),
+        }
         let mut cursor = std::io::Cursor::new(body);
         let mut reader = rmp_serde::Deserializer::new(&mut cursor);
         reader.set_max_depth(DEPTH_MAX);
@@ -103,18 +191,38 @@ impl Record {
     }
 }
 
-/// How records are written into a store and read from it.
-#[derive(Clone, Debug, Default)]
-pub struct Codec {}
-
-impl Codec {
-    /// `key`: under which it will be kept.
-    pub fn encode(&self, record: &Record, _key: &SessionKey) -> Result<Vec<u8>, RecordError> {
-        record.encode()
+/// As MessagePack's bin, and not as an array of numbers.
+impl Serialize for Sealed {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
     }
+}
 
-    pub fn decode(&self, bytes: &[u8], _key: &SessionKey) -> Result<Record, RecordError> {
-        Record::decode(bytes)
+impl<'de> Deserialize<'de> for Sealed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = Sealed;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("sealed bytes")
+            }
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Sealed, E> {
+                Ok(Sealed(bytes.to_vec()))
+            }
+        }
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
+impl fmt::Debug for Sealed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Sealed({} bytes)", self.0.len())
+    }
+}
+
+impl From<SealError> for RecordError {
+    fn from(error: SealError) -> Self {
+        Self::Sealed(error)
     }
 }
 
@@ -122,8 +230,10 @@ impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLarge => write!(f, "session record is larger than {RECORD_BYTES_MAX} bytes"),
-            Self::NewerVersion(version) => write!(f, "session record has version {version}, newer than {VERSION}"),
+            Self::NewerVersion(version) => write!(f, "session record has version {version}, newer than {WITH_SECRETS}"),
             Self::Malformed => f.write_str("session record is malformed"),
+            Self::Plain => f.write_str("session record is not sealed, and only sealed ones count"),
+            Self::Sealed(error) => write!(f, "session record: {error}"),
         }
     }
 }
@@ -135,6 +245,8 @@ mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng, RngExt, SeedableRng};
 
+    use super::super::id::SessionId;
+    use super::super::seal::tests::{ONE, TWO, ring};
     use super::*;
 
     fn full() -> Record {
@@ -166,11 +278,66 @@ mod tests {
             client: ClientHints { address: Some("192.0.2.7".parse().unwrap()), user_agent: String::new() },
             secrets: None,
         };
-        for record in [full(), plain] {
+        let secret = Record { secrets: Some(Sealed(vec![1, 200, 3])), ..full() };
+        for (record, version) in [(full(), 1), (plain, 1), (secret, 2)] {
             let bytes = record.encode().unwrap();
-            assert_eq!(bytes[0], VERSION);
+            assert_eq!(bytes[0], version);
             assert_eq!(Record::decode(&bytes), Ok(record));
         }
+    }
+
+    fn codec(keys: &[&str], sealing: SealRecords) -> Codec {
+        Codec::new((!keys.is_empty()).then(|| Arc::new(ring(keys))), sealing)
+    }
+
+    fn key() -> SessionKey {
+        SessionId::generate("ann").unwrap().key()
+    }
+
+    #[test]
+    fn a_sealed_record_is_read_with_the_ring_and_at_its_own_key_alone() {
+        use SealRecords::{Off, On, Only};
+        let (mine, other) = (key(), key());
+        let sealed = codec(&[ONE], On).encode(&full(), &mine).unwrap();
+        assert_eq!(sealed[0], SEALED);
+        assert!(!sealed.windows(3).any(|bytes| bytes == b"ann"), "nothing of it is readable");
+        assert!(matches!(Record::decode(&sealed), Err(RecordError::NewerVersion(SEALED))), "for who knows no sealing");
+        for sealing in [Off, On, Only] {
+            for keys in [&[ONE][..], &[ONE, TWO], &[TWO, ONE]] {
+                assert_eq!(codec(keys, sealing).decode(&sealed, &mine), Ok(full()), "rotation, and switching it off");
+            }
+            let moved = codec(&[ONE], sealing).decode(&sealed, &other);
+            assert_eq!(moved, Err(RecordError::Sealed(SealError::Broken)), "planted at another session's key");
+            for keys in [&[TWO][..], &[]] {
+                let gone = codec(keys, sealing).decode(&sealed, &mine);
+                assert!(matches!(gone, Err(RecordError::Sealed(SealError::UnknownKey(_)))), "{gone:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn plain_records_stay_readable_until_only_sealed_ones_count() {
+        use SealRecords::{Off, On, Only};
+        let (mine, plain) = (key(), full().encode().unwrap());
+        let cases = [(Off, Ok(full())), (On, Ok(full())), (Only, Err(RecordError::Plain))];
+        for (sealing, expected) in cases {
+            assert_eq!(codec(&[ONE], sealing).decode(&plain, &mine), expected, "{sealing:?}");
+        }
+        assert_eq!(codec(&[ONE], Off).encode(&full(), &mine).unwrap(), plain);
+        assert!(codec(&[], On).encode(&full(), &mine).is_err(), "nothing that was to be sealed is written plain");
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let codec = codec(&[ONE], SealRecords::On);
+        let shared = codec.clone();
+        for n in 0..100 {
+            for codec in [&codec, &shared] {
+                let answer = codec.unreadable(&key(), RecordError::NewerVersion(3 + n % 2));
+                assert!(matches!(answer, StoreError::Unreadable));
+            }
+        }
+        assert_eq!(codec.told.lock().len(), 2, "one line per version, not one per request");
     }
 
     /// The bytes are a contract with other services: a change here needs a new version.
@@ -194,22 +361,28 @@ mod tests {
         ]
         .concat();
         assert_eq!(record.encode().unwrap(), expected);
+        let with_secrets = Record { secrets: Some(Sealed(vec![7, 8])), ..record };
+        let expected = [&[2, 0x97][..], &expected[2..], &[0xc4, 2, 7, 8]].concat();
+        assert_eq!(with_secrets.encode().unwrap(), expected);
     }
 
     #[test]
     fn what_is_no_record_has_its_own_error() {
         let good = full().encode().unwrap();
         let mut newer = good.clone();
-        newer[0] = 2;
+        newer[0] = 3;
+        let mut without_its_secrets = good.clone();
+        without_its_secrets[0] = 2;
         let mut trailing = good.clone();
         trailing.push(0xc0);
         let mut older = good.clone();
         older[0] = 0;
-        let cases: [(&str, &[u8], RecordError); 7] = [
+        let cases: [(&str, &[u8], RecordError); 8] = [
             ("empty", b"", RecordError::Malformed),
             ("version alone", b"\x01", RecordError::Malformed),
             ("version 0", &older, RecordError::Malformed),
-            ("newer", &newer, RecordError::NewerVersion(2)),
+            ("newer", &newer, RecordError::NewerVersion(3)),
+            ("version 2 with six fields", &without_its_secrets, RecordError::Malformed),
             ("trailing byte", &trailing, RecordError::Malformed),
             ("cut", &good[..good.len() - 1], RecordError::Malformed),
             ("oversize", &[1; RECORD_BYTES_MAX + 1], RecordError::TooLarge),
@@ -225,14 +398,15 @@ mod tests {
     #[test]
     fn decode_never_panics() {
         let mut rng = StdRng::seed_from_u64(2);
-        let good = full().encode().unwrap();
-        for _ in 0..20_000 {
+        let secret = Record { secrets: Some(Sealed(vec![7; 9])), ..full() };
+        let goods = [full().encode().unwrap(), secret.encode().unwrap()];
+        for turn in 0..20_000 {
             let mut bytes = if rng.random() {
                 let mut noise = vec![0; rng.random_range(0..200)];
                 rng.fill_bytes(&mut noise);
                 noise
             } else {
-                good.clone()
+                goods[turn % 2].clone()
             };
             for _ in 0..rng.random_range(0..4) {
                 if !bytes.is_empty() {
@@ -241,7 +415,7 @@ mod tests {
                 }
             }
             if let Some(first) = bytes.first_mut() {
-                *first = VERSION;
+                *first = if turn % 2 == 0 { WITHOUT_SECRETS } else { WITH_SECRETS };
             }
             if let Ok(record) = Record::decode(&bytes) {
                 let again = record.encode().unwrap();
