@@ -10,8 +10,10 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// route
     pub request_seconds: HistogramVec,
-    /// result: live, none, unreadable, unavailable
+    /// result: copy, store, grace, fallback (live, and how that is known); none, unreadable, unavailable, refused
     pub session_resolve_seconds: HistogramVec,
+    /// result: unknown, refused
+    pub session_guesses: IntCounterVec,
     /// operation
     pub store_errors: IntCounterVec,
     /// method, result
@@ -51,6 +53,12 @@ impl Metrics {
                 "From the cookie to the session, or to knowing that there is none.",
                 &["result"],
                 &[0.00001, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0],
+            ),
+            session_guesses: counter(
+                &registry,
+                "cloakroom_session_guesses_total",
+                "Requests with a well-formed session id that the store does not know, or that was not asked for.",
+                &["result"],
             ),
             store_errors: counter(
                 &registry,

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use http::HeaderName;
 use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
@@ -35,11 +36,13 @@ use crate::proxy::connection::HeadRules;
 use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
 use crate::proxy::rules::Rules;
-use crate::session::cookie::{ReservedCookies, SessionCookie};
+use crate::session::cookie::{ReservedCookies, SessionCookie, fallback_cookie_name};
+use crate::session::record::Codec;
+use crate::session::seal::KeyRing;
 use crate::session::store::memory::MemoryStore;
 use crate::session::store::redis::RedisStore;
 use crate::session::store::{SessionStore, StoreOptions};
-use crate::session::{Lifetime, Sessions};
+use crate::session::{Lifetime, Options, Sessions};
 
 /// Idle connections to backends that one worker keeps.
 const BACKEND_CONNECTIONS_KEPT: usize = 512;
@@ -53,6 +56,7 @@ pub struct Prepared {
     config: Config,
     rules: Rules,
     sessions: Sessions,
+    ring: Option<Arc<KeyRing>>,
     certificates: Vec<Option<Arc<Certificate>>>,
     metrics: Metrics,
 }
@@ -65,6 +69,7 @@ pub struct Running {
     rules: Arc<ArcSwap<Rules>>,
     certificates: Vec<Option<Arc<Certificate>>>,
     sessions: Sessions,
+    ring: Option<Arc<KeyRing>>,
     metrics: Metrics,
     resolve: Arc<Notify>,
     /// As it was at the start.
@@ -98,27 +103,41 @@ impl std::error::Error for StartError {
 
 /// Reads and checks all that `config` names: what `cloakroom check` does, and every start and reload first.
 pub fn prepare(config: Config) -> Result<Prepared, ConfigError> {
-    let store = open_store(&config)?;
-    prepare_with_store(config, store)
+    let ring = read_ring(&config)?;
+    let store = open_store(&config, ring.clone())?;
+    prepare_all(config, store, ring)
 }
 
 /// As [`prepare`], on a store that is already there.
 pub fn prepare_with_store(config: Config, store: Arc<dyn SessionStore>) -> Result<Prepared, ConfigError> {
-    let lifetime = Lifetime {
-        idle: config.session.idle_timeout.get_ref().get(),
-        absolute: config.session.absolute_timeout.get_ref().get(),
-    };
-    let sessions = Sessions::new(store, lifetime);
+    let ring = read_ring(&config)?;
+    prepare_all(config, store, ring)
+}
+
+fn prepare_all(
+    config: Config,
+    store: Arc<dyn SessionStore>,
+    ring: Option<Arc<KeyRing>>,
+) -> Result<Prepared, ConfigError> {
+    let options = Options::of(&config.session, &config.store, ring.clone());
+    let sessions = Sessions::new(store, Lifetime::of(&config.session)).with(options);
     let metrics = Metrics::new();
     let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<_, _>>()?;
     let login = build_login(&config, &sessions, &metrics)?;
     let rules = Rules::build(&config, login, None);
-    Ok(Prepared { config, rules, sessions, certificates, metrics })
+    Ok(Prepared { config, rules, sessions, ring, certificates, metrics })
 }
 
-fn open_store(config: &Config) -> Result<Arc<dyn SessionStore>, ConfigError> {
+fn read_ring(config: &Config) -> Result<Option<Arc<KeyRing>>, ConfigError> {
+    let file = config.session.keys_file.as_ref();
+    file.map(|file| KeyRing::load(file.get_ref()).map(Arc::new)).transpose()
+}
+
+fn open_store(config: &Config, ring: Option<Arc<KeyRing>>) -> Result<Arc<dyn SessionStore>, ConfigError> {
+    let codec = Codec::new(ring, *config.session.seal_records.get_ref());
+    let options = StoreOptions { codec, ..StoreOptions::default() };
     match &config.store.redis {
-        Some(redis) => match RedisStore::new(redis.get_ref(), StoreOptions::default()) {
+        Some(redis) => match RedisStore::new(redis.get_ref(), options) {
             Ok(store) => Ok(Arc::new(store)),
             Err(error) => Err(ConfigError::of_file(&config.file, &error.to_string(), "see [store.redis]")),
         },
@@ -141,7 +160,7 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, certificates, metrics } = prepared;
+    let Prepared { config, rules, sessions, ring, certificates, metrics } = prepared;
     let bound =
         config.listeners.iter().zip(&certificates).map(|(listener, certificate)| bind(listener, certificate, &config));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
@@ -158,6 +177,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         rules: Arc::clone(&rules),
         sessions: sessions.clone(),
         cookies: Arc::new(reserved_cookies(&config)),
+        silent_header: silent_header(&config),
         trusted_proxies: config.server.trusted_proxies.iter().map(|network| network.0).collect(),
         body_timeout: config.limits.body_timeout.get(),
         body_rate_min: config.limits.body_rate_min.0,
@@ -187,6 +207,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         rules,
         certificates,
         sessions: sessions.clone(),
+        ring,
         metrics: metrics.clone(),
         resolve: Arc::new(Notify::new()),
         shutdown,
@@ -236,7 +257,7 @@ impl Running {
         self.admin_address
     }
 
-    /// Replaces routes, pools, identity, login, users and certificates by those of `config`, all or nothing. Gives
+    /// Replaces routes, pools, identity, login, users, session keys and certificates by those of `config`, all or nothing. Gives
     /// the names of the sections that have changed but need a restart.
     ///
     /// `config` is what reading the file gave: a file that cannot be read counts as a refused reload, too.
@@ -250,11 +271,15 @@ impl Running {
     fn apply(&self, config: &Config) -> Result<Vec<&'static str>, ConfigError> {
         let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<Vec<_>, _>>()?;
         let login = build_login(config, &self.sessions, &self.metrics)?;
+        let keys = self.ring.as_ref().map(|ring| Ok((ring, ring.read_again()?))).transpose()?;
         let previous = self.rules.load_full();
         let rules = Rules::build(config, login, Some(&previous));
         let pools: Vec<_> = rules.pools.values().cloned().collect();
         discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
         self.rules.store(Arc::new(rules));
+        if let Some((ring, keys)) = keys {
+            ring.replace(keys);
+        }
         for current in self.certificates.iter().flatten() {
             if let Some(new) = certificates.iter().flatten().find(|new| new.is_same(current)) {
                 current.replace(new);
@@ -457,10 +482,14 @@ fn session_cookie(config: &Config, secure: bool) -> SessionCookie {
     SessionCookie::new(config.session.cookie.get_ref(), secure, same_site)
 }
 
-/// The session cookie and the login's own, which no backend may see or set.
+/// The session cookie and those beside it, which no backend may see or set.
 fn reserved_cookies(config: &Config) -> ReservedCookies {
     let session = config.session.cookie.get_ref();
-    ReservedCookies::new([session.as_str(), &login_cookie_name(session)])
+    ReservedCookies::new([session.as_str(), &login_cookie_name(session), &fallback_cookie_name(session)])
+}
+
+fn silent_header(config: &Config) -> Option<HeaderName> {
+    config.session.silent_header.as_ref().and_then(|name| name.get_ref().parse().ok())
 }
 
 fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<LineWriter>), StartError> {

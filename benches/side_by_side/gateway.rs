@@ -1,5 +1,6 @@
 //! What does Cloakroom cost? A gateway as it is shipped, its store filled with sessions as logins would fill it.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use cloakroom::session::record::{ClientHints, LoginMethod};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{SessionStore, StoreOptions};
-use cloakroom::session::{Lifetime, Sessions};
+use cloakroom::session::{Lifetime, Newcomer, Sessions, Started};
 
 use super::{SESSIONS, THREADS, process};
 
@@ -65,11 +66,7 @@ pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
 
 /// Starts the sessions that the load will use; their cookies, as a browser sends them.
 fn fill(store: Arc<dyn SessionStore>, config: &Config, cookie: &SessionCookie) -> Vec<String> {
-    let lifetime = Lifetime {
-        idle: config.session.idle_timeout.get_ref().get(),
-        absolute: config.session.absolute_timeout.get_ref().get(),
-    };
-    let sessions = Sessions::new(store, lifetime);
+    let sessions = Sessions::new(store, Lifetime::of(&config.session));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut cookies = Vec::with_capacity(SESSIONS);
@@ -78,7 +75,11 @@ fn fill(store: Arc<dyn SessionStore>, config: &Config, cookie: &SessionCookie) -
                 address: Some(std::net::Ipv4Addr::LOCALHOST.into()),
                 user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0".into(),
             };
-            let id = sessions.start(user(number), LoginMethod::Password, client, None).await.unwrap();
+            let (identity, method) = (user(number), LoginMethod::Password);
+            let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
+            let Started::Begun { id, .. } = sessions.start(newcomer, None).await.unwrap() else {
+                panic!("no limit is set")
+            };
             cookies.push(format!("{}={}", cookie.name(), id.to_cookie_value()));
         }
         cookies

@@ -8,8 +8,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
-use super::model::{Access, Config, Listener, RedisStore, Scheme};
-use super::value::{Bytes, is_sample_secret};
+use super::model::{Access, Config, Listener, RedisStore, Scheme, SealRecords};
+use super::value::{Bytes, Duration, is_sample_secret};
 
 /// `tree` is what `config` was read from: it knows where each key stands.
 pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems<'_>) {
@@ -122,6 +122,14 @@ impl Check<'_, '_> {
         if let Some(memory) = &store.memory {
             self.number("store.memory.sessions_max", memory.get_ref().sessions_max, 1..=1_000_000_000);
         }
+        if let Some(grace) = &store.grace {
+            if store.redis.is_none() {
+                self.problems
+                    .add(grace.span(), "grace is for a store that can be down, and [store.memory] cannot")
+                    .hint("remove grace, or add [store.redis]");
+            }
+            self.no_longer_than(grace, "store.grace", BRIDGED_MAX);
+        }
     }
 
     fn redis(&mut self, redis: &RedisStore) {
@@ -180,6 +188,32 @@ impl Check<'_, '_> {
             self.problems
                 .add(at, message)
                 .hint("a session never outlives absolute_timeout: lower idle_timeout or raise absolute_timeout");
+        }
+        self.number("session.max_per_user", session.max_per_user as usize, 0..=10_000);
+        self.number("session.activity", session.activity.into(), 0..=1_000);
+        if let Some(name) = &session.silent_header
+            && let Err(fault) = header_name(name.get_ref())
+        {
+            self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
+        }
+        let needs_keys = "add keys_file = \"session.keys\" to [session], with a line made by: openssl rand -base64 32";
+        if session.keys_file.is_none() && *session.seal_records.get_ref() != SealRecords::Off {
+            self.problems.add(session.seal_records.span(), "seal_records without keys_file").hint(needs_keys);
+        }
+        if let Some(fallback) = &session.fallback {
+            if session.keys_file.is_none() {
+                self.problems.add(fallback.span(), "[session.fallback] without keys_file").hint(needs_keys);
+            }
+            self.no_longer_than(&fallback.get_ref().lifetime, "session.fallback.lifetime", BRIDGED_MAX);
+        }
+    }
+
+    /// For what nobody can take back while it lasts.
+    fn no_longer_than(&mut self, time: &Spanned<Duration>, key: &str, most: Duration) {
+        if most.get() < time.get_ref().get() {
+            self.problems
+                .add(time.span(), format!("{key} is {time}: at most {most}"))
+                .hint("so long a logout on another instance may go unnoticed, while the store is down");
         }
     }
 
@@ -465,6 +499,9 @@ fn cookie_name(name: &str) -> Result<(), &'static str> {
     }
     Ok(())
 }
+
+/// The longest that anybody is served without a word of the store.
+const BRIDGED_MAX: Duration = Duration::from_millis(60 * 60 * 1000);
 
 /// What the guard can handle: `http::Uri` holds no longer target.
 const TARGET_BYTES_MAX: Bytes = Bytes(63 * 1024);
@@ -821,6 +858,24 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             ("[session]\nsame_site = \"none\"".into(), "11:13", "unknown value `none`, expected `strict` or `lax`"),
             ("[session]\nabsolute_timeout = \"10m\"".into(), "11:20", "idle_timeout (30m) is longer than"),
             ("[session]\nabsolute_timeout = \"401d\"".into(), "11:20", "at most 400d"),
+            ("[session]\nmax_per_user = 10001".into(), "11:16", "must be between 0 and 10000"),
+            ("[session]\nactivity = 1001".into(), "11:12", "must be between 0 and 1000"),
+            ("[session]\nsilent_header = \"X Silent\"".into(), "11:17", "expected a field name"),
+            ("[session]\nsilent_header = \"Cookie\"".into(), "11:17", "cookies are Cloakroom's own matter"),
+            ("[session]\nseal_records = \"on\"".into(), "11:16", "seal_records without keys_file"),
+            ("[session]\nseal_records = true".into(), "11:16", "wanted string"),
+            ("[session.fallback]".into(), "10:1", "[session.fallback] without keys_file"),
+            (
+                "[session]\nkeys_file = \"k\"\n[session.fallback]\nlifetime = \"2h\"".into(),
+                "13:12",
+                "session.fallback.lifetime is 2h: at most 1h",
+            ),
+            ("[store]\ngrace = \"5m\"".into(), "11:9", "[store.memory] cannot"),
+            (
+                "[store]\ngrace = \"2h\"\n[store.redis]\nurl = \"redis://h\"".into(),
+                "11:9",
+                "store.grace is 2h: at most 1h",
+            ),
             ("[login]\nprefix = \"/auth\"".into(), "11:10", "it must end with `/`"),
             ("[login]\nprefix = \"/\"".into(), "11:10", "it would swallow every route"),
             ("[login]\nprefix = \"/a/../b/\"".into(), "11:10", "no `.` and no `..`"),
@@ -913,6 +968,9 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             "[store.redis]\nurl = \"rediss://user:p%40ss-7@[::1]:6380/3\"\nca = \"ca.pem\"",
             "[store.redis]\nurl = \"redis://[fd00::1]\"",
             "[session]\ncookie = \"sid\"",
+            "[session]\nkeys_file = \"k\"\nseal_records = \"only\"\n[session.fallback]\nlifetime = \"1h\"",
+            "[store]\ngrace = \"5m\"\n[store.redis]\nurl = \"redis://h\"",
+            "[session]\nsilent_header = \"X-Session-Silent\"\nmax_per_user = 3\nwhen_full = \"refuse\"",
             "[session]\nidle_timeout = \"1h\"\nabsolute_timeout = \"1h\"",
             "[identity]\nstrip = [\"X_Role\", \"Authorization\"]",
             "[pool.b]\nbackends = [\"my_app.internal:1\", \"[::1]:65535\", \"10.0.0.1:80\"]",

@@ -9,6 +9,7 @@ use super::csrf::{FormKey, Purpose};
 use super::pages::{Link, LogoutPage, Message, message_page, page, redirect};
 use super::{Failure, Login, LoginRequest};
 use crate::session::store::StoreError;
+use crate::session::{Resumed, Use};
 
 impl Login {
     /// Asks; changes nothing. Also where a logout ends, since then there is no session to ask about.
@@ -29,18 +30,23 @@ impl Login {
             return self.ask_to_log_out(request, StatusCode::FORBIDDEN).await;
         }
         // Looked up for the log's sake, which should say who left. One that cannot be read is ended all the same.
-        let session = match self.sessions.resume(&id).await {
-            Err(StoreError::Unreadable) => None,
-            known => known?,
+        let session = match self.sessions.resume(&id, &Use::of_own_page(request.client)).await {
+            Ok(Resumed::Live(session, _)) => Some(session),
+            Ok(Resumed::Gone(_)) | Err(StoreError::Unreadable) => None,
+            Ok(Resumed::TooManyGuesses(wait)) => return Err(Failure::TooManyGuesses(wait)),
+            Err(error) => return Err(error.into()),
         };
-        let ended = self.sessions.end(&id).await?;
         let user = session.as_ref().map(|session| session.record.identity.user.as_str());
+        let ended = self.sessions.end(&id, user).await?;
         info!(user, client = %request.client, result = if ended { "ended" } else { "none" }, "logout");
         if ended {
             self.metrics.logouts.with_label_values(&[] as &[&str]).inc();
         }
         let mut response = logged_out();
         response.headers_mut().append(SET_COOKIE, request.cookie.clear());
+        if request.cookie.find_fallback(request.headers).is_some() {
+            response.headers_mut().append(SET_COOKIE, request.cookie.clear_fallback());
+        }
         Ok(response)
     }
 

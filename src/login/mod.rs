@@ -11,6 +11,8 @@
 //! (c) every refused login gets the same answer, whatever the reason, but for `Retry-After`; (d) when the store cannot
 //! say, nobody is let in and nobody is logged out: 503.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
@@ -44,10 +46,11 @@ use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
 use crate::session::record::{ClientHints, LoginMethod};
 use crate::session::store::StoreError;
-use crate::session::{Session, Sessions};
+use crate::session::{Newcomer, Resumed, Sessions, Started, Use};
 use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
 use hash::{Busy, PASSWORD_BYTES_MAX};
+use navigation::Notice;
 use pages::{Link, LoggedInPage, LoginPage, Message, Stylesheet, failure, json, message_page, page, redirect};
 use password::{Answer, PasswordLogin};
 use return_to::ReturnTo;
@@ -93,12 +96,23 @@ struct Visitor {
     ends: u64,
 }
 
-/// Why there is no answer now: 503, whatever was asked.
+/// Why there is no answer now, whatever was asked.
 #[derive(Debug)]
 enum Failure {
     Store(StoreError),
     Busy,
     Random(SysError),
+    /// From this network, which is to wait for so long.
+    TooManyGuesses(Duration),
+}
+
+/// What the login page says above its form.
+#[derive(Default)]
+struct Say {
+    /// What went wrong.
+    alert: Option<Cow<'static, str>>,
+    /// Why one is here.
+    notice: Option<Notice>,
 }
 
 #[derive(Clone, Copy)]
@@ -191,12 +205,19 @@ impl Login {
         if self.password.is_none() {
             return Ok(self.not_found(request));
         }
-        let asked = request.query.and_then(|query| {
-            form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "return_to").map(|(_, target)| target)
-        });
-        let return_to = self.return_to(asked.as_deref());
-        let Some(visitor) = self.visitor(request).await? else {
-            return self.login_form(request, StatusCode::OK, None, &return_to, "");
+        let asked = |wanted: &str| {
+            let mut pairs = form_urlencoded::parse(request.query.unwrap_or_default().as_bytes());
+            pairs.find(|(name, _)| name == wanted).map(|(_, value)| value)
+        };
+        let return_to = self.return_to(asked("return_to").as_deref());
+        let visitor = match self.visitor(request).await {
+            // Whoever else guesses in this network, its users can log in.
+            Err(Failure::TooManyGuesses(_)) => None,
+            known => known?,
+        };
+        let Some(visitor) = visitor else {
+            let notice = asked("reason").and_then(|reason| Notice::of_label(&reason));
+            return self.login_form(request, StatusCode::OK, Say { notice, ..Say::default() }, &return_to, "");
         };
         let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
         let (prefix, title, name) = (&self.prefix, &self.title, visitor.name());
@@ -214,7 +235,7 @@ impl Login {
         let key = login_cookie.find(request.headers);
         if !key.zip(form.get("csrf")).is_some_and(|(key, token)| key.accepts(Purpose::Login, token)) {
             self.log_attempt(request, None, "stale_form");
-            return self.login_form(request, StatusCode::FORBIDDEN, Some(FORM_TOO_OLD), &return_to, "");
+            return self.login_form(request, StatusCode::FORBIDDEN, Say::alert(FORM_TOO_OLD), &return_to, "");
         }
         let name = form.get("username").and_then(UserName::parse);
         let password = form.get("password").filter(|password| password.len() <= PASSWORD_BYTES_MAX);
@@ -226,12 +247,24 @@ impl Login {
         let answer = answer.inspect_err(|failure| self.log_attempt(request, None, failure.label()))?;
         match &answer {
             Answer::Welcome(identity) => {
-                let session = self.start(request, identity).await;
-                let session =
-                    session.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
+                let started = self.start(request, identity).await;
+                let started =
+                    started.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
+                let id = match started {
+                    Started::Begun { id, displaced: 0 } => id,
+                    Started::Begun { id, displaced } => {
+                        info!(user = identity.user, displaced, "older sessions made room");
+                        id
+                    }
+                    Started::Full(sessions) => {
+                        self.log_attempt(request, Some(&identity.user), "full");
+                        let say = Say::alert(full(sessions));
+                        return self.login_form(request, StatusCode::FORBIDDEN, say, &return_to, name.as_str());
+                    }
+                };
                 self.log_attempt(request, Some(&identity.user), answer.label());
                 let mut response = redirect(StatusCode::SEE_OTHER, &return_to.to_string());
-                response.headers_mut().append(SET_COOKIE, request.cookie.set(&session));
+                response.headers_mut().append(SET_COOKIE, request.cookie.set(&id));
                 response.headers_mut().append(SET_COOKIE, login_cookie.clear());
                 Ok(response)
             }
@@ -239,7 +272,8 @@ impl Login {
                 self.log_attempt(request, self.known_name(&name), answer.label());
                 // 403 and not 401, which would have to name a scheme for a browser's own password dialog
                 // (RFC 9110, section 15.5.2).
-                let form = self.login_form(request, StatusCode::FORBIDDEN, Some(REFUSED), &return_to, name.as_str());
+                let say = Say::alert(REFUSED);
+                let form = self.login_form(request, StatusCode::FORBIDDEN, say, &return_to, name.as_str());
                 let mut response = form?;
                 if let Answer::Throttled(wait) = answer {
                     pages::set_retry_after(&mut response, wait);
@@ -250,12 +284,13 @@ impl Login {
     }
 
     /// A new session under a new id; the one that the browser came with is ended.
-    async fn start(&self, request: &LoginRequest<'_>, identity: &Identity) -> Result<SessionId, Failure> {
+    async fn start(&self, request: &LoginRequest<'_>, identity: &Identity) -> Result<Started, Failure> {
         let user_agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let client = ClientHints { address: Some(request.client), user_agent: user_agent.to_owned() };
         let replaces = request.cookie.find(request.headers);
-        let started = self.sessions.start(identity.clone(), LoginMethod::Password, client, replaces.as_ref()).await;
-        Ok(started?)
+        let (identity, method) = (identity.clone(), LoginMethod::Password);
+        let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
+        Ok(self.sessions.start(newcomer, replaces.as_ref()).await?)
     }
 
     /// The form, bound to this browser: with the key that it has, so that its other login pages stay good, or a new one.
@@ -263,7 +298,7 @@ impl Login {
         &self,
         request: &LoginRequest<'_>,
         status: StatusCode,
-        alert: Option<&str>,
+        say: Say,
         return_to: &ReturnTo,
         username: &str,
     ) -> Result<Response<Bytes>, Failure> {
@@ -274,7 +309,9 @@ impl Login {
         };
         let csrf = key.token(Purpose::Login)?;
         let (prefix, title) = (&self.prefix, &self.title);
-        let mut response = page(status, &LoginPage { prefix, title, alert, csrf: &csrf, return_to, username });
+        let (alert, notice) = (say.alert.as_deref(), say.notice.map(Notice::text));
+        let page_of_form = LoginPage { prefix, title, alert, notice, csrf: &csrf, return_to, username };
+        let mut response = page(status, &page_of_form);
         response.headers_mut().append(SET_COOKIE, login_cookie.set(&key));
         Ok(response)
     }
@@ -301,9 +338,8 @@ impl Login {
             }
             Err(cause) => {
                 self.note(&cause);
-                let (status, id) = (StatusCode::SERVICE_UNAVAILABLE, request.request_id);
-                let mut response = failure(status, cause.label(), TRY_AGAIN, id);
-                pages::set_retry_after(&mut response, RETRY_AFTER);
+                let mut response = failure(cause.status(), cause.label(), TRY_AGAIN, request.request_id);
+                pages::set_retry_after(&mut response, cause.retry_after());
                 response
             }
         }
@@ -312,10 +348,11 @@ impl Login {
     /// Who has a live session and is still welcome.
     async fn visitor(&self, request: &LoginRequest<'_>) -> Result<Option<Visitor>, Failure> {
         let Some(id) = request.cookie.find(request.headers) else { return Ok(None) };
-        let record = match self.sessions.resume(&id).await {
-            Ok(Some(Session { record, .. })) => record,
-            // Nobody here; the cookie stays, since nobody said that the session is gone.
-            Ok(None) | Err(StoreError::Unreadable) => return Ok(None),
+        let record = match self.sessions.resume(&id, &Use::of_own_page(request.client)).await {
+            Ok(Resumed::Live(session, _)) => session.record,
+            // Of what cannot be read the cookie stays, since nobody said that the session is gone.
+            Ok(Resumed::Gone(_)) | Err(StoreError::Unreadable) => return Ok(None),
+            Ok(Resumed::TooManyGuesses(wait)) => return Err(Failure::TooManyGuesses(wait)),
             Err(error) => return Err(error.into()),
         };
         let identity = match record.method {
@@ -372,11 +409,11 @@ impl Login {
     fn unavailable(&self, failure: &Failure, request: &LoginRequest<'_>) -> Response<Bytes> {
         self.note(failure);
         let message = Message {
-            status: StatusCode::SERVICE_UNAVAILABLE,
+            status: failure.status(),
             title: "Not available at the moment",
             text: TRY_AGAIN,
             next: None,
-            retry_after: Some(RETRY_AFTER),
+            retry_after: Some(failure.retry_after()),
             request_id: request.request_id,
         };
         message_page(&self.prefix, &message)
@@ -402,6 +439,7 @@ impl Login {
             }
             Failure::Busy => warn!("all places for computing password hashes are taken, and so is the queue"),
             Failure::Random(error) => warn!(%error, "the system gives no random bytes"),
+            Failure::TooManyGuesses(_) => self.metrics.session_guesses.with_label_values(&["refused"]).inc(),
         }
     }
 }
@@ -438,8 +476,38 @@ impl Failure {
             Self::Store(_) => "store_unavailable",
             Self::Busy => "busy",
             Self::Random(_) => "no_random",
+            Self::TooManyGuesses(_) => "too_many_guesses",
         }
     }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Store(_) | Self::Busy | Self::Random(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TooManyGuesses(_) => StatusCode::TOO_MANY_REQUESTS,
+        }
+    }
+
+    fn retry_after(&self) -> Duration {
+        match self {
+            Self::Store(_) | Self::Busy | Self::Random(_) => RETRY_AFTER,
+            Self::TooManyGuesses(wait) => *wait,
+        }
+    }
+}
+
+impl Say {
+    fn alert(text: impl Into<Cow<'static, str>>) -> Self {
+        Self { alert: Some(text.into()), notice: None }
+    }
+}
+
+/// The password was right, so this may be said.
+fn full(sessions: u32) -> String {
+    let times = if sessions == 1 { "once".to_owned() } else { format!("{sessions} times") };
+    format!(
+        "You are logged in {times} elsewhere, and more is not allowed. Log out on another device or in another browser, \
+         then log in here."
+    )
 }
 
 impl From<StoreError> for Failure {

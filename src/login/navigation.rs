@@ -8,6 +8,16 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use super::Login;
 use super::pages::redirect;
 use super::return_to::ReturnTo;
+use crate::session::store::Ending;
+
+/// Why a user is sent to the login page who had a session: what the page says about it. A closed set, for it comes back
+/// to us in a query that anybody may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    Displaced,
+    Revoked,
+    Expired,
+}
 
 impl Login {
     /// Whether a request without a session is a page navigation, to be answered by [`Self::login_redirect`]; anything
@@ -36,21 +46,56 @@ impl Login {
         ranges.any(|range| range.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/html")))
     }
 
-    /// Sends a page navigation to the login page, which leads back to `path_and_query` when that is safe to follow.
-    pub fn login_redirect(&self, path_and_query: &str) -> Response<Bytes> {
-        let login = format!("{}login", self.prefix);
-        let location = match self.own_page(path_and_query) {
-            Some(target) => {
-                format!("{login}?return_to={}", utf8_percent_encode(&target.to_string(), NON_ALPHANUMERIC))
-            }
-            None => login,
-        };
-        redirect(StatusCode::FOUND, &location)
+    /// Sends a page navigation to the login page, which says why (`notice`), and leads back to `path_and_query` when that
+    /// is safe to follow.
+    pub fn login_redirect(&self, path_and_query: &str, notice: Option<Notice>) -> Response<Bytes> {
+        let target = self.own_page(path_and_query);
+        let target =
+            target.map(|target| format!("return_to={}", utf8_percent_encode(&target.to_string(), NON_ALPHANUMERIC)));
+        let reason = notice.map(|notice| format!("reason={}", notice.label()));
+        let query = target.into_iter().chain(reason).collect::<Vec<_>>().join("&");
+        let separator = if query.is_empty() { "" } else { "?" };
+        redirect(StatusCode::FOUND, &format!("{}login{separator}{query}", self.prefix))
     }
 
     /// A target of this origin that is not one of our own endpoints: a login that led to the login would go in circles.
     pub(super) fn own_page(&self, text: &str) -> Option<ReturnTo> {
         ReturnTo::parse(text).filter(|target| !self.owns(target.path()))
+    }
+}
+
+impl Notice {
+    /// `ending`: what the store remembers of the session; most that are gone were simply not used any more.
+    pub fn of(ending: Option<Ending>) -> Option<Self> {
+        match ending {
+            Some(Ending::Displaced) => Some(Self::Displaced),
+            Some(Ending::Revoked) => Some(Self::Revoked),
+            Some(Ending::Expired) | None => Some(Self::Expired),
+            // Who did it knows it.
+            Some(Ending::LoggedOut | Ending::Replaced) => None,
+        }
+    }
+
+    pub(super) fn of_label(label: &str) -> Option<Self> {
+        [Self::Displaced, Self::Revoked, Self::Expired].into_iter().find(|notice| notice.label() == label)
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Displaced => "displaced",
+            Self::Revoked => "revoked",
+            Self::Expired => "expired",
+        }
+    }
+
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Displaced => {
+                "You were logged out here because you logged in elsewhere, and the number of logins is limited."
+            }
+            Self::Revoked => "You were logged out here, by you from another device or by whoever runs this site.",
+            Self::Expired => "Your last login has ended, as it does after some time. Log in to go on.",
+        }
     }
 }
 
@@ -96,6 +141,17 @@ mod tests {
                 headers.append(*name, value.parse().unwrap());
             }
             assert_eq!(Login::wants_page(method, &headers), *expected, "{method} {fields:?}");
+        }
+    }
+    #[test]
+    fn what_is_said_of_an_end_is_one_of_our_own_sentences() {
+        let endings = [Ending::LoggedOut, Ending::Replaced, Ending::Displaced, Ending::Revoked, Ending::Expired];
+        for notice in endings.into_iter().map(Some).chain([None]).filter_map(Notice::of) {
+            assert_eq!(Notice::of_label(notice.label()), Some(notice));
+        }
+        assert_eq!(Notice::of(Some(Ending::LoggedOut)), None, "who logged out knows it");
+        for text in ["", "Displaced", "logged_out", "<b>"] {
+            assert_eq!(Notice::of_label(text), None, "{text:?}");
         }
     }
 }

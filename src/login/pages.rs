@@ -54,6 +54,7 @@ pub(super) struct LoginPage<'a> {
     pub(super) prefix: &'a str,
     pub(super) title: &'a str,
     pub(super) alert: Option<&'a str>,
+    pub(super) notice: Option<&'a str>,
     pub(super) csrf: &'a str,
     pub(super) return_to: &'a ReturnTo,
     pub(super) username: &'a str,
@@ -242,6 +243,7 @@ mod tests {
                     prefix: "/p/",
                     title: HOSTILE,
                     alert: Some(HOSTILE),
+                    notice: Some(HOSTILE),
                     csrf: HOSTILE,
                     return_to: &return_to,
                     username: HOSTILE,
@@ -277,7 +279,15 @@ mod tests {
         let form = |alert, username| {
             let page = page(
                 StatusCode::OK,
-                &LoginPage { prefix: "/p/", title: "Log in", alert, csrf: "t", return_to: &return_to, username },
+                &LoginPage {
+                    prefix: "/p/",
+                    title: "Log in",
+                    alert,
+                    notice: None,
+                    csrf: "t",
+                    return_to: &return_to,
+                    username,
+                },
             );
             text(&page).to_owned()
         };

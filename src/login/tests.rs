@@ -7,10 +7,11 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use super::*;
-use crate::session::Lifetime;
+use crate::config::model::WhenFull;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
-use crate::session::store::{Count, Creation, Ending, Found, NewSession, SessionStore, Stored, Terms};
+use crate::session::store::{Count, Creation, Ending, Found, Limit, NewSession, SessionStore, Stored, Terms};
+use crate::session::{Lifetime, Options};
 
 /// Forgets nothing by time, and says nothing while it is down.
 #[derive(Default)]
@@ -84,6 +85,14 @@ impl SessionStore for FakeStore {
         let [created, ends] = [created, created + terms.lifetime.absolute].map(|time| time.as_millis() as u64);
         let record = Record { identity, attributes: BTreeMap::new(), created, ends, method, client, secrets };
         self.with(|kept| {
+            let is_replaced = |old: &SessionKey| terms.replaces.as_ref() == Some(old);
+            let others = kept
+                .sessions
+                .iter()
+                .filter(|(key, other)| other.identity.user == record.identity.user && !is_replaced(key));
+            if terms.limit.is_some_and(|limit| limit.sessions as usize <= others.count()) {
+                return Creation::Full;
+            }
             kept.sessions.insert(key.clone(), record);
             terms.replaces.as_ref().map(|old| kept.sessions.remove(old));
             Creation::Begun { displaced: 0 }
@@ -155,11 +164,15 @@ impl Browser {
 
     /// `config`: further keys of `[login]`.
     fn with_config(config: &str) -> Self {
+        Self::with(config, Options::default())
+    }
+
+    fn with(config: &str, options: Options) -> Self {
         let config = format!("{config}\n[password]\nusers_file = \"users.toml\"\nhashes_max = 2\n");
         let config: model::Login = toml::from_str(&config).unwrap();
         let store = Arc::new(FakeStore::default());
         let lifetime = Lifetime { idle: Duration::from_secs(60), absolute: Duration::from_secs(3600) };
-        let sessions = Sessions::new(Arc::clone(&store) as Arc<dyn SessionStore>, lifetime);
+        let sessions = Sessions::new(Arc::clone(&store) as Arc<dyn SessionStore>, lifetime).with(options);
         let users = users(
             "[alice]\npassword = \"HASH\"\nname = \"Alice\"\ngroups = [\"staff\"]\n\
              [bob]\npassword = \"HASH\"\n[carol]\npassword = \"HASH\"\ndisabled = true\n",
@@ -302,6 +315,72 @@ async fn every_refusal_looks_alike() {
     answer.0.headers_mut().remove("retry-after");
     assert_eq!(answer.masked().replace("alice", "USERNAME"), refusals[0], "throttled differs in Retry-After alone");
     assert!(!browser.has_session(), "even with the right password");
+}
+
+#[tokio::test]
+async fn who_has_all_the_sessions_that_one_may_have_is_told_what_to_do() {
+    let limit = Some(Limit { sessions: 2, when_full: WhenFull::Refuse });
+    let mut browser = Browser::with("", Options { limit, ..Options::default() });
+    for _ in 0..2 {
+        assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 303);
+        browser.cookies.clear();
+    }
+    let answer = browser.log_in("alice", PASSWORD).await;
+    assert_eq!(answer.status(), 403);
+    assert!(answer.html().contains("logged in 2 times elsewhere") && answer.html().contains("Log out on another"));
+    assert!(!browser.has_session());
+    let full = browser.login.metrics.logins.with_label_values(&["password", "full"]).get();
+    assert_eq!(full, 1);
+    let answer = browser.log_in("alice", "wrong").await;
+    assert!(!answer.html().contains("times"), "only who has the password learns of it");
+    assert_eq!(browser.log_in("bob", PASSWORD).await.status(), 303, "another user has room");
+}
+
+#[tokio::test]
+async fn the_login_page_says_why_one_is_there() {
+    let mut browser = Browser::new();
+    for (query, expected) in [
+        ("reason=displaced", Some("because you logged in elsewhere")),
+        ("return_to=%2Fa&reason=revoked", Some("from another device")),
+        ("reason=expired", Some("has ended")),
+        ("reason=<b>you+won</b>", None),
+        ("", None),
+    ] {
+        let page = browser.get(&format!("/.cloakroom/login?{query}")).await;
+        let said = page.html().split("role=\"status\">").nth(1).map(|rest| rest.split('<').next().unwrap());
+        assert_eq!(said.is_some(), expected.is_some(), "{query}");
+        assert!(expected.is_none_or(|text| said.unwrap().contains(text)), "{query}: {said:?}");
+        assert!(!page.html().contains("won"), "the sentences are ours alone");
+    }
+}
+
+#[tokio::test]
+async fn guesses_at_our_own_endpoints_are_stopped_and_the_form_is_there_for_everybody() {
+    let mut browser = Browser::new();
+    let mut guess = || crate::session::id::SessionId::generate("alice").unwrap().to_cookie_value();
+    let mut refused = None;
+    for _ in 0..1_000 {
+        browser.cookies.insert("__Host-session".to_owned(), guess());
+        refused = Some(browser.get("/.cloakroom/session").await).filter(|answer| answer.status() == 429);
+        if refused.is_some() {
+            break;
+        }
+    }
+    let refused = refused.expect("a thousand are too many");
+    assert_eq!(refused.header("retry-after"), "1");
+    assert_eq!(browser.get("/.cloakroom/logout").await.status(), 429, "nothing is said of a session nobody looked for");
+    assert_eq!(browser.get("/.cloakroom/login").await.status(), 200);
+    assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 303);
+}
+
+#[tokio::test]
+async fn a_logout_takes_the_fallback_cookie_too() {
+    let mut browser = Browser::new();
+    browser.log_in("alice", PASSWORD).await;
+    browser.cookies.insert("__Host-session-fallback".to_owned(), "sealed".to_owned());
+    let csrf = browser.get("/.cloakroom/logout").await.csrf();
+    assert_eq!(browser.post("/.cloakroom/logout", &[("csrf", &csrf)]).await.status(), 303);
+    assert_eq!(browser.cookies.keys().collect::<Vec<_>>(), Vec::<&String>::new(), "nothing of the session stays");
 }
 
 #[tokio::test]
@@ -632,14 +711,16 @@ async fn a_session_that_cannot_be_read_is_nobodys_and_keeps_its_cookie() {
 async fn a_navigation_is_sent_to_the_login_and_told_where_from() {
     let login = Browser::new().login;
     let cases = [
-        ("/", "/.cloakroom/login?return_to=%2F"),
-        ("/a b", "/.cloakroom/login"),
-        ("/a?b=c&d=%2F", "/.cloakroom/login?return_to=%2Fa%3Fb%3Dc%26d%3D%252F"),
-        ("//evil.example", "/.cloakroom/login"),
-        ("/.cloakroom/logout", "/.cloakroom/login"),
+        ("/", None, "/.cloakroom/login?return_to=%2F"),
+        ("/a b", None, "/.cloakroom/login"),
+        ("/a b", Some(Notice::Revoked), "/.cloakroom/login?reason=revoked"),
+        ("/a", Some(Notice::Displaced), "/.cloakroom/login?return_to=%2Fa&reason=displaced"),
+        ("/a?b=c&d=%2F", None, "/.cloakroom/login?return_to=%2Fa%3Fb%3Dc%26d%3D%252F"),
+        ("//evil.example", None, "/.cloakroom/login"),
+        ("/.cloakroom/logout", None, "/.cloakroom/login"),
     ];
-    for (target, location) in cases {
-        let response = login.login_redirect(target);
+    for (target, notice, location) in cases {
+        let response = login.login_redirect(target, notice);
         assert_eq!(
             (response.status(), &response.headers()["location"]),
             (StatusCode::FOUND, &location.parse().unwrap())

@@ -35,6 +35,9 @@ pub struct Entry<'a> {
     /// A hash of the session, good for finding its other lines and for nothing else.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<&'a str>,
+    /// `grace` or `fallback`, when the session was known without the store, which is down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session_source: Option<&'a str>,
     pub bytes_in: usize,
     pub bytes_out: usize,
     pub duration_ms: f64,
@@ -85,6 +88,7 @@ impl Entry<'_> {
             (" backend=", self.backend),
             (" user=", self.user),
             (" session=", self.session),
+            (" session_source=", self.session_source),
             (" id=", Some(self.request_id)),
         ];
         for (name, value) in fields {
@@ -154,6 +158,7 @@ mod tests {
             backend: Some("127.0.0.1:1"),
             user: Some("ann"),
             session: None,
+            session_source: None,
             bytes_in: 0,
             bytes_out: 5,
             duration_ms: 1.25,

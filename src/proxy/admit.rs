@@ -17,6 +17,8 @@ pub enum Who {
     User(Arc<Identity>),
     /// The store could not say.
     Unknown,
+    /// The store was not asked, for this network has asked for too many sessions that do not exist.
+    Guesser,
 }
 
 /// What happens to the request next.
@@ -33,6 +35,7 @@ pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
         (Access::Public, _) => Step::Forward(None),
         // Serving a user as a stranger would be a logout in all but name (invariant 4).
         (Access::Optional | Access::Required, Who::Unknown) => Step::Reply(Rejection::StoreUnavailable),
+        (Access::Optional | Access::Required, Who::Guesser) => Step::Reply(Rejection::TooManyGuesses),
         (Access::Optional, Who::User(identity)) => Step::Forward(Some(identity)),
         (Access::Optional, Who::Nobody | Who::Unasked) => Step::Forward(None),
         (Access::Required, Who::Nobody | Who::Unasked) => Step::Reply(Rejection::Unauthenticated),
@@ -61,6 +64,9 @@ mod tests {
             (Access::Public, &[][..], Who::Unasked, forward(false)),
             (Access::Public, &[], user(), forward(false)),
             (Access::Public, &[], Who::Unknown, forward(false)),
+            (Access::Public, &[], Who::Guesser, forward(false)),
+            (Access::Optional, &[], Who::Guesser, Step::Reply(Rejection::TooManyGuesses)),
+            (Access::Required, &[], Who::Guesser, Step::Reply(Rejection::TooManyGuesses)),
             (Access::Optional, &[], Who::Nobody, forward(false)),
             (Access::Optional, &[], user(), forward(true)),
             (Access::Optional, &[], Who::Unknown, Step::Reply(Rejection::StoreUnavailable)),

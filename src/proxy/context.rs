@@ -10,7 +10,9 @@ use http::{HeaderValue, Method, StatusCode, Uri};
 use crate::backend::balance::Tried;
 use crate::backend::{Backend, Pool};
 use crate::identity::Identity;
+use crate::login::navigation::Notice;
 use crate::metrics::Metrics;
+use crate::session::Source;
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionKey;
 
@@ -80,8 +82,14 @@ pub struct RequestContext {
     pub identity: Option<Arc<Identity>>,
     /// Of the session, for the log.
     pub session: Option<SessionKey>,
+    /// How the session was known.
+    pub source: Option<Source>,
     /// The client sent a session id, and the store knows no such session.
     pub session_is_gone: bool,
+    /// Why it is gone, to be told on the login page.
+    pub notice: Option<Notice>,
+    /// A new fallback cookie for the browser.
+    pub fallback_cookie: Option<HeaderValue>,
     pub is_upgrade: bool,
     /// We have answered `100 Continue`, so the backend must not be asked for it.
     pub continued: bool,
@@ -112,7 +120,10 @@ impl RequestContext {
             pool: None,
             identity: None,
             session: None,
+            source: None,
             session_is_gone: false,
+            notice: None,
+            fallback_cookie: None,
             is_upgrade: false,
             continued: false,
             body_bytes_max: u64::MAX,
@@ -139,6 +150,10 @@ impl RequestContext {
             return;
         }
         let session = self.session.as_ref().map(SessionKey::log_hash);
+        let session_source = match self.source {
+            Some(source @ (Source::Grace | Source::Fallback)) => Some(source.label()),
+            Some(Source::Copy | Source::Store) | None => None,
+        };
         let line = self.line.as_ref();
         access_log.write(&Entry {
             time: access_log::timestamp(),
@@ -154,6 +169,7 @@ impl RequestContext {
             backend: self.backend.as_ref().map(|backend| backend.name()),
             user: self.identity.as_ref().map(|identity| identity.user.as_str()),
             session: session.as_deref(),
+            session_source,
             bytes_in,
             bytes_out,
             duration_ms: (duration.as_secs_f64() * 1e6).round() / 1e3,

@@ -135,13 +135,31 @@ pub fn response(
         let headers = &response.headers;
         ![header::CACHE_CONTROL, header::EXPIRES, header::PRAGMA].iter().any(|name| headers.contains_key(name))
     };
-    if guards && says_nothing() {
+    let hands_out_a_cookie = context.fallback_cookie.is_some();
+    if (guards || hands_out_a_cookie) && says_nothing() {
         response.insert_header(header::CACHE_CONTROL, HeaderValue::from_static("private, no-store"))?;
+    }
+    if let Some(cookie) = &context.fallback_cookie
+        && is_for_one_user(response)
+    {
+        response.append_header(header::SET_COOKIE, cookie.clone())?;
     }
     if !response.headers.contains_key(X_REQUEST_ID) {
         response.insert_header(X_REQUEST_ID, context.request_id.as_str())?;
     }
     Ok(())
+}
+
+/// Whether no cache on the way may give this very response to somebody else, with a cookie that it sets (RFC 9111,
+/// sections 5.2.2.5 and 5.2.2.7). A cookie that does not fit here goes with a later response.
+fn is_for_one_user(response: &ResponseHeader) -> bool {
+    let fields = response.headers.get_all(header::CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
+    let mut directives = fields.flat_map(|field| field.split(',')).map(str::trim);
+    // `private="field"` hides a field and not the response.
+    let has_a_body_of_its_own =
+        ![http::StatusCode::NOT_MODIFIED, http::StatusCode::SWITCHING_PROTOCOLS].contains(&response.status);
+    has_a_body_of_its_own
+        && directives.any(|directive| ["private", "no-store"].iter().any(|name| directive.eq_ignore_ascii_case(name)))
 }
 
 /// Pingora leaves these in an HTTP/1 response, and what `Connection` nominates with them.

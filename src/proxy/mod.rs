@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Method, Response, header};
+use http::{HeaderName, HeaderValue, Method, Response, header};
 use ipnet::IpNet;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
@@ -17,11 +17,12 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::model::Access;
+use crate::login::navigation::Notice;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::record::LoginMethod;
 use crate::session::store::StoreError;
-use crate::session::{Session, Sessions};
+use crate::session::{Resumed, Session, Sessions, Source, Use};
 
 pub mod context;
 pub mod connection;
@@ -39,6 +40,7 @@ use connection::Refusals;
 use context::{Connection, Observer, RequestContext, RequestLine};
 use guard::Refusal;
 use reply::{Outcome, Rejection};
+use route::Route;
 use rules::Rules;
 
 /// Pingora's contract of `request_filter`: we have answered.
@@ -60,6 +62,8 @@ pub struct Gateway {
     pub rules: Arc<ArcSwap<Rules>>,
     pub sessions: Sessions,
     pub cookies: Arc<ReservedCookies>,
+    /// A request that has it is nobody's use of the session.
+    pub silent_header: Option<HeaderName>,
     pub trusted_proxies: Arc<[IpNet]>,
     pub body_timeout: Duration,
     /// Bytes per second that a body must arrive at, on average after the first `body_timeout`.
@@ -376,7 +380,7 @@ impl Gateway {
 
         let who = match route.access {
             Access::Public => Who::Unasked,
-            Access::Optional | Access::Required => self.resolve(request, context, &connection).await,
+            Access::Optional | Access::Required => self.resolve(request, context, route, &connection).await,
         };
         let identity = match admit(route.access, &route.groups, who) {
             Step::Forward(identity) => identity,
@@ -394,26 +398,54 @@ impl Gateway {
     }
 
     /// Who has this cookie?
-    async fn resolve(&self, request: &RequestHeader, context: &mut RequestContext, connection: &Connection) -> Who {
-        let Some(id) = connection.listener.cookie.find(&request.headers) else { return Who::Nobody };
+    async fn resolve(
+        &self,
+        request: &RequestHeader,
+        context: &mut RequestContext,
+        route: &Route,
+        connection: &Connection,
+    ) -> Who {
+        let cookie = &connection.listener.cookie;
+        let Some(id) = cookie.find(&request.headers) else { return Who::Nobody };
+        let is_silent = self.silent_header.as_ref().is_some_and(|name| request.headers.contains_key(name));
+        let has_fallback = route.fallback && self.sessions.has_fallback();
+        let usage = Use {
+            client: context.client,
+            touch: route.touch && !is_silent,
+            route: Some(&route.name),
+            fallback: if has_fallback { cookie.find_fallback(&request.headers) } else { None },
+        };
+        let Observer { metrics, .. } = &*self.observer;
         let started = Instant::now();
-        let resumed = self.sessions.resume(&id).await;
-        let (result, who) = match resumed {
-            Ok(Some(session)) => {
+        let (result, who) = match self.sessions.resume(&id, &usage).await {
+            Ok(Resumed::Live(session, source)) => {
                 let who = user_of(&session, &context.rules);
                 if let Who::User(identity) = &who {
                     context.identity = Some(Arc::clone(identity)); // for the log, also of who is not let in
                 }
+                if has_fallback && matches!(source, Source::Copy | Source::Store) {
+                    let renewed = self.sessions.renewed_fallback(&session, usage.fallback);
+                    context.fallback_cookie = renewed.map(|(value, life)| cookie.set_fallback(value, life));
+                }
                 context.session = Some(session.key);
-                ("live", who)
+                context.source = Some(source);
+                (source.label(), who)
             }
-            Ok(None) => {
+            Ok(Resumed::Gone(ending)) => {
                 context.session_is_gone = true;
+                context.notice = Notice::of(ending);
+                if ending.is_none() {
+                    metrics.session_guesses.with_label_values(&["unknown"]).inc();
+                }
                 ("none", Who::Nobody)
+            }
+            Ok(Resumed::TooManyGuesses(_)) => {
+                metrics.session_guesses.with_label_values(&["refused"]).inc();
+                ("refused", Who::Guesser)
             }
             Err(StoreError::Unreadable) => ("unreadable", Who::Nobody),
             Err(error) => {
-                self.observer.metrics.store_errors.with_label_values(&["load"]).inc();
+                metrics.store_errors.with_label_values(&["load"]).inc();
                 tracing::debug!(
                     request_id = context.request_id,
                     error = &error as &dyn std::error::Error,
@@ -422,11 +454,7 @@ impl Gateway {
                 ("unavailable", Who::Unknown)
             }
         };
-        self.observer
-            .metrics
-            .session_resolve_seconds
-            .with_label_values(&[result])
-            .observe(started.elapsed().as_secs_f64());
+        metrics.session_resolve_seconds.with_label_values(&[result]).observe(started.elapsed().as_secs_f64());
         who
     }
 
@@ -537,6 +565,7 @@ impl Refusals for Gateway {
             backend: None,
             user: None,
             session: None,
+            session_source: None,
             bytes_in: 0,
             bytes_out: 0,
             duration_ms: 0.0,
@@ -563,9 +592,13 @@ fn send_to_login(
     connection: &Connection,
 ) -> Decision {
     let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
-    let mut response = login.login_redirect(target);
+    let cookie = &connection.listener.cookie;
+    let mut response = login.login_redirect(target, context.notice);
     if context.session_is_gone {
-        response.headers_mut().append(header::SET_COOKIE, connection.listener.cookie.clear());
+        response.headers_mut().append(header::SET_COOKIE, cookie.clear());
+        if cookie.find_fallback(&request.headers).is_some() {
+            response.headers_mut().append(header::SET_COOKIE, cookie.clear_fallback());
+        }
     }
     Decision::Reply { response, outcome: Outcome::LoginRedirect }
 }

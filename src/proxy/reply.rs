@@ -29,6 +29,8 @@ pub enum Rejection {
     BodyMalformed,
     /// The store could not say whether there is a session.
     StoreUnavailable,
+    /// Too many unknown sessions from this network; see `session/guesses.rs`.
+    TooManyGuesses,
     /// No backend could be connected.
     NoBackend,
     /// A backend took the request and failed.
@@ -70,6 +72,7 @@ impl Rejection {
             Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::BodyMalformed => StatusCode::BAD_REQUEST,
             Self::StoreUnavailable | Self::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TooManyGuesses => StatusCode::TOO_MANY_REQUESTS,
             Self::BackendFailed => StatusCode::BAD_GATEWAY,
             Self::BackendTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -87,6 +90,7 @@ impl Rejection {
             Self::BodyTooSlow => "body_too_slow",
             Self::BodyMalformed => "body_malformed",
             Self::StoreUnavailable => "store_unavailable",
+            Self::TooManyGuesses => "too_many_guesses",
             Self::NoBackend => "no_backend",
             Self::BackendFailed => "backend_failed",
             Self::BackendTimeout => "backend_timeout",
@@ -109,6 +113,10 @@ impl Rejection {
             Self::StoreUnavailable => (
                 "Back in a moment",
                 "We cannot look up your login just now. You are still logged in: try again shortly.",
+            ),
+            Self::TooManyGuesses => (
+                "Back in a moment",
+                "Too many logins that do not exist were tried from your network. Try again shortly.",
             ),
             Self::NoBackend => ("Back in a moment", "The application cannot be reached just now. Try again shortly."),
             Self::BackendFailed => ("Something went wrong", "The application did not answer properly. Try again."),
@@ -138,7 +146,7 @@ impl Rejection {
             Self::Unauthenticated => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
             }
-            Self::StoreUnavailable | Self::NoBackend => {
+            Self::StoreUnavailable | Self::TooManyGuesses | Self::NoBackend => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
             }
             Self::MissingGroup
@@ -244,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_failure_that_passes_says_when_to_come_back() {
-        for rejection in [Rejection::StoreUnavailable, Rejection::NoBackend] {
+        for rejection in [Rejection::StoreUnavailable, Rejection::TooManyGuesses, Rejection::NoBackend] {
             for wants_page in [true, false] {
                 let response = rejection.response(wants_page, "/.cloakroom/", "id");
                 assert_eq!(response.headers()[header::RETRY_AFTER], RETRY_AFTER, "{rejection:?}");

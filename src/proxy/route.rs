@@ -21,6 +21,10 @@ pub struct Route {
     pub cache_guard: bool,
     pub websocket_origins: Vec<String>,
     pub body_bytes_max: u64,
+    /// A request counts as use of the session.
+    pub touch: bool,
+    /// The fallback cookie counts here while the store is down.
+    pub fallback: bool,
 }
 
 /// All routes, ready to be searched. A search costs the same for one route and for thousands.
@@ -91,6 +95,8 @@ impl Route {
             cache_guard: route.cache_guard,
             websocket_origins: route.websocket_origins.iter().map(|origin| origin.get_ref().clone()).collect(),
             body_bytes_max,
+            touch: route.touch,
+            fallback: route.fallback,
         }
     }
 }

@@ -3,6 +3,8 @@
 //! Finding is strict, for a doubt about who somebody is means nobody. Stripping is generous, for a doubt about whose
 //! cookie it is means ours.
 
+use std::time::Duration;
+
 use cookie::time::OffsetDateTime;
 use cookie::{Cookie, CookieBuilder, SameSite};
 use http::header::COOKIE;
@@ -14,6 +16,7 @@ use super::id::SessionId;
 #[derive(Clone, Debug)]
 pub struct SessionCookie {
     name: String,
+    fallback_name: String,
     secure: bool,
     same_site: SameSite,
 }
@@ -42,7 +45,7 @@ impl SessionCookie {
         let name = if secure { configured } else { without_prefix(configured) };
         // Browsers refuse `None` without `Secure`.
         let same_site = if secure || same_site != SameSite::None { same_site } else { SameSite::Lax };
-        Self { name: name.to_owned(), secure, same_site }
+        Self { name: name.to_owned(), fallback_name: fallback_cookie_name(name), secure, same_site }
     }
 
     pub fn name(&self) -> &str {
@@ -56,24 +59,38 @@ impl SessionCookie {
 
     /// The `Set-Cookie` that hands the id to the browser, for its browser session.
     pub fn set(&self, id: &SessionId) -> HeaderValue {
-        sensitive(&self.guarded(id.to_cookie_value()).build())
+        sensitive(&self.guarded(&self.name, id.to_cookie_value()).build())
     }
 
     /// The `Set-Cookie` that takes it back.
     pub fn clear(&self) -> HeaderValue {
+        self.removal(&self.name)
+    }
+
+    /// What the browser holds of the [fallback cookie](super::fallback): none when absent, or there twice.
+    pub fn find_fallback<'h>(&self, headers: &'h HeaderMap) -> Option<&'h [u8]> {
+        sole_value(headers, &self.fallback_name)
+    }
+
+    /// `value`: base64url. Browsers drop it by themselves after `life`.
+    pub fn set_fallback(&self, value: String, life: Duration) -> HeaderValue {
+        let life = cookie::time::Duration::seconds(i64::try_from(life.as_secs()).unwrap_or(i64::MAX));
+        sensitive(&self.guarded(&self.fallback_name, value).max_age(life).build())
+    }
+
+    pub fn clear_fallback(&self) -> HeaderValue {
+        self.removal(&self.fallback_name)
+    }
+
+    fn removal(&self, name: &str) -> HeaderValue {
         // Browsers drop a removal whose name, Path or Secure differ from the original, so all are repeated.
-        let removal =
-            self.guarded(String::new()).max_age(cookie::time::Duration::ZERO).expires(OffsetDateTime::UNIX_EPOCH);
-        sensitive(&removal.build())
+        let removal = self.guarded(name, String::new()).max_age(cookie::time::Duration::ZERO);
+        sensitive(&removal.expires(OffsetDateTime::UNIX_EPOCH).build())
     }
 
     /// No Domain: the cookie belongs to this host alone (RFC 6265bis, section 4.1.3.2).
-    fn guarded(&self, value: String) -> CookieBuilder<'_> {
-        Cookie::build((self.name.as_str(), value))
-            .path("/")
-            .secure(self.secure)
-            .http_only(true)
-            .same_site(self.same_site)
+    fn guarded<'c>(&self, name: &'c str, value: String) -> CookieBuilder<'c> {
+        Cookie::build((name, value)).path("/").secure(self.secure).http_only(true).same_site(self.same_site)
     }
 }
 
@@ -144,6 +161,11 @@ impl ReservedCookies {
             name.eq_ignore_ascii_case(ours.as_bytes()) && begins_a_name(before)
         })
     }
+}
+
+/// The name of the fallback cookie beside a session cookie of this name: as secret from backends as that one.
+pub fn fallback_cookie_name(session: &str) -> String {
+    format!("{session}-fallback")
 }
 
 /// The value of the only cookie of exactly this name, in any of the `Cookie` fields; none when there are two, for
@@ -307,6 +329,10 @@ mod tests {
             let past = "Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT";
             assert_eq!(clear.to_str().unwrap(), format!("{name}=; {guards}; {past}"));
             assert!(set.is_sensitive() && clear.is_sensitive(), "a header value of ours does not print itself");
+            let (set, clear) = (cookie.set_fallback("abc".into(), Duration::from_secs(300)), cookie.clear_fallback());
+            assert_eq!(set.to_str().unwrap(), format!("{name}-fallback=abc; {guards}; Max-Age=300"));
+            assert_eq!(clear.to_str().unwrap(), format!("{name}-fallback=; {guards}; {past}"));
+            assert!(set.is_sensitive() && clear.is_sensitive());
         }
     }
 

@@ -1,23 +1,36 @@
 //! Who is this? A session cookie becomes a [`Session`], or nothing.
 //!
-//! The rules of life (idle, absolute) are here; where sessions are kept is behind [`store::SessionStore`].
+//! The rules of life (idle, absolute) are here, and what holds while the store is down; where sessions are kept is behind
+//! [`store::SessionStore`].
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::config::model;
 use crate::identity::Identity;
 
 pub mod id;
 pub mod record;
 pub mod seal;
 pub mod cookie;
+mod guesses;
 mod touch;
+mod trail;
+mod fallback;
+mod ended;
 pub mod store;
 
+use ended::Ended;
+use fallback::{Fallback, unix_now};
+use guesses::{Answer, Guesses};
 use id::{SessionId, SessionKey};
 use record::{ClientHints, LoginMethod, Record};
-use store::{Ending, NewSession, SessionStore, StoreError, Terms};
+use seal::{KeyRing, SealError};
+use store::{Activity, Creation, Ending, Found, Limit, Listed, NewSession, SessionStore, StoreError, Stored, Terms};
 use touch::Touches;
+use trail::Trail;
 
 /// How long a session lives.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +41,20 @@ pub struct Lifetime {
     pub absolute: Duration,
 }
 
+/// What the operator may ask for beyond a lifetime; by default nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Sessions of one user.
+    pub limit: Option<Limit>,
+    /// While the store is down, copies are good for so much longer.
+    pub grace: Option<Duration>,
+    /// Life of the fallback cookie. Needs `ring`.
+    pub fallback: Option<Duration>,
+    /// Entries of the activity trail; 0 = there is none.
+    pub activity: u16,
+    pub ring: Option<Arc<KeyRing>>,
+}
+
 /// A live session, as one request sees it.
 #[derive(Clone, Debug)]
 pub struct Session {
@@ -36,12 +63,75 @@ pub struct Session {
     pub record: Arc<Record>,
 }
 
+/// How a request uses the session that it comes with.
+#[derive(Clone, Copy, Debug)]
+pub struct Use<'r> {
+    pub client: IpAddr,
+    /// It counts as use, for the idle clock and for the trail.
+    pub touch: bool,
+    /// Where, for the trail; none = nowhere that is written down.
+    pub route: Option<&'r str>,
+    /// The value of the fallback cookie, where it counts.
+    pub fallback: Option<&'r [u8]>,
+}
+
+/// What became of an id.
+#[derive(Clone, Debug)]
+pub enum Resumed {
+    Live(Session, Source),
+    /// The store says that there is no such session (any more), and perhaps why.
+    Gone(Option<Ending>),
+    /// Not asked for: this network has brought too many unknown ids. Worth another try after this long.
+    TooManyGuesses(Duration),
+}
+
+/// How a live session was known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A local copy, known to be true now.
+    Copy,
+    Store,
+    /// The store is down: a local copy that was true when it was last heard of.
+    Grace,
+    /// The store is down: the sealed cookie.
+    Fallback,
+}
+
+/// Who logs in.
+#[derive(Clone, Debug)]
+pub struct Newcomer {
+    pub identity: Identity,
+    pub method: LoginMethod,
+    pub client: ClientHints,
+    /// What only the holder of the new id will be able to read.
+    pub secrets: BTreeMap<String, String>,
+}
+
+/// What became of a login.
+#[derive(Clone, Debug)]
+pub enum Started {
+    Begun {
+        id: SessionId,
+        /// So many older sessions of the user made room.
+        displaced: u32,
+    },
+    /// The user has so many sessions already, and may not have more.
+    Full(u32),
+}
+
 /// Starts, resumes, touches and ends sessions.
 #[derive(Clone)]
 pub struct Sessions {
     store: Arc<dyn SessionStore>,
     lifetime: Lifetime,
+    limit: Option<Limit>,
+    grace: Option<Duration>,
+    ring: Option<Arc<KeyRing>>,
+    fallback: Option<Fallback>,
+    trail: Option<Trail>,
     touches: Arc<Touches>,
+    guesses: Arc<Guesses>,
+    ended: Arc<Ended>,
 }
 
 /// However long the idle time, its clock is never further behind than this.
@@ -51,53 +141,186 @@ const USER_AGENT_BYTES_MAX: usize = 256;
 
 impl Sessions {
     pub fn new(store: Arc<dyn SessionStore>, lifetime: Lifetime) -> Self {
-        Self { store, lifetime, touches: Arc::default() }
+        Self {
+            store,
+            lifetime,
+            limit: None,
+            grace: None,
+            ring: None,
+            fallback: None,
+            trail: None,
+            touches: Arc::default(),
+            guesses: Arc::default(),
+            ended: Arc::new(Ended::new(Duration::ZERO)),
+        }
     }
 
-    /// The session of this id, if it lives; it counts as used now (written once per tenth of the idle time
-    /// or per 60 s, whichever is shorter, in the background).
+    pub fn with(self, options: Options) -> Self {
+        let Options { limit, grace, fallback, activity, ring } = options;
+        let bridged = grace.max(fallback).unwrap_or_default();
+        let fallback = ring.clone().zip(fallback).map(|(ring, lifetime)| Fallback::new(ring, lifetime));
+        let trail = (0 < activity).then(|| Trail::new(activity, self.touch_interval()));
+        Self { limit, grace, ring, fallback, trail, ended: Arc::new(Ended::new(bridged)), ..self }
+    }
+
+    /// What became of the session of this id; if it lives, it counts as used now (written once per tenth of the idle
+    /// time or per 60 s, whichever is shorter, in the background).
     ///
     /// # Errors
     /// When the store does not say, or what it holds cannot be read ([`StoreError::Unreadable`]): then nobody knows
     /// that the session is gone.
-    pub async fn resume(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
+    pub async fn resume(&self, id: &SessionId, usage: &Use<'_>) -> Result<Resumed, StoreError> {
         let key = id.key();
-        let Some(stored) = self.store.load(&key).await?.live() else { return Ok(None) };
-        let interval = self.touch_interval();
-        // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
-        let unused = self.lifetime.idle.saturating_sub(stored.time_to_live);
-        if interval <= unused && self.touches.claim(&key, Instant::now(), interval) {
-            self.touch_in_background(key.clone(), stored.record.ends);
+        match self.store.recall(&key) {
+            Some(stored) => Ok(Resumed::Live(self.used(key, stored, usage), Source::Copy)),
+            None => self.look_up(key, usage).await,
         }
-        Ok(Some(Session { key, record: stored.record }))
     }
 
     /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.
-    pub async fn start(
-        &self,
-        identity: Identity,
-        method: LoginMethod,
-        mut client: ClientHints,
-        replaces: Option<&SessionId>,
-    ) -> Result<SessionId, StoreError> {
+    pub async fn start(&self, newcomer: Newcomer, replaces: Option<&SessionId>) -> Result<Started, StoreError> {
+        let Newcomer { identity, method, mut client, secrets } = newcomer;
         let id = SessionId::generate(&identity.user).map_err(|error| StoreError::Unavailable(error.into()))?;
         let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
         let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
         client.user_agent.truncate(at.unwrap_or_default());
-        let session = NewSession { identity, method, client, secrets: None };
-        let terms = Terms { lifetime: self.lifetime, limit: None, replaces: replaces.map(SessionId::key) };
-        self.store.create(&id.key(), session, &terms).await?;
-        Ok(id)
+        let sealed = (!secrets.is_empty()).then(|| seal::seal_secrets(&id, self.ring.as_deref(), &secrets));
+        let secrets = sealed.transpose().map_err(|error| StoreError::Unavailable(error.into()))?;
+        let session = NewSession { identity, method, client, secrets };
+        let replaces = replaces.map(SessionId::key);
+        let terms = Terms { lifetime: self.lifetime, limit: self.limit, replaces: replaces.clone() };
+        match self.store.create(&id.key(), session, &terms).await? {
+            Creation::Begun { displaced } => {
+                replaces.inspect(|old| self.ended.note(old, Instant::now()));
+                Ok(Started::Begun { id, displaced })
+            }
+            Creation::Full => Ok(Started::Full(self.limit.map_or(0, |limit| limit.sessions))),
+        }
     }
 
-    /// Ends it; whether it lived.
-    pub async fn end(&self, id: &SessionId) -> Result<bool, StoreError> {
-        self.store.destroy(&id.key(), None, Ending::LoggedOut).await
+    /// What was sealed for the holder of this id at the login; empty when nothing was.
+    pub fn secrets(&self, id: &SessionId, record: &Record) -> Result<BTreeMap<String, String>, SealError> {
+        let Some(sealed) = &record.secrets else { return Ok(BTreeMap::new()) };
+        seal::open_secrets(id, self.ring.as_deref(), sealed)
+    }
+
+    /// The user logs out; whether the session lived. `user` spares the store a search, where it is known.
+    pub async fn end(&self, id: &SessionId, user: Option<&str>) -> Result<bool, StoreError> {
+        self.destroy(&id.key(), user, Ending::LoggedOut).await
+    }
+
+    /// Ends somebody's session; whether it lived.
+    pub async fn revoke(&self, key: &SessionKey, user: Option<&str>) -> Result<bool, StoreError> {
+        self.destroy(key, user, Ending::Revoked).await
+    }
+
+    /// Ends all sessions of a user but one, if one is named; how many.
+    pub async fn revoke_all(&self, user: &str, except: Option<&SessionKey>) -> Result<u64, StoreError> {
+        self.ended.note_all_of(user, except, Instant::now());
+        self.store.destroy_all(user, except, Ending::Revoked).await
+    }
+
+    /// Ends everybody's sessions in one of the store's parts; how many.
+    pub async fn revoke_part(&self, part: u16) -> Result<u64, StoreError> {
+        self.ended.note_all(Instant::now());
+        self.store.destroy_part(part, Ending::Revoked).await
+    }
+
+    /// The live sessions of a user, the oldest first.
+    pub async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError> {
+        self.store.list(user).await
+    }
+
+    /// A session's trail, the latest first.
+    pub async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+        self.store.activity(key).await
+    }
+
+    pub fn has_fallback(&self) -> bool {
+        self.fallback.is_some()
+    }
+
+    /// A value for the browser's fallback cookie and the cookie's life, when there is such a cookie and the browser's
+    /// `current` one is absent, another session's, or half over.
+    pub fn renewed_fallback(&self, session: &Session, current: Option<&[u8]>) -> Option<(String, Duration)> {
+        let fallback = self.fallback.as_ref()?;
+        let value = fallback.renewed(&session.key, &session.record, current, unix_now())?;
+        Some((value, fallback.lifetime()))
     }
 
     /// For the login throttle and readiness, which keep their counts where the sessions are.
     pub fn store(&self) -> &Arc<dyn SessionStore> {
         &self.store
+    }
+
+    /// What is not known here.
+    async fn look_up(&self, key: SessionKey, usage: &Use<'_>) -> Result<Resumed, StoreError> {
+        let was_down = self.store.is_down(&key);
+        match self.guesses.answer(&key, usage.client, Instant::now()) {
+            Answer::Ask => {}
+            Answer::Gone(ending) => return Ok(Resumed::Gone(ending)),
+            // A store that is down is asked nothing, and who is known without it is no guesser.
+            Answer::TooMany(_) if was_down => {}
+            Answer::TooMany(wait) => return Ok(Resumed::TooManyGuesses(wait)),
+        }
+        match self.store.load(&key).await {
+            Ok(Found::Live(stored)) => Ok(Resumed::Live(self.used(key, stored, usage), Source::Store)),
+            Ok(Found::Ended(ending)) => Ok(self.gone(&key, usage, Some(ending))),
+            Ok(Found::Nothing) => Ok(self.gone(&key, usage, None)),
+            Err(error @ StoreError::Unavailable(_)) => {
+                let known = self.known_without_store(key, usage, was_down);
+                known.map(|(session, source)| Resumed::Live(session, source)).ok_or(error)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn gone(&self, key: &SessionKey, usage: &Use<'_>, ending: Option<Ending>) -> Resumed {
+        let now = Instant::now();
+        self.guesses.note(key, usage.client, ending, now);
+        self.ended.note(key, now);
+        Resumed::Gone(ending)
+    }
+
+    /// The store did not answer. A single answer that is late is no outage: the store must be known to be down, and for
+    /// the cookie, which anybody may bring at any time, it must have been known before this request came.
+    fn known_without_store(&self, key: SessionKey, usage: &Use<'_>, was_down: bool) -> Option<(Session, Source)> {
+        let copy = || {
+            let stored = self.store.recall_within(self.grace?, &key).filter(|_| self.store.is_down(&key))?;
+            Some((stored.record, Source::Grace))
+        };
+        let carried = || {
+            let fallback = self.fallback.as_ref().filter(|_| was_down)?;
+            let record = fallback.open(&key, usage.fallback?, unix_now())?;
+            Some((Arc::new(record), Source::Fallback))
+        };
+        let (record, source) = copy().or_else(carried)?;
+        let is_doubtful = self.store.doubts(&key) || self.ended.doubts(&key, &record.identity.user, Instant::now());
+        (!is_doubtful).then_some((Session { key, record }, source))
+    }
+
+    async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
+        // Noted before, and also when the store does not answer: then it may have ended.
+        self.ended.note(key, Instant::now());
+        self.store.destroy(key, user, ending).await
+    }
+
+    fn used(&self, key: SessionKey, stored: Stored, usage: &Use<'_>) -> Session {
+        let Stored { record, time_to_live } = stored;
+        if usage.touch {
+            let interval = self.touch_interval();
+            // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
+            let unused = self.lifetime.idle.saturating_sub(time_to_live);
+            if interval <= unused && self.touches.claim(&key, Instant::now(), interval) {
+                self.touch_in_background(key.clone(), record.ends);
+            }
+            if let (Some(trail), Some(route)) = (&self.trail, usage.route)
+                && trail.note(&key, usage.client, route)
+            {
+                tokio::spawn(trail.clone().write(Arc::clone(&self.store), key.clone()));
+            }
+        }
+        Session { key, record }
     }
 
     fn touch_interval(&self) -> Duration {
@@ -121,6 +344,54 @@ impl Sessions {
     }
 }
 
+impl Lifetime {
+    pub fn of(config: &model::Session) -> Self {
+        Self { idle: config.idle_timeout.get_ref().get(), absolute: config.absolute_timeout.get_ref().get() }
+    }
+}
+
+impl Options {
+    /// `ring`: read from the file that `config` names.
+    pub fn of(config: &model::Session, store: &model::Store, ring: Option<Arc<KeyRing>>) -> Self {
+        let limit = Limit { sessions: config.max_per_user, when_full: config.when_full };
+        Self {
+            limit: (0 < config.max_per_user).then_some(limit),
+            grace: store.grace.as_ref().map(|grace| grace.get_ref().get()),
+            fallback: config.fallback.as_ref().map(|fallback| fallback.get_ref().lifetime.get_ref().get()),
+            activity: config.activity,
+            ring,
+        }
+    }
+}
+
+impl<'r> Use<'r> {
+    /// On behalf of one of our own pages: it counts, and only the store says who it is.
+    pub fn of_own_page(client: IpAddr) -> Use<'r> {
+        Use { client, touch: true, route: None, fallback: None }
+    }
+}
+
+impl Resumed {
+    pub fn live(self) -> Option<Session> {
+        match self {
+            Self::Live(session, _) => Some(session),
+            Self::Gone(_) | Self::TooManyGuesses(_) => None,
+        }
+    }
+}
+
+impl Source {
+    /// For the log and the metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Store => "store",
+            Self::Grace => "grace",
+            Self::Fallback => "fallback",
+        }
+    }
+}
+
 impl std::fmt::Debug for Sessions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Sessions").field("lifetime", &self.lifetime).finish_non_exhaustive()
@@ -129,32 +400,78 @@ impl std::fmt::Debug for Sessions {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+    use parking_lot::Mutex;
     use tokio::sync::mpsc;
 
+    use super::store::Count;
     use super::store::memory::MemoryStore;
-    use super::store::{Count, Creation, Found};
     use super::*;
+    use crate::config::model::WhenFull;
 
-    /// A memory store on a clock of the test's that tells of every touch, and can be made to fail.
+    /// A memory store on a clock of the test's that tells of every touch, can be made to fail, and has copies of what the
+    /// test put there.
     struct Watched {
         store: MemoryStore,
         now: Arc<AtomicU64>,
         touched: mpsc::UnboundedSender<u64>,
-        is_down: std::sync::atomic::AtomicBool,
+        loads: AtomicU64,
+        is_down: AtomicBool,
+        touch_fails: AtomicBool,
+        /// It does not answer, and nobody has noticed yet.
+        is_late: AtomicBool,
+        copy: Mutex<Option<(SessionKey, Stored)>>,
+        copy_is_true: AtomicBool,
+        doubts: AtomicBool,
+        ending: Mutex<Option<Ending>>,
+        activity: Mutex<Vec<Activity>>,
+    }
+
+    impl Watched {
+        fn fails(&self) -> bool {
+            self.is_down.load(Ordering::Relaxed) || self.is_late.load(Ordering::Relaxed)
+        }
+
+        fn copy_of(&self, key: &SessionKey) -> Option<Stored> {
+            self.copy.lock().as_ref().filter(|(of, _)| of == key).map(|(_, stored)| stored.clone())
+        }
     }
 
     #[async_trait::async_trait]
     impl SessionStore for Watched {
+        fn recall(&self, key: &SessionKey) -> Option<Stored> {
+            self.copy_of(key).filter(|_| self.copy_is_true.load(Ordering::Relaxed))
+        }
+        fn recall_within(&self, grace: Duration, key: &SessionKey) -> Option<Stored> {
+            self.copy_of(key).filter(|_| !grace.is_zero())
+        }
+        fn is_down(&self, _: &SessionKey) -> bool {
+            self.is_down.load(Ordering::Relaxed)
+        }
+        fn doubts(&self, _: &SessionKey) -> bool {
+            self.doubts.load(Ordering::Relaxed)
+        }
         async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
-            self.store.load(key).await
+            self.loads.fetch_add(1, Ordering::Relaxed);
+            if self.fails() {
+                return Err(StoreError::Unavailable("down".into()));
+            }
+            let ending = *self.ending.lock();
+            match ending {
+                Some(ending) => Ok(Found::Ended(ending)),
+                None => self.store.load(key).await,
+            }
+        }
+        async fn add_activity(&self, _: &SessionKey, seen: &[Activity], _: u16) -> Result<(), StoreError> {
+            self.activity.lock().extend_from_slice(seen);
+            Ok(())
         }
         async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
             self.store.create(key, session, terms).await
         }
         async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
-            let result = if self.is_down.load(Ordering::Relaxed) {
+            let result = if self.touch_fails.load(Ordering::Relaxed) {
                 Err(StoreError::Unavailable("down".into()))
             } else {
                 self.store.touch(key, idle, ends).await
@@ -163,6 +480,9 @@ mod tests {
             result
         }
         async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
+            if self.fails() {
+                return Err(StoreError::Unavailable("down".into()));
+            }
             self.store.destroy(key, user, ending).await
         }
         async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
@@ -189,15 +509,47 @@ mod tests {
         let clock = Arc::clone(&now);
         let (touched, touches) = mpsc::unbounded_channel();
         let store = MemoryStore::with_clock(100, Box::new(move || clock.load(Ordering::Relaxed)));
-        let store = Arc::new(Watched { store, now, touched, is_down: false.into() });
+        let store = Arc::new(Watched {
+            store,
+            now,
+            touched,
+            loads: 0.into(),
+            is_down: false.into(),
+            touch_fails: false.into(),
+            is_late: false.into(),
+            copy: Mutex::default(),
+            copy_is_true: true.into(),
+            doubts: false.into(),
+            ending: Mutex::default(),
+            activity: Mutex::default(),
+        });
         let lifetime = Lifetime { idle: Duration::from_millis(idle), absolute: Duration::from_millis(absolute) };
         (Sessions::new(Arc::clone(&store) as _, lifetime), store, touches)
     }
 
-    async fn start(sessions: &Sessions) -> SessionId {
+    fn newcomer(user: &str) -> Newcomer {
         let client = ClientHints { address: None, user_agent: "é".repeat(1_000) };
-        let identity = Identity { user: "ann".into(), ..Identity::default() };
-        sessions.start(identity, LoginMethod::Password, client, None).await.unwrap()
+        let identity = Identity { user: user.into(), ..Identity::default() };
+        Newcomer { identity, method: LoginMethod::Password, client, secrets: BTreeMap::new() }
+    }
+
+    async fn begin(sessions: &Sessions, newcomer: Newcomer, replaces: Option<&SessionId>) -> SessionId {
+        match sessions.start(newcomer, replaces).await.unwrap() {
+            Started::Begun { id, .. } => id,
+            Started::Full(_) => panic!("there is room"),
+        }
+    }
+
+    async fn start(sessions: &Sessions) -> SessionId {
+        begin(sessions, newcomer("ann"), None).await
+    }
+
+    fn usage() -> Use<'static> {
+        Use { client: [192, 0, 2, 1].into(), touch: true, route: Some("/"), fallback: None }
+    }
+
+    async fn resume(sessions: &Sessions, id: &SessionId) -> Option<Session> {
+        sessions.resume(id, &usage()).await.unwrap().live()
     }
 
     /// Lets the touches in the background run; the runtime of these tests has one thread.
@@ -211,25 +563,23 @@ mod tests {
     async fn a_session_is_resumed_until_it_ends() {
         let (sessions, _, _) = watched(30 * MINUTE, 720 * MINUTE);
         let id = start(&sessions).await;
-        let session = sessions.resume(&id).await.unwrap().expect("it lives");
+        let session = resume(&sessions, &id).await.expect("it lives");
         assert_eq!(session.record.identity.user, "ann");
         assert_eq!(session.record.client.user_agent.len(), USER_AGENT_BYTES_MAX, "cut at a character");
         assert!(session.key == id.key());
-        assert!(sessions.end(&id).await.unwrap());
-        assert!(sessions.resume(&id).await.unwrap().is_none(), "ended is ended");
-        assert!(!sessions.end(&id).await.unwrap());
+        assert!(sessions.end(&id, None).await.unwrap());
+        assert!(resume(&sessions, &id).await.is_none(), "ended is ended");
+        assert!(!sessions.end(&id, None).await.unwrap());
     }
 
     #[tokio::test]
     async fn a_new_login_gives_a_new_id_and_ends_the_old_one() {
         let (sessions, _, _) = watched(30 * MINUTE, 720 * MINUTE);
         let old = start(&sessions).await;
-        let client = ClientHints { address: None, user_agent: String::new() };
-        let identity = Identity { user: "bob".into(), ..Identity::default() };
-        let new = sessions.start(identity, LoginMethod::Password, client, Some(&old)).await.unwrap();
+        let new = begin(&sessions, newcomer("bob"), Some(&old)).await;
         assert!(old != new);
-        assert!(sessions.resume(&old).await.unwrap().is_none());
-        assert_eq!(sessions.resume(&new).await.unwrap().unwrap().record.identity.user, "bob");
+        assert!(resume(&sessions, &old).await.is_none());
+        assert_eq!(resume(&sessions, &new).await.unwrap().record.identity.user, "bob");
     }
 
     #[tokio::test]
@@ -238,13 +588,13 @@ mod tests {
         let id = start(&sessions).await;
         for _ in 0..59 {
             store.now.fetch_add(1_000, Ordering::Relaxed);
-            assert!(sessions.resume(&id).await.unwrap().is_some());
+            assert!(resume(&sessions, &id).await.is_some());
         }
         settle().await;
         assert!(touches.try_recv().is_err(), "59 s are not worth a write");
         store.now.fetch_add(1_000, Ordering::Relaxed);
         for _ in 0..100 {
-            assert!(sessions.resume(&id).await.unwrap().is_some());
+            assert!(resume(&sessions, &id).await.is_some());
         }
         settle().await;
         assert!(touches.try_recv().is_ok(), "after 60 s it is written");
@@ -258,11 +608,11 @@ mod tests {
         let (sessions, store, mut touches) = watched(MINUTE, 720 * MINUTE);
         let id = start(&sessions).await;
         store.now.fetch_add(5_999, Ordering::Relaxed);
-        sessions.resume(&id).await.unwrap();
+        resume(&sessions, &id).await.unwrap();
         settle().await;
         assert!(touches.try_recv().is_err());
         store.now.fetch_add(1, Ordering::Relaxed);
-        sessions.resume(&id).await.unwrap();
+        resume(&sessions, &id).await.unwrap();
         settle().await;
         assert!(touches.try_recv().is_ok());
     }
@@ -273,13 +623,13 @@ mod tests {
         let id = start(&sessions).await;
         store.now.fetch_add(20 * MINUTE, Ordering::Relaxed);
         for _ in 0..100 {
-            assert!(sessions.resume(&id).await.unwrap().is_some());
+            assert!(resume(&sessions, &id).await.is_some());
         }
         settle().await;
         assert!(touches.try_recv().is_ok());
         assert!(touches.try_recv().is_err(), "its life cannot grow, and one try is enough");
         store.now.fetch_add(10 * MINUTE, Ordering::Relaxed);
-        assert!(sessions.resume(&id).await.unwrap().is_none(), "however much it is used");
+        assert!(resume(&sessions, &id).await.is_none(), "however much it is used");
     }
 
     #[tokio::test]
@@ -287,16 +637,203 @@ mod tests {
         let (sessions, store, mut touches) = watched(30 * MINUTE, 720 * MINUTE);
         let id = start(&sessions).await;
         store.now.fetch_add(2 * MINUTE, Ordering::Relaxed);
-        store.is_down.store(true, Ordering::Relaxed);
+        store.touch_fails.store(true, Ordering::Relaxed);
         for _ in 0..2 {
-            assert!(sessions.resume(&id).await.unwrap().is_some());
+            assert!(resume(&sessions, &id).await.is_some());
             settle().await;
             assert!(touches.try_recv().is_ok());
         }
-        store.is_down.store(false, Ordering::Relaxed);
-        sessions.resume(&id).await.unwrap();
+        store.touch_fails.store(false, Ordering::Relaxed);
+        resume(&sessions, &id).await.unwrap();
         settle().await;
         let stored = store.load(&id.key()).await.unwrap().live().unwrap();
         assert_eq!(stored.time_to_live, Duration::from_millis(30 * MINUTE));
+    }
+    #[tokio::test]
+    async fn a_silent_request_is_no_use_of_a_session() {
+        let (sessions, store, mut touches) = watched(30 * MINUTE, 720 * MINUTE);
+        let sessions = sessions.with(Options { activity: 10, ..Options::default() });
+        let id = start(&sessions).await;
+        store.now.fetch_add(10 * MINUTE, Ordering::Relaxed);
+        let silent = Use { touch: false, ..usage() };
+        assert!(sessions.resume(&id, &silent).await.unwrap().live().is_some(), "it is served");
+        settle().await;
+        assert!(touches.try_recv().is_err());
+        store.now.fetch_add(20 * MINUTE, Ordering::Relaxed);
+        assert!(sessions.resume(&id, &silent).await.unwrap().live().is_none(), "and keeps nothing alive");
+    }
+
+    #[tokio::test]
+    async fn a_copy_costs_no_question() {
+        let (sessions, store, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let id = start(&sessions).await;
+        assert_eq!(source(&sessions, &id, &usage()).await, Some(Source::Store));
+        let asked = store.loads.load(Ordering::Relaxed);
+        *store.copy.lock() = Some((id.key(), store.store.load(&id.key()).await.unwrap().live().unwrap()));
+        assert_eq!(source(&sessions, &id, &usage()).await, Some(Source::Copy));
+        assert_eq!(store.loads.load(Ordering::Relaxed), asked);
+    }
+
+    /// How a live session was known; none while nobody can say.
+    async fn source(sessions: &Sessions, id: &SessionId, usage: &Use<'_>) -> Option<Source> {
+        match sessions.resume(id, usage).await {
+            Ok(Resumed::Live(_, source)) => Some(source),
+            Err(StoreError::Unavailable(_)) => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A session with a copy and a fallback cookie, and the store that can be taken down.
+    async fn bridged(options: Options) -> (Sessions, Arc<Watched>, SessionId, String) {
+        let (sessions, store, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let ring = Some(Arc::new(seal::tests::ring(&[seal::tests::ONE])));
+        let sessions = sessions.with(Options { ring, ..options });
+        let id = start(&sessions).await;
+        let session = resume(&sessions, &id).await.unwrap();
+        // The store's clock is the test's; the cookie lives by the real one.
+        let record = Record { ends: u64::MAX, ..(*session.record).clone() };
+        let session = Session { record: Arc::new(record), ..session };
+        let cookie = sessions.renewed_fallback(&session, None).map(|(value, _)| value).unwrap_or_default();
+        *store.copy.lock() = Some((id.key(), store.store.load(&id.key()).await.unwrap().live().unwrap()));
+        store.copy_is_true.store(false, Ordering::Relaxed);
+        (sessions, store, id, cookie)
+    }
+
+    const FIVE_MINUTES: Option<Duration> = Some(Duration::from_secs(300));
+
+    #[tokio::test]
+    async fn in_an_outage_a_copy_is_good_for_the_grace_and_for_no_other_reason() {
+        let (sessions, store, id, _) = bridged(Options { grace: FIVE_MINUTES, ..Options::default() }).await;
+        assert_eq!(source(&sessions, &id, &usage()).await, Some(Source::Store), "while the store answers, it decides");
+        store.is_late.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &usage()).await, None, "one late answer is no outage");
+        store.is_down.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &usage()).await, Some(Source::Grace));
+        store.doubts.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &usage()).await, None, "what the store's copies doubt is not served");
+        store.doubts.store(false, Ordering::Relaxed);
+        *store.copy.lock() = None;
+        assert_eq!(source(&sessions, &id, &usage()).await, None, "nobody knows this one");
+
+        let (sessions, store, id, _) = bridged(Options::default()).await;
+        store.is_down.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &usage()).await, None, "without grace there is none");
+    }
+
+    #[tokio::test]
+    async fn in_an_outage_the_sealed_cookie_counts_for_its_own_session() {
+        let (sessions, store, id, cookie) = bridged(Options { fallback: FIVE_MINUTES, ..Options::default() }).await;
+        *store.copy.lock() = None;
+        let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
+        assert_eq!(
+            source(&sessions, &id, &with_cookie).await,
+            Some(Source::Store),
+            "while the store answers, it decides"
+        );
+        store.is_late.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &with_cookie).await, None, "one late answer is no outage");
+        store.is_down.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &with_cookie).await, Some(Source::Fallback));
+        let session = sessions.resume(&id, &with_cookie).await.unwrap().live().unwrap();
+        assert_eq!(session.record.identity.user, "ann");
+        assert_eq!(source(&sessions, &id, &usage()).await, None, "the route does not let it count, or there is none");
+        let other = SessionId::generate("ann").unwrap();
+        assert_eq!(source(&sessions, &other, &with_cookie).await, None, "beside another session it says nothing");
+        store.doubts.store(true, Ordering::Relaxed);
+        assert_eq!(source(&sessions, &id, &with_cookie).await, None);
+    }
+
+    #[tokio::test]
+    async fn what_ended_here_is_not_served_in_an_outage() {
+        let options = || Options { grace: FIVE_MINUTES, fallback: FIVE_MINUTES, ..Options::default() };
+        for case in ["logout", "failed logout", "revoked", "all revoked", "all but this", "gone", "replaced"] {
+            let (sessions, store, id, cookie) = bridged(options()).await;
+            let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
+            match case {
+                "logout" => assert!(sessions.end(&id, None).await.unwrap()),
+                "failed logout" => {
+                    store.is_down.store(true, Ordering::Relaxed);
+                    sessions.end(&id, None).await.unwrap_err();
+                }
+                "revoked" => assert!(sessions.revoke(&id.key(), None).await.unwrap()),
+                "all revoked" => drop(sessions.revoke_all("ann", None).await),
+                "all but this" => drop(sessions.revoke_all("ann", Some(&id.key())).await),
+                "gone" => {
+                    *store.ending.lock() = Some(Ending::Displaced);
+                    let resumed = sessions.resume(&id, &with_cookie).await.unwrap();
+                    assert!(matches!(resumed, Resumed::Gone(Some(Ending::Displaced))));
+                }
+                _ => drop(begin(&sessions, newcomer("ann"), Some(&id)).await),
+            }
+            store.is_down.store(true, Ordering::Relaxed);
+            let resumed = sessions.resume(&id, &with_cookie).await;
+            let is_served = resumed.is_ok_and(|resumed| resumed.live().is_some());
+            assert_eq!(is_served, case == "all but this", "{case}");
+        }
+    }
+
+    #[tokio::test]
+    async fn guesses_reach_the_store_a_limited_number_of_times_and_copies_are_served_all_the_same() {
+        let (sessions, store, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let id = start(&sessions).await;
+        let mut refused = 0;
+        for _ in 0..1_000 {
+            let guess = SessionId::generate("ann").unwrap();
+            let resumed = sessions.resume(&guess, &usage()).await.unwrap();
+            refused += u32::from(matches!(resumed, Resumed::TooManyGuesses(_)));
+        }
+        assert!(store.loads.load(Ordering::Relaxed) < 400 && 600 < refused, "{refused} of 1000 were refused");
+        assert!(matches!(sessions.resume(&id, &usage()).await.unwrap(), Resumed::TooManyGuesses(_)));
+        let elsewhere = Use { client: [192, 0, 2, 2].into(), ..usage() };
+        assert!(sessions.resume(&id, &elsewhere).await.unwrap().live().is_some());
+        *store.copy.lock() = Some((id.key(), store.store.load(&id.key()).await.unwrap().live().unwrap()));
+        assert!(sessions.resume(&id, &usage()).await.unwrap().live().is_some(), "what is known here costs no question");
+    }
+
+    #[tokio::test]
+    async fn the_same_unknown_id_is_asked_for_once() {
+        let (sessions, store, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let guess = SessionId::generate("ann").unwrap();
+        for _ in 0..100 {
+            assert!(resume(&sessions, &guess).await.is_none());
+        }
+        assert_eq!(store.loads.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn the_trail_is_written_in_the_background_once_per_interval() {
+        let (sessions, store, _) = watched(1_000, 720 * MINUTE);
+        let sessions = sessions.with(Options { activity: 10, ..Options::default() });
+        let id = start(&sessions).await;
+        for _ in 0..50 {
+            for route in ["/", "/shop"] {
+                sessions.resume(&id, &Use { route: Some(route), ..usage() }).await.unwrap();
+            }
+        }
+        assert!(store.activity.lock().is_empty(), "no request waits for it");
+        while store.activity.lock().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let routes: Vec<_> = store.activity.lock().iter().map(|seen| seen.route.clone()).collect();
+        assert_eq!(routes, ["/", "/shop"], "the same route from the same address is one entry");
+    }
+
+    #[tokio::test]
+    async fn secrets_are_for_the_holder_of_the_id() {
+        let (sessions, _, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let secrets = BTreeMap::from([("refresh_token".to_owned(), "r".to_owned())]);
+        let id = begin(&sessions, Newcomer { secrets: secrets.clone(), ..newcomer("ann") }, None).await;
+        let session = resume(&sessions, &id).await.unwrap();
+        assert_eq!(sessions.secrets(&id, &session.record), Ok(secrets));
+        let other = SessionId::generate("ann").unwrap();
+        assert_eq!(sessions.secrets(&other, &session.record), Err(SealError::Broken));
+    }
+
+    #[test]
+    fn the_limit_of_the_configuration_is_none_at_zero() {
+        let session = |max_per_user| model::Session { max_per_user, ..model::Session::default() };
+        let limit = |max_per_user| Options::of(&session(max_per_user), &model::Store::default(), None).limit;
+        assert_eq!(limit(0), None);
+        assert_eq!(limit(3), Some(Limit { sessions: 3, when_full: WhenFull::EvictOldest }));
     }
 }

@@ -151,7 +151,14 @@ pub trait SessionStore: Send + Sync + 'static {
         false
     }
 
-    /// What is at this key. A record that cannot be read is [`StoreError::Unreadable`] and one line in the log.
+    /// Whether this session may have ended without a word of the store: it was revoked here, or something that could not
+    /// be explained was heard of it. Such a one is not served while the store is down.
+    fn doubts(&self, _key: &SessionKey) -> bool {
+        false
+    }
+
+    /// What is at this key. A record that cannot be read is [`StoreError::Unreadable`], see
+    /// [`Codec::unreadable`].
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError>;
 
     /// Writes a new session, ends what it replaces or displaces, in one step.

@@ -75,7 +75,7 @@ impl SessionStore for RedisStore {
                     let stored = Stored { record: Arc::new(record), time_to_live: *time_to_live };
                     return Ok(super::Found::Live(stored));
                 }
-                Err(error) => &error.clone(),
+                Err(error) => return Err(self.options.codec.unreadable(key, error)),
             },
             Found::Immortal => &"it has no time to live",
             Found::WrongType => &"it is not a string",
@@ -90,7 +90,7 @@ impl SessionStore for RedisStore {
         let replaces = terms.replaces.as_ref().map(|old| self.session_name(old));
         let written = self.links.exchange(|mut connection| async move {
             let record = session.into_record(now(&mut connection).await?, lifetime);
-            let bytes = match record.encode() {
+            let bytes = match self.options.codec.encode(&record, key) {
                 Ok(bytes) => bytes,
                 Err(error) => return Ok(Err(error)),
             };
