@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -18,6 +19,7 @@ use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
+use toml::Spanned;
 
 use crate::admin::{Admin, Health, Quiet};
 use crate::backend::{balance, discover};
@@ -39,7 +41,7 @@ use crate::proxy::rules::Rules;
 use crate::session::cookie::{ReservedCookies, SessionCookie, fallback_cookie_name};
 use crate::session::record::Codec;
 use crate::session::seal::KeyRing;
-use crate::session::store::memory::MemoryStore;
+use crate::session::store::memory::{FileError, Loaded, MemoryStore};
 use crate::session::store::redis::RedisStore;
 use crate::session::store::{SessionStore, StoreOptions};
 use crate::session::{Lifetime, Options, Sessions};
@@ -56,6 +58,8 @@ pub struct Prepared {
     config: Config,
     rules: Rules,
     sessions: Sessions,
+    /// The store of `sessions`, where that has a file to open.
+    memory: Option<Arc<MemoryStore>>,
     ring: Option<Arc<KeyRing>>,
     certificates: Vec<Option<Arc<Certificate>>>,
     metrics: Metrics,
@@ -69,6 +73,7 @@ pub struct Running {
     rules: Arc<ArcSwap<Rules>>,
     certificates: Vec<Option<Arc<Certificate>>>,
     sessions: Sessions,
+    memory: Option<Arc<MemoryStore>>,
     ring: Option<Arc<KeyRing>>,
     metrics: Metrics,
     resolve: Arc<Notify>,
@@ -104,8 +109,8 @@ impl std::error::Error for StartError {
 /// Reads and checks all that `config` names: what `cloakroom check` does, and every start and reload first.
 pub fn prepare(config: Config) -> Result<Prepared, ConfigError> {
     let ring = read_ring(&config)?;
-    let store = open_store(&config, ring.clone())?;
-    prepare_all(config, store, ring)
+    let (store, memory) = open_store(&config, ring.clone())?;
+    Ok(Prepared { memory, ..prepare_all(config, store, ring)? })
 }
 
 /// As [`prepare`], on a store that is already there.
@@ -125,7 +130,7 @@ fn prepare_all(
     let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<_, _>>()?;
     let login = build_login(&config, &sessions, &metrics)?;
     let rules = Rules::build(&config, login, None);
-    Ok(Prepared { config, rules, sessions, ring, certificates, metrics })
+    Ok(Prepared { config, rules, sessions, memory: None, ring, certificates, metrics })
 }
 
 fn read_ring(config: &Config) -> Result<Option<Arc<KeyRing>>, ConfigError> {
@@ -133,19 +138,58 @@ fn read_ring(config: &Config) -> Result<Option<Arc<KeyRing>>, ConfigError> {
     file.map(|file| KeyRing::load(file.get_ref()).map(Arc::new)).transpose()
 }
 
-fn open_store(config: &Config, ring: Option<Arc<KeyRing>>) -> Result<Arc<dyn SessionStore>, ConfigError> {
+/// Connects to nothing, and leaves the file of a memory store to [`start`], which takes it for itself.
+#[expect(clippy::type_complexity, reason = "one store, seen from two sides")]
+fn open_store(config: &Config, ring: Option<Arc<KeyRing>>) -> Result<(Arc<dyn SessionStore>, Option<Arc<MemoryStore>>), ConfigError> {
+    let events = config.events.audit || config.events.webhook.is_some();
     let codec = Codec::new(ring, *config.session.seal_records.get_ref());
-    let options = StoreOptions { codec, ..StoreOptions::default() };
-    match &config.store.redis {
-        Some(redis) => match RedisStore::new(redis.get_ref(), options) {
-            Ok(store) => Ok(Arc::new(store)),
-            Err(error) => Err(ConfigError::of_file(&config.file, &error.to_string(), "see [store.redis]")),
-        },
-        None => {
-            let memory = config.store.memory.as_ref().map(|memory| memory.get_ref().clone()).unwrap_or_default();
-            Ok(Arc::new(MemoryStore::new(memory.sessions_max)))
+    let options = StoreOptions { codec, events };
+    let refused = |message: &str, hint: &str| ConfigError::of_file(&config.file, message, hint);
+    if let Some(redis) = &config.store.redis {
+        return match RedisStore::new(redis.get_ref(), options) {
+            Ok(store) => Ok((Arc::new(store), None)),
+            Err(error) => Err(refused(&error.to_string(), "see [store.redis]")),
+        };
+    }
+    let memory = config.store.memory.as_ref().map(|memory| memory.get_ref().clone()).unwrap_or_default();
+    if let Some(file) = &memory.file {
+        let file = file.get_ref();
+        if !file.parent().is_some_and(Path::is_dir) {
+            let message = format!("store.memory.file {}: its folder is not there", file.display());
+            return Err(refused(&message, "make the folder, writable for the user that Cloakroom runs as"));
+        }
+        if file.exists() && !file.is_file() {
+            let message = format!("store.memory.file {} is not a file", file.display());
+            return Err(refused(&message, "name a file of its own, which is created when it is not there"));
         }
     }
+    let store = Arc::new(MemoryStore::new(memory.sessions_max).with_options(options));
+    Ok((Arc::clone(&store) as _, memory.file.is_some().then_some(store)))
+}
+
+/// Takes up the sessions that the last process left.
+fn open_file(memory: &MemoryStore, config: &Config) -> Result<(), StartError> {
+    let file = config.store.memory.as_ref().and_then(|memory| memory.get_ref().file.as_ref());
+    let Some(file) = file.map(Spanned::get_ref) else { return Ok(()) };
+    let cannot_open = |error: FileError| {
+        let what = error.to_string();
+        let cause = match error {
+            FileError::Unreachable(_, cause) => cause,
+            FileError::Taken(_) => io::ErrorKind::WouldBlock.into(),
+            FileError::Damaged(..) | FileError::Newer(_) => io::ErrorKind::InvalidData.into(),
+        };
+        StartError { what, cause }
+    };
+    let Loaded { sessions, expired, unreadable } = memory.open_file(file).map_err(cannot_open)?;
+    tracing::info!(file = %file.display(), sessions, expired, "sessions taken up");
+    if unreadable != 0 {
+        tracing::warn!(
+            file = %file.display(),
+            unreadable,
+            "sessions cannot be read: damaged, of a newer version, or sealed with a key that is gone"
+        );
+    }
+    Ok(())
 }
 
 fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Result<Login, ConfigError> {
@@ -160,11 +204,14 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, ring, certificates, metrics } = prepared;
+    let Prepared { config, rules, sessions, memory, ring, certificates, metrics } = prepared;
     let bound =
         config.listeners.iter().zip(&certificates).map(|(listener, certificate)| bind(listener, certificate, &config));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
     let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
+    if let Some(memory) = &memory {
+        open_file(memory, &config)?;
+    }
     let (access_log, log_writer) = open_access_log(&config.log)?;
     let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
 
@@ -207,6 +254,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         rules,
         certificates,
         sessions: sessions.clone(),
+        memory,
         ring,
         metrics: metrics.clone(),
         resolve: Arc::new(Notify::new()),
@@ -298,6 +346,9 @@ impl Running {
         let _ = self.ended.send(true);
         if let Some(background) = self.background.take() {
             let _ = background.join();
+        }
+        if let Some(memory) = &self.memory {
+            memory.close();
         }
         drop(self.access_log.take());
     }

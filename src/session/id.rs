@@ -27,7 +27,7 @@ pub struct SessionKey {
 }
 
 /// Under what a store keeps the list of a user's sessions: a hash of the name, in the bucket of all their sessions.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UserKey {
     bucket: u16,
     hash: [u8; KEY_BYTES],
@@ -39,6 +39,9 @@ pub const BUCKETS: u16 = 4096;
 const SECRET_BYTES: usize = 32;
 /// 192 bits of SHA-256: nobody finds a second id for a key, and base64url needs no odd character.
 const KEY_BYTES: usize = 24;
+const BUCKET_BYTES: usize = 2;
+/// A [`SessionKey`] as bytes.
+pub(super) const KEY_STORED_BYTES: usize = BUCKET_BYTES + KEY_BYTES;
 const SECRET_CHARS: usize = 43;
 const BUCKET_CHARS: usize = 2;
 const COOKIE_CHARS: usize = BUCKET_CHARS + SECRET_CHARS;
@@ -119,12 +122,20 @@ impl SessionKey {
         digest[..5].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Bucket and hash, of a fixed length.
-    pub(super) fn to_bytes(&self) -> [u8; 2 + KEY_BYTES] {
-        let mut bytes = [0; 2 + KEY_BYTES];
-        bytes[..2].copy_from_slice(&self.bucket.to_be_bytes());
-        bytes[2..].copy_from_slice(&self.hash);
+    /// For a store that keeps bytes: the bucket, then the hash.
+    pub(super) fn to_bytes(&self) -> [u8; KEY_STORED_BYTES] {
+        let mut bytes = [0; KEY_STORED_BYTES];
+        let (bucket, hash) = bytes.split_at_mut(BUCKET_BYTES);
+        bucket.copy_from_slice(&self.bucket.to_be_bytes());
+        hash.copy_from_slice(&self.hash);
         bytes
+    }
+
+    /// Reads what [`Self::to_bytes`] wrote.
+    pub(super) fn of_bytes(bytes: &[u8; KEY_STORED_BYTES]) -> Option<Self> {
+        let (bucket, hash) = bytes.split_first_chunk::<BUCKET_BYTES>()?;
+        let bucket = u16::from_be_bytes(*bucket);
+        Some(Self { bucket, hash: hash.try_into().ok()? }).filter(|_| bucket < BUCKETS)
     }
 
     /// Evenly spread, as the hash is: for choosing a shard.
@@ -291,6 +302,16 @@ mod tests {
         assert!(!name.contains(&id.to_cookie_value()[2..20]), "the store must not learn the cookie");
         assert_eq!(id.key().log_hash().len(), 10);
         assert_eq!(format!("{id:?} {:?}", id.key()), "SessionId(..) SessionKey(..)");
+    }
+
+    #[test]
+    fn a_key_reads_back_from_its_text_and_from_its_bytes() {
+        let key = SessionId::generate("ann").unwrap().key();
+        assert!(SessionKey::of_bytes(&key.to_bytes()) == Some(key.clone()));
+        assert!(SessionKey::of_member(key.bucket(), key.member().as_bytes()) == Some(key.clone()));
+        let mut bytes = key.to_bytes();
+        bytes[0] = 0x10;
+        assert!(SessionKey::of_bytes(&bytes).is_none(), "there are 4096 buckets");
     }
 
     #[test]

@@ -1,0 +1,803 @@
+//! Sessions of one process: a sharded map that is the truth, and a file that follows it, where one is wanted.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{
+    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, SessionStore, StoreError, StoreOptions,
+    Stored, Terms, counter_hash, millis,
+};
+use crate::config::model::WhenFull;
+use crate::session::id::{SessionKey, UserKey};
+use crate::session::record::Record;
+
+mod file;
+
+pub use file::FileError;
+use file::{Kept, Notes, SessionFile};
+
+/// A sharded map. What has expired is gone for every reader at once; its memory is freed by later writes.
+///
+/// All sessions of a user, and the list of them, are in one shard, which their bucket names: what concerns one user
+/// takes one lock, and happens at once.
+pub struct MemoryStore {
+    shards: Box<[Mutex<Shard>]>,
+    sessions_max: usize,
+    options: StoreOptions,
+    clock: Clock,
+    file: OnceLock<SessionFile>,
+    /// Sessions that take up memory, expired ones too.
+    sessions: AtomicUsize,
+    sweep_due: AtomicU64,
+    sweep_next: AtomicUsize,
+    /// Numbers the ends of sessions.
+    end_next: AtomicU64,
+    ends_lost: AtomicU64,
+    ends_lost_told: AtomicU64,
+}
+
+/// Tells the Unix time in ms; must never go back.
+pub type Clock = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// What was found in a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    pub sessions: u64,
+    /// Ended while no process ran.
+    pub expired: u64,
+    /// Damaged, of a newer version, or sealed with a key that is gone. Who comes with such a session is nobody, and
+    /// keeps the cookie.
+    pub unreadable: u64,
+}
+
+#[derive(Default)]
+struct Shard {
+    sessions: HashMap<SessionKey, Entry>,
+    /// Each user's sessions, in the order in which they began.
+    users: BTreeMap<(UserKey, u64), SessionKey>,
+    /// Numbers the sessions, for that order.
+    session_next: u64,
+    remains: HashMap<SessionKey, Remains>,
+    /// Ends that nobody was told of, the oldest first.
+    ends: VecDeque<(u64, EndEvent)>,
+    counters: HashMap<[u8; 24], Counter>,
+}
+
+struct Entry {
+    record: Arc<Record>,
+    expires: u64,
+    number: u64,
+    /// The latest last.
+    trail: Vec<Activity>,
+}
+
+/// What is known of a session that is not there.
+struct Remains {
+    what: What,
+    expires: u64,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Ended(Ending),
+    Unreadable,
+}
+
+struct Counter {
+    value: u64,
+    expires: u64,
+}
+
+/// Far more than there are cores, so that two requests seldom meet.
+const SHARDS: usize = 256;
+/// An attacker makes counters with every login that fails. These are 16 MiB, and a quarter of a million failures.
+const COUNTERS_PER_SHARD_MAX: usize = 1024;
+/// Why a session ended is a courtesy: 65,536 of them, then later ones are not told.
+const REMAINS_PER_SHARD_MAX: usize = 256;
+/// How long, in ms, the courtesy lasts.
+const REMAINS_TIME_MAX: u64 = 60 * 60 * 1000;
+/// Ends that wait to be told: 262,144 of them, then the oldest are lost.
+const ENDS_PER_SHARD_MAX: usize = 1024;
+/// A loss is one line in this time, in ms.
+const LOSS_INTERVAL: u64 = 60 * 1000;
+/// One shard is swept at most this often, in ms: all of them in about a minute of writes.
+const SWEEP_INTERVAL: u64 = 250;
+
+impl MemoryStore {
+    /// Keeps at most `sessions_max` sessions, and refuses further ones.
+    pub fn new(sessions_max: usize) -> Self {
+        Self::with_clock(sessions_max, steady_clock())
+    }
+
+    pub fn with_clock(sessions_max: usize, clock: Clock) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            sessions_max,
+            options: StoreOptions::default(),
+            clock,
+            file: OnceLock::new(),
+            sessions: AtomicUsize::new(0),
+            sweep_due: AtomicU64::new(0),
+            sweep_next: AtomicUsize::new(0),
+            end_next: AtomicU64::new(0),
+            ends_lost: AtomicU64::new(0),
+            ends_lost_told: AtomicU64::new(0),
+        }
+    }
+
+    #[must_use]
+    pub fn with_options(self, options: StoreOptions) -> Self {
+        Self { options, ..self }
+    }
+
+    /// Takes up the sessions that are in `path`, and keeps all of them there from now on. Once, and before any other
+    /// use; a file that is not there is created. Blocks.
+    ///
+    /// The file's times are Unix times. When the system's clock was set back in between, sessions live longer by that
+    /// step, but never longer than their absolute time from now on.
+    pub fn open_file(&self, path: &Path) -> Result<Loaded, FileError> {
+        let now = (self.clock)();
+        let mut live = Vec::new();
+        let mut remains = Vec::new();
+        let mut expired = Vec::new();
+        let mut ends = Vec::new();
+        let file = SessionFile::open(path, |kept| match kept {
+            Kept::Session { key, expires, record } => match self.options.codec.decode(record, &key) {
+                Ok(record) => {
+                    // From a clock that was ahead of ours: it begins now.
+                    let ahead = record.created.saturating_sub(now);
+                    let (created, ends) = (record.created - ahead, record.ends.saturating_sub(ahead));
+                    let expires = expires.saturating_sub(ahead).min(ends);
+                    let record = Record { created, ends, ..record };
+                    if now < expires { live.push((key, record, expires)) } else { expired.push((key, Some(record))) }
+                }
+                Err(_) if now < expires => remains.push((key, expires)),
+                Err(_) => expired.push((key, None)),
+            },
+            Kept::End { number, part, event } => ends.push((number, part, event)),
+        })?;
+        let loaded =
+            Loaded { sessions: live.len() as u64, expired: expired.len() as u64, unreadable: remains.len() as u64 };
+        // Only now is there something that could be noted.
+        let file = self.file.get_or_init(|| file);
+
+        let end_next = ends.iter().map(|(number, ..)| number + 1).max().unwrap_or_default();
+        self.end_next.store(end_next, Ordering::Relaxed);
+        for (number, part, event) in ends {
+            if self.options.events {
+                self.shards[usize::from(part) % SHARDS].lock().ends.push_back((number, event));
+            } else {
+                file.notes().told(number);
+            }
+        }
+        for (key, record) in expired {
+            let mut shard = self.shard(&key).lock();
+            let mut notes = file.notes();
+            notes.ended(&key);
+            if let Some(record) = record {
+                self.tell(&mut shard, &mut notes, &key, &record.identity.user, Ending::Expired, now);
+            }
+        }
+        for (key, expires) in remains {
+            self.shard(&key).lock().leave(key, What::Unreadable, expires, now);
+        }
+        self.sessions.fetch_add(live.len(), Ordering::Relaxed);
+        live.sort_by_key(|(_, record, _)| record.created);
+        for (key, record, expires) in live {
+            self.shard(&key).lock().insert(key, Arc::new(record), expires);
+        }
+        Ok(loaded)
+    }
+
+    /// Writes what is left into the file, and lets go of it. Without one, nothing.
+    pub fn close(&self) {
+        if let Some(file) = self.file.get() {
+            file.close();
+        }
+    }
+
+    fn part(key: &SessionKey) -> usize {
+        usize::from(key.bucket()) % SHARDS
+    }
+
+    fn shard(&self, key: &SessionKey) -> &Mutex<Shard> {
+        &self.shards[Self::part(key)]
+    }
+
+    fn user_shard(&self, user: &UserKey) -> &Mutex<Shard> {
+        &self.shards[usize::from(user.bucket()) % SHARDS]
+    }
+
+    fn counter_shard(&self, hash: &[u8; 24]) -> &Mutex<Shard> {
+        &self.shards[usize::from(hash[0]) % SHARDS]
+    }
+
+    /// After the lock of the shard whose changes are noted, never before.
+    fn notes(&self) -> Notes<'_> {
+        self.file.get().map_or_else(Notes::nowhere, SessionFile::notes)
+    }
+
+    /// What has been noted so far outlives a crash from here on.
+    async fn settle(&self) -> Result<(), StoreError> {
+        match self.file.get() {
+            Some(file) => file.settle().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes one of the places, if there is one.
+    fn reserve(&self) -> bool {
+        let one_more = |sessions| (sessions < self.sessions_max).then_some(sessions + 1);
+        self.sessions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    fn release(&self, places: usize) {
+        self.sessions.fetch_sub(places, Ordering::Relaxed);
+    }
+
+    /// A creation, but for the file.
+    fn begin(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+        let now = (self.clock)();
+        self.sweep_some(now);
+        let user = UserKey::of(&session.identity.user);
+        let record = session.into_record(now, terms.lifetime);
+        // Also without a file: what another store would refuse is refused here too.
+        let row = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+        let expires = now.saturating_add(millis(terms.lifetime.idle)).min(record.ends);
+        let has_place = self.reserve() || {
+            self.sweep_all(now);
+            self.reserve()
+        };
+
+        let (mut shard, mut other) = self.lock_both(key, terms.replaces.as_ref());
+        let mut notes = self.notes();
+        let mut ended = 0;
+        let mut displaced = Vec::new();
+        if let Some(limit) = terms.limit {
+            let (live, expired) = shard.members(&user, now);
+            ended +=
+                expired.iter().filter_map(|old| self.end(&mut shard, &mut notes, old, Ending::Expired, now)).count();
+            let others: Vec<_> = live.into_iter().filter(|old| Some(old) != terms.replaces.as_ref()).collect();
+            let surplus = (others.len() + 1).saturating_sub(limit.sessions.max(1) as usize);
+            if surplus != 0 && limit.when_full == WhenFull::Refuse {
+                self.release(ended + usize::from(has_place));
+                return Ok(Creation::Full);
+            }
+            displaced.extend(others.into_iter().take(surplus));
+        }
+        if let Some(old) = &terms.replaces {
+            let at_home = other.as_mut().unwrap_or(&mut shard);
+            ended += usize::from(self.end(at_home, &mut notes, old, Ending::Replaced, now).is_some());
+        }
+        for old in &displaced {
+            ended += usize::from(self.end(&mut shard, &mut notes, old, Ending::Displaced, now).is_some());
+        }
+        if !has_place && ended == 0 {
+            return Err(StoreError::Refused("store.memory.sessions_max is reached".into()));
+        }
+        self.release((ended + usize::from(has_place)) - 1);
+        notes.begun(key, expires, row);
+        shard.insert(key.clone(), Arc::new(record), expires);
+        let displaced = u32::try_from(displaced.len()).unwrap_or(u32::MAX);
+        Ok(Creation::Begun { displaced })
+    }
+
+    /// The shard of `key`, and that of `other` if it is another one; always in the same order.
+    fn lock_both(
+        &self,
+        key: &SessionKey,
+        other: Option<&SessionKey>,
+    ) -> (MutexGuard<'_, Shard>, Option<MutexGuard<'_, Shard>>) {
+        let part = Self::part(key);
+        match other.map(Self::part).filter(|other| *other != part) {
+            None => (self.shards[part].lock(), None),
+            Some(other) if part < other => {
+                let first = self.shards[part].lock();
+                (first, Some(self.shards[other].lock()))
+            }
+            Some(other) => {
+                let first = self.shards[other].lock();
+                (self.shards[part].lock(), Some(first))
+            }
+        }
+    }
+
+    /// Takes a session out of the map, the file and its user's list, and notes how it ended; whether it lived.
+    /// None: there was none. Its place is for the caller to release.
+    fn end(
+        &self,
+        shard: &mut Shard,
+        notes: &mut Notes<'_>,
+        key: &SessionKey,
+        ending: Ending,
+        now: u64,
+    ) -> Option<bool> {
+        let Some(entry) = shard.sessions.remove(key) else {
+            if shard.remains.get(key).is_some_and(|remains| matches!(remains.what, What::Unreadable)) {
+                shard.remains.remove(key);
+                notes.ended(key);
+            }
+            return None;
+        };
+        let user = &entry.record.identity.user;
+        shard.users.remove(&(UserKey::of(user), entry.number));
+        notes.ended(key);
+        let lived = now < entry.expires;
+        let ending = if lived { ending } else { Ending::Expired };
+        match ending {
+            Ending::Displaced | Ending::Revoked => {
+                let until = entry.expires.min(now.saturating_add(REMAINS_TIME_MAX));
+                shard.leave(key.clone(), What::Ended(ending), until, now);
+            }
+            Ending::LoggedOut | Ending::Replaced | Ending::Expired => {}
+        }
+        self.tell(shard, notes, key, user, ending, now);
+        Some(lived)
+    }
+
+    /// Puts an end among those that somebody is to be told of.
+    fn tell(&self, shard: &mut Shard, notes: &mut Notes<'_>, key: &SessionKey, user: &str, ending: Ending, now: u64) {
+        if !self.options.events {
+            return;
+        }
+        if ENDS_PER_SHARD_MAX <= shard.ends.len()
+            && let Some((oldest, _)) = shard.ends.pop_front()
+        {
+            notes.told(oldest);
+            self.lose_end(now);
+        }
+        let number = self.end_next.fetch_add(1, Ordering::Relaxed);
+        let token = number.to_be_bytes().to_vec();
+        let event = EndEvent { token, session: key.log_hash(), user: user.to_owned(), ending, at: now };
+        notes.end(number, Self::part(key) as u16, &event);
+        shard.ends.push_back((number, event));
+    }
+
+    fn lose_end(&self, now: u64) {
+        let lost = self.ends_lost.fetch_add(1, Ordering::Relaxed) + 1;
+        let told = self.ends_lost_told.load(Ordering::Relaxed);
+        let is_mine = told <= now
+            && self
+                .ends_lost_told
+                .compare_exchange(told, now.saturating_add(LOSS_INTERVAL), Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        if is_mine {
+            tracing::warn!(lost, "ends of sessions were told to nobody: too many wait");
+        }
+    }
+
+    fn end_all(&self, part: usize, keys: impl FnOnce(&Shard) -> Vec<SessionKey>, ending: Ending) -> u64 {
+        let now = (self.clock)();
+        let mut shard = self.shards[part].lock();
+        let mut notes = self.notes();
+        let keys = keys(&shard);
+        let ended: Vec<_> = keys.iter().filter_map(|key| self.end(&mut shard, &mut notes, key, ending, now)).collect();
+        self.release(ended.len());
+        ended.into_iter().filter(|lived| *lived).count() as u64
+    }
+
+    fn prune(&self, shard: &Mutex<Shard>, now: u64) {
+        let mut shard = shard.lock();
+        let expired = |entry: &Entry| entry.expires <= now;
+        let keys: Vec<_> =
+            shard.sessions.iter().filter(|(_, entry)| expired(entry)).map(|(key, _)| key.clone()).collect();
+        if !keys.is_empty() {
+            let mut notes = self.notes();
+            for key in &keys {
+                self.end(&mut shard, &mut notes, key, Ending::Expired, now);
+            }
+            self.release(keys.len());
+        }
+        shard.counters.retain(|_, counter| now < counter.expires);
+        shard.remains.retain(|_, remains| now < remains.expires);
+    }
+
+    fn sweep_all(&self, now: u64) {
+        self.shards.iter().for_each(|shard| self.prune(shard, now));
+    }
+
+    /// The share of one write in keeping the memory clean.
+    fn sweep_some(&self, now: u64) {
+        let due = self.sweep_due.load(Ordering::Relaxed);
+        let is_mine = due <= now
+            && self
+                .sweep_due
+                .compare_exchange(due, now.saturating_add(SWEEP_INTERVAL), Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok();
+        if is_mine {
+            let next = self.sweep_next.fetch_add(1, Ordering::Relaxed);
+            self.prune(&self.shards[next % SHARDS], now);
+        }
+    }
+}
+
+impl Shard {
+    fn live(&self, key: &SessionKey, now: u64) -> Option<Stored> {
+        self.sessions.get(key)?.stored(now)
+    }
+
+    fn insert(&mut self, key: SessionKey, record: Arc<Record>, expires: u64) {
+        let number = self.session_next;
+        self.session_next += 1;
+        self.users.insert((UserKey::of(&record.identity.user), number), key.clone());
+        self.sessions.insert(key, Entry { record, expires, number, trail: Vec::new() });
+    }
+
+    /// A user's sessions, the oldest first: those that live, and those that have expired.
+    fn members(&self, user: &UserKey, now: u64) -> (Vec<SessionKey>, Vec<SessionKey>) {
+        let keys = self.users.range(all_of(user)).map(|(_, key)| key.clone());
+        keys.partition(|key| self.sessions.get(key).is_some_and(|entry| now < entry.expires))
+    }
+
+    fn leave(&mut self, key: SessionKey, what: What, expires: u64, now: u64) {
+        if REMAINS_PER_SHARD_MAX <= self.remains.len() {
+            self.remains.retain(|_, remains| now < remains.expires);
+        }
+        if self.remains.len() < REMAINS_PER_SHARD_MAX {
+            self.remains.insert(key, Remains { what, expires });
+        }
+    }
+
+    /// Of these, those that live.
+    fn list<'a>(&self, keys: impl Iterator<Item = &'a SessionKey>, now: u64) -> Vec<Listed> {
+        keys.filter_map(|key| Some(Listed { key: key.clone(), stored: self.live(key, now)? })).collect()
+    }
+}
+
+impl Entry {
+    fn stored(&self, now: u64) -> Option<Stored> {
+        let time_to_live = self.expires.checked_sub(now).filter(|left| *left != 0)?;
+        Some(Stored { record: Arc::clone(&self.record), time_to_live: Duration::from_millis(time_to_live) })
+    }
+}
+
+/// The place of a user's sessions in the list of all users.
+fn all_of(user: &UserKey) -> RangeInclusive<(UserKey, u64)> {
+    (user.clone(), 0)..=(user.clone(), u64::MAX)
+}
+
+#[async_trait]
+impl SessionStore for MemoryStore {
+    fn recall(&self, key: &SessionKey) -> Option<Stored> {
+        let now = (self.clock)();
+        self.shard(key).lock().live(key, now)
+    }
+
+    async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
+        let now = (self.clock)();
+        let shard = self.shard(key).lock();
+        if let Some(stored) = shard.live(key, now) {
+            return Ok(Found::Live(stored));
+        }
+        match shard.remains.get(key).filter(|remains| now < remains.expires).map(|remains| remains.what) {
+            Some(What::Ended(ending)) => Ok(Found::Ended(ending)),
+            Some(What::Unreadable) => Err(StoreError::Unreadable),
+            None => Ok(Found::Nothing),
+        }
+    }
+
+    async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
+        let creation = self.begin(key, session, terms)?;
+        let has_ended_others = terms.replaces.is_some() || matches!(creation, Creation::Begun { displaced: 1.. });
+        // A disk that fails is in the log, and no reason to refuse a login.
+        if has_ended_others {
+            let _ = self.settle().await;
+        }
+        Ok(creation)
+    }
+
+    async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
+        let now = (self.clock)();
+        let mut shard = self.shard(key).lock();
+        let Some(entry) = shard.sessions.get_mut(key).filter(|entry| now < entry.expires) else { return Ok(false) };
+        if ends <= now {
+            self.end(&mut shard, &mut self.notes(), key, Ending::Expired, now);
+            self.release(1);
+            return Ok(false);
+        }
+        entry.expires = now.saturating_add(millis(idle)).min(ends).max(entry.expires);
+        let expires = entry.expires;
+        self.notes().touched(key, expires);
+        Ok(true)
+    }
+
+    async fn destroy(&self, key: &SessionKey, _user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
+        let lived = self.end_all(Self::part(key), |_| vec![key.clone()], ending) != 0;
+        self.settle().await?;
+        Ok(lived)
+    }
+
+    async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError> {
+        let now = (self.clock)();
+        let user = UserKey::of(user);
+        let shard = self.user_shard(&user).lock();
+        Ok(shard.list(shard.users.range(all_of(&user)).map(|(_, key)| key), now))
+    }
+
+    async fn destroy_all(&self, user: &str, except: Option<&SessionKey>, ending: Ending) -> Result<u64, StoreError> {
+        let user = UserKey::of(user);
+        let part = usize::from(user.bucket()) % SHARDS;
+        let others = |shard: &Shard| {
+            let keys = shard.users.range(all_of(&user)).map(|(_, key)| key);
+            keys.filter(|key| Some(*key) != except).cloned().collect()
+        };
+        let ended = self.end_all(part, others, ending);
+        self.settle().await?;
+        Ok(ended)
+    }
+
+    fn parts(&self) -> u16 {
+        SHARDS as u16
+    }
+
+    async fn list_part(&self, part: u16) -> Result<Vec<Listed>, StoreError> {
+        let now = (self.clock)();
+        let Some(shard) = self.shards.get(usize::from(part)) else { return Ok(Vec::new()) };
+        let shard = shard.lock();
+        Ok(shard.list(shard.users.values(), now))
+    }
+
+    async fn destroy_part(&self, part: u16, ending: Ending) -> Result<u64, StoreError> {
+        if SHARDS <= usize::from(part) {
+            return Ok(0);
+        }
+        let ended = self.end_all(usize::from(part), |shard| shard.sessions.keys().cloned().collect(), ending);
+        self.settle().await?;
+        Ok(ended)
+    }
+
+    async fn total(&self) -> Result<u64, StoreError> {
+        Ok(self.sessions.load(Ordering::Relaxed) as u64)
+    }
+
+    async fn sweep(&self, part: u16) -> Result<Vec<EndEvent>, StoreError> {
+        let Some(shard) = self.shards.get(usize::from(part)) else { return Ok(Vec::new()) };
+        self.prune(shard, (self.clock)());
+        Ok(shard.lock().ends.iter().map(|(_, event)| event.clone()).collect())
+    }
+
+    async fn forget_events(&self, part: u16, events: &[EndEvent]) -> Result<(), StoreError> {
+        let Some(shard) = self.shards.get(usize::from(part)) else { return Ok(()) };
+        let told: HashSet<_> = events.iter().map(|event| event.token.as_slice()).collect();
+        let mut shard = shard.lock();
+        let mut notes = self.notes();
+        shard.ends.retain(|(number, event)| {
+            let is_told = told.contains(event.token.as_slice());
+            if is_told {
+                notes.told(*number);
+            }
+            !is_told
+        });
+        Ok(())
+    }
+
+    /// One process: always.
+    async fn lead(&self, _instance: &str, _time: Duration) -> Result<bool, StoreError> {
+        Ok(true)
+    }
+
+    async fn add_activity(&self, key: &SessionKey, seen: &[Activity], keep: u16) -> Result<(), StoreError> {
+        let now = (self.clock)();
+        let mut shard = self.shard(key).lock();
+        if let Some(entry) = shard.sessions.get_mut(key).filter(|entry| now < entry.expires) {
+            let keep = usize::from(keep);
+            entry.trail.extend_from_slice(&seen[seen.len().saturating_sub(keep)..]);
+            let surplus = entry.trail.len().saturating_sub(keep);
+            entry.trail.drain(..surplus);
+        }
+        Ok(())
+    }
+
+    async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+        let now = (self.clock)();
+        let shard = self.shard(key).lock();
+        let live = shard.sessions.get(key).filter(|entry| now < entry.expires);
+        Ok(live.map(|entry| entry.trail.iter().rev().cloned().collect()).unwrap_or_default())
+    }
+
+    async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
+        let now = (self.clock)();
+        self.sweep_some(now);
+        let hash = counter_hash(counter);
+        let mut shard = self.counter_shard(&hash).lock();
+        if COUNTERS_PER_SHARD_MAX <= shard.counters.len() && !shard.counters.contains_key(&hash) {
+            shard.counters.retain(|_, counter| now < counter.expires);
+            if COUNTERS_PER_SHARD_MAX <= shard.counters.len() {
+                // To forget a count instead would let attackers flush their own.
+                return Err(StoreError::Refused("too many counters".into()));
+            }
+        }
+        let fresh = || Counter { value: 0, expires: now.saturating_add(millis(window)) };
+        let counter = shard.counters.entry(hash).or_insert_with(fresh);
+        if counter.expires <= now {
+            *counter = fresh();
+        }
+        counter.value += 1;
+        Ok(Count { value: counter.value, resets_in: Duration::from_millis(counter.expires - now) })
+    }
+
+    async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
+        let now = (self.clock)();
+        let hash = counter_hash(counter);
+        let mut shard = self.counter_shard(&hash).lock();
+        if let Some(counter) = shard.counters.get_mut(&hash).filter(|counter| now < counter.expires) {
+            counter.value = counter.value.saturating_sub(1);
+        }
+        Ok(())
+    }
+
+    async fn count(&self, counter: &str) -> Result<u64, StoreError> {
+        let now = (self.clock)();
+        let hash = counter_hash(counter);
+        let shard = self.counter_shard(&hash).lock();
+        Ok(shard.counters.get(&hash).filter(|counter| now < counter.expires).map_or(0, |counter| counter.value))
+    }
+
+    async fn reset(&self, counter: &str) -> Result<(), StoreError> {
+        let hash = counter_hash(counter);
+        self.counter_shard(&hash).lock().counters.remove(&hash);
+        Ok(())
+    }
+
+    async fn ping(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore").field("sessions_max", &self.sessions_max).finish_non_exhaustive()
+    }
+}
+
+/// Unix time that starts with the system's clock and then never jumps: setting the clock ends nobody's session. It goes
+/// on while the machine sleeps, where the system can tell.
+fn steady_clock() -> Clock {
+    let started = uptime();
+    let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Box::new(move || millis(epoch + uptime().saturating_sub(started)))
+}
+
+fn uptime() -> Duration {
+    #[cfg(target_os = "linux")]
+    let clock = rustix::time::ClockId::Boottime;
+    #[cfg(not(target_os = "linux"))]
+    let clock = rustix::time::ClockId::Monotonic;
+    Duration::try_from(rustix::time::clock_gettime(clock)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::identity::Identity;
+    use crate::session::id::SessionId;
+    use crate::session::record::{ClientHints, LoginMethod};
+
+    use crate::session::Lifetime;
+
+    use super::*;
+
+    const LIFETIME: Lifetime = Lifetime { idle: Duration::from_millis(100), absolute: Duration::from_millis(1_000) };
+
+    fn store(sessions_max: usize) -> (MemoryStore, Arc<AtomicU64>) {
+        let now = Arc::new(AtomicU64::new(1_000_000));
+        let clock = Arc::clone(&now);
+        (MemoryStore::with_clock(sessions_max, Box::new(move || clock.load(Ordering::Relaxed))), now)
+    }
+
+    fn session() -> NewSession {
+        NewSession {
+            identity: Identity { user: "ann".into(), ..Identity::default() },
+            method: LoginMethod::Password,
+            client: ClientHints { address: None, user_agent: String::new() },
+            secrets: None,
+        }
+    }
+
+    fn terms(replaces: Option<&SessionKey>) -> Terms {
+        Terms { lifetime: LIFETIME, limit: None, replaces: replaces.cloned() }
+    }
+
+    fn key() -> SessionKey {
+        SessionId::generate("ann").unwrap().key()
+    }
+
+    #[tokio::test]
+    async fn beyond_the_bound_a_session_is_refused_until_one_ends_or_expires() {
+        let (store, now) = store(3);
+        let keys = [key(), key(), key()];
+        for key in &keys {
+            store.create(key, session(), &terms(None)).await.unwrap();
+        }
+        let refused = store.create(&key(), session(), &terms(None)).await;
+        assert!(matches!(refused, Err(StoreError::Refused(_))), "the bound is the bound");
+        assert!(store.load(&keys[0]).await.unwrap().live().is_some(), "who is in stays in");
+
+        let replacing = key();
+        store.create(&replacing, session(), &terms(Some(&keys[0]))).await.expect("a new login of the same browser");
+        assert!(store.load(&keys[0]).await.unwrap().live().is_none());
+        assert!(store.create(&key(), session(), &terms(None)).await.is_err(), "one for one");
+        assert!(store.create(&key(), session(), &terms(Some(&keys[0]))).await.is_err(), "an ended one frees nothing");
+
+        assert!(store.destroy(&keys[1], None, Ending::LoggedOut).await.unwrap());
+        store.create(&key(), session(), &terms(None)).await.expect("a logout makes room");
+
+        now.fetch_add(100, Ordering::Relaxed);
+        for _ in 0..3 {
+            store.create(&key(), session(), &terms(None)).await.expect("the expired make room");
+        }
+        assert!(store.create(&key(), session(), &terms(None)).await.is_err());
+        assert_eq!(store.sessions.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn the_expired_are_swept_by_later_writes() {
+        let (store, now) = store(10_000);
+        for n in 0..1_000 {
+            store.create(&key(), session(), &terms(None)).await.unwrap();
+            store.increment(&n.to_string(), Duration::from_millis(50)).await.unwrap();
+        }
+        for _ in 0..=SHARDS {
+            now.fetch_add(SWEEP_INTERVAL, Ordering::Relaxed);
+            store.increment("other", Duration::from_millis(1)).await.unwrap();
+        }
+        let left: usize = store.shards.iter().map(|shard| shard.lock().sessions.len()).sum();
+        let counters: usize = store.shards.iter().map(|shard| shard.lock().counters.len()).sum();
+        assert_eq!((left, store.sessions.load(Ordering::Relaxed)), (0, 0), "expired sessions take no memory for long");
+        assert!(counters <= 1, "{counters} counters are left");
+    }
+
+    #[tokio::test]
+    async fn counters_are_bounded_and_the_known_ones_go_on_counting() {
+        let (store, now) = store(1);
+        let window = Duration::from_millis(100);
+        store.increment("victim", window).await.unwrap();
+        let mut refused = 0;
+        for n in 0..SHARDS * COUNTERS_PER_SHARD_MAX + 20_000 {
+            refused += usize::from(store.increment(&format!("flood{n}"), window).await.is_err());
+        }
+        assert!(0 < refused, "a flood of names must meet a bound");
+        assert_eq!(store.increment("victim", window).await.unwrap().value, 2, "a flood must not make us forget");
+        now.fetch_add(100, Ordering::Relaxed);
+        for n in 0..1_000 {
+            store.increment(&format!("later{n}"), window).await.expect("the forgotten make room");
+        }
+    }
+
+    #[tokio::test]
+    async fn many_at_once_keep_the_count_right() {
+        let store = Arc::new(MemoryStore::new(64));
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                let store = Arc::clone(&store);
+                std::thread::spawn(move || {
+                    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                    runtime.block_on(async {
+                        let mut last: Option<SessionKey> = None;
+                        for n in 0..2_000 {
+                            let key = key();
+                            if store.create(&key, session(), &terms(last.as_ref())).await.is_ok() {
+                                last = Some(key);
+                            }
+                            if n % 3 == 0
+                                && let Some(key) = last.take()
+                            {
+                                store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+                            }
+                        }
+                    });
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let held: usize = store.shards.iter().map(|shard| shard.lock().sessions.len()).sum();
+        assert_eq!(store.sessions.load(Ordering::Relaxed), held, "no place is lost or taken twice");
+    }
+}
