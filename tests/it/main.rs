@@ -11,6 +11,7 @@ mod proxying;
 mod login_journey;
 mod store_down;
 mod operation;
+mod memory_file;
 mod tidy;
 
 mod store_contract;

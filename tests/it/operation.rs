@@ -12,15 +12,15 @@ use crate::harness::{free_port, wait_until};
 
 const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
 
-fn cloakroom(arguments: &[&str]) -> Output {
+pub(crate) fn cloakroom(arguments: &[&str]) -> Output {
     Command::new(CLOAKROOM).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
 /// A process of the binary, which ends with this value.
-struct Daemon(Child);
+pub(crate) struct Daemon(Child);
 
 impl Daemon {
-    fn run(config: &Path) -> Self {
+    pub(crate) fn run(config: &Path) -> Self {
         let child = Command::new(CLOAKROOM)
             .args(["run", "--config", config.to_str().unwrap()])
             .stdin(Stdio::null())
@@ -30,9 +30,14 @@ impl Daemon {
         Self(child.unwrap())
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status().unwrap();
         assert!(status.success());
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) fn ended(mut self) {
+        let _ = self.0.wait();
     }
 }
 
@@ -44,7 +49,10 @@ impl Drop for Daemon {
 }
 
 /// A folder with a configuration on fixed ports, for a process of its own.
-fn deployment(backends: &[&Backend], rest: &str) -> (tempfile::TempDir, std::path::PathBuf, std::net::SocketAddr) {
+pub(crate) fn deployment(
+    backends: &[&Backend],
+    rest: &str,
+) -> (tempfile::TempDir, std::path::PathBuf, std::net::SocketAddr) {
     let folder = tempfile::tempdir().unwrap();
     let (port, admin) = (free_port(), free_port());
     let addresses: Vec<_> = backends.iter().map(|backend| backend.address().to_string()).collect();
@@ -72,7 +80,7 @@ fn deployment(backends: &[&Backend], rest: &str) -> (tempfile::TempDir, std::pat
     (folder, file, ([127, 0, 0, 1], port).into())
 }
 
-fn is_up(address: std::net::SocketAddr) -> bool {
+pub(crate) fn is_up(address: std::net::SocketAddr) -> bool {
     std::net::TcpStream::connect(address).is_ok()
 }
 

@@ -582,3 +582,239 @@ impl fmt::Debug for SessionFile {
         f.debug_struct("SessionFile").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::super::MemoryStore;
+    use super::*;
+    use crate::session::id::SessionId;
+    use crate::session::store::SessionStore;
+
+    fn key() -> SessionKey {
+        SessionId::generate("ann").unwrap().key()
+    }
+
+    fn sessions_in(path: &Path) -> Vec<(SessionKey, u64, Vec<u8>)> {
+        let mut sessions = Vec::new();
+        let take = |kept: Kept<'_>| {
+            if let Kept::Session { key, expires, record } = kept {
+                sessions.push((key, expires, record.to_vec()));
+            }
+        };
+        SessionFile::open(path, take).unwrap();
+        sessions
+    }
+
+    /// A disk that can be full.
+    #[derive(Debug)]
+    struct Disk {
+        file: FileBackend,
+        is_full: Arc<AtomicBool>,
+    }
+
+    impl Disk {
+        fn check(&self) -> io::Result<()> {
+            if self.is_full.load(Ordering::Relaxed) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        }
+    }
+
+    impl StorageBackend for Disk {
+        fn len(&self) -> io::Result<u64> {
+            self.file.len()
+        }
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.file.read(offset, out)
+        }
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.check()?;
+            self.file.set_len(len)
+        }
+        fn sync_data(&self) -> io::Result<()> {
+            self.check()?;
+            self.file.sync_data()
+        }
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.check()?;
+            self.file.write(offset, data)
+        }
+        fn close(&self) -> io::Result<()> {
+            self.file.close()
+        }
+    }
+
+    struct DiskOpener {
+        path: PathBuf,
+        is_full: Arc<AtomicBool>,
+    }
+
+    impl Opener for DiskOpener {
+        fn open(&self, existence: Existence) -> Result<Database, FileError> {
+            let file = open_file(&self.path, existence)?;
+            open_database(&self.path, Disk { file, is_full: Arc::clone(&self.is_full) })
+        }
+    }
+
+    fn on_disk(path: &Path) -> (SessionFile, Arc<AtomicBool>) {
+        let is_full = Arc::new(AtomicBool::new(false));
+        let opener = DiskOpener { path: path.to_owned(), is_full: Arc::clone(&is_full) };
+        (SessionFile::open_with(path, Box::new(opener), |_| {}).unwrap(), is_full)
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_refuses_ends_loses_nothing_and_is_written_when_there_is_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (file, is_full) = on_disk(&path);
+        let (before, touched, during) = (key(), key(), key());
+        file.notes().begun(&before, 1_000, b"before".to_vec());
+        file.notes().begun(&touched, 1_000, b"touched".to_vec());
+        file.settle().await.unwrap();
+
+        is_full.store(true, Ordering::Relaxed);
+        file.notes().ended(&before);
+        let refused = file.settle().await;
+        assert!(matches!(refused, Err(StoreError::Unavailable(_))), "it could come back: {refused:?}");
+        file.notes().begun(&during, 2_000, b"during".to_vec());
+        file.notes().touched(&during, 3_000);
+        file.notes().touched(&touched, 4_000);
+        assert!(file.settle().await.is_err(), "at once, and not after a wait for each");
+
+        is_full.store(false, Ordering::Relaxed);
+        let mut progress = file.desk.progress.subscribe();
+        let recovered = progress.wait_for(|progress| progress.failure.is_none());
+        tokio::time::timeout(Duration::from_secs(20), recovered).await.expect("it is tried again").unwrap();
+        file.settle().await.expect("what failed has been written meanwhile");
+        drop(file);
+        let mut sessions = sessions_in(&path);
+        sessions.sort_by_key(|(_, expires, _)| *expires);
+        let expected = [(during, 3_000, b"during".to_vec()), (touched, 4_000, b"touched".to_vec())];
+        assert!(sessions == expected, "as if nothing had been: {}", sessions.len());
+    }
+
+    #[tokio::test]
+    async fn while_the_disk_is_full_logouts_say_so_and_logins_go_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, is_full) = on_disk(&folder.path().join("sessions.redb"));
+        let store = MemoryStore::new(10);
+        assert!(store.file.set(file).is_ok());
+        is_full.store(true, Ordering::Relaxed);
+        let session = crate::session::store::NewSession {
+            identity: crate::identity::Identity { user: "ann".to_owned(), ..Default::default() },
+            method: crate::session::record::LoginMethod::Password,
+            client: crate::session::record::ClientHints { address: None, user_agent: String::new() },
+            secrets: None,
+        };
+        let hour = Duration::from_secs(3_600);
+        let lifetime = crate::session::Lifetime { idle: hour, absolute: hour };
+        let first = key();
+        let terms = |replaces| crate::session::store::Terms { lifetime, limit: None, replaces };
+        store.create(&first, session.clone(), &terms(None)).await.unwrap();
+        let second = key();
+        store.create(&second, session, &terms(Some(first.clone()))).await.expect("no reason to refuse a login");
+        assert!(store.recall(&first).is_none() && store.recall(&second).is_some(), "the map is the truth");
+        for _ in 0..2 {
+            let logout = store.destroy(&second, None, Ending::LoggedOut).await;
+            assert!(matches!(logout, Err(StoreError::Unavailable(_))), "{logout:?}");
+        }
+        assert!(store.recall(&second).is_none(), "in this process it has ended all the same");
+        store.ping().await.expect("sessions are served");
+    }
+
+    #[test]
+    fn a_file_that_is_none_of_ours_is_refused_and_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        for (what, bytes) in [("text", b"hello, world\n".repeat(1_000)), ("short", vec![1]), ("zeros", vec![0; 8_192])]
+        {
+            std::fs::write(&path, &bytes).unwrap();
+            let error = SessionFile::open(&path, |_| {}).unwrap_err();
+            assert!(matches!(error, FileError::Damaged(..)), "{what}: {error:?}");
+            assert!(error.to_string().contains("move it away"), "it says the next move: {error}");
+            assert_eq!(std::fs::read(&path).unwrap(), bytes, "{what}: never overwritten");
+        }
+
+        std::fs::remove_file(&path).unwrap();
+        let foreign: TableDefinition<'_, &str, u64> = TableDefinition::new("accounts");
+        let database = Database::create(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(foreign).unwrap().insert("me", 1).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        assert!(matches!(SessionFile::open(&path, |_| {}), Err(FileError::Damaged(..))), "somebody else's database");
+
+        std::fs::remove_file(&path).unwrap();
+        drop(SessionFile::open(&path, |_| {}).unwrap());
+        let database = Database::open(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(ABOUT).unwrap().insert("layout", LAYOUT + 1).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        assert!(matches!(SessionFile::open(&path, |_| {}), Err(FileError::Newer(_))));
+    }
+
+    /// redb itself complains on standard error about some of these: its panics are errors here.
+    #[test]
+    fn no_damage_makes_us_panic_or_read_what_was_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let file = SessionFile::open(&path, |_| {}).unwrap();
+        for _ in 0..200 {
+            file.notes().begun(&key(), 1_000, b"a record".repeat(20));
+        }
+        drop(file);
+        let good = std::fs::read(&path).unwrap();
+        let mut rng = StdRng::seed_from_u64(4);
+        let mut refused = 0;
+        for round in 0..60 {
+            let mut bytes = good.clone();
+            if round % 4 == 0 {
+                bytes.truncate(rng.random_range(0..bytes.len()));
+            } else {
+                let from = rng.random_range(0..bytes.len());
+                let length = rng.random_range(1..64.min(bytes.len() - from).max(2));
+                bytes.iter_mut().skip(from).take(length).for_each(|byte| *byte = rng.random());
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            let read = SessionFile::open(&path, |kept| match kept {
+                Kept::Session { expires, record, .. } => {
+                    assert!(expires == 1_000 && record == b"a record".repeat(20), "damage was believed");
+                }
+                Kept::End { .. } => panic!("no end was written"),
+            });
+            refused += usize::from(read.is_err());
+        }
+        assert!(10 < refused, "{refused} of 60 damages were found");
+    }
+
+    #[test]
+    fn what_could_not_be_written_goes_under_what_came_since() {
+        let begun = |expires| Change::Begun { expires, record: vec![1] };
+        let touched = |expires| Change::Touched { expires };
+        let cases: [(&str, Change, Option<Change>, &str); 6] = [
+            ("nothing since", begun(1), None, "begun 1"),
+            ("touched since it began", begun(1), Some(touched(2)), "begun 2"),
+            ("touched again", touched(1), Some(touched(2)), "touched 2"),
+            ("ended since it began", begun(1), Some(Change::Ended), "ended"),
+            ("ended since it was touched", touched(1), Some(Change::Ended), "ended"),
+            ("nothing since it ended", Change::Ended, None, "ended"),
+        ];
+        for (what, older, newer, expected) in cases {
+            let key = key();
+            let (mut changes, mut failed) = (Changes::default(), Changes::default());
+            failed.sessions.insert(key.clone(), older);
+            changes.sessions.extend(newer.map(|newer| (key.clone(), newer)));
+            changes.put_under(failed);
+            let result = match &changes.sessions[&key] {
+                Change::Begun { expires, .. } => format!("begun {expires}"),
+                Change::Touched { expires } => format!("touched {expires}"),
+                Change::Ended => "ended".to_owned(),
+            };
+            assert_eq!(result, expected, "{what}");
+        }
+    }
+}

@@ -676,13 +676,17 @@ fn uptime() -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use crate::identity::Identity;
-    use crate::session::id::SessionId;
-    use crate::session::record::{ClientHints, LoginMethod};
+    use std::collections::HashSet;
 
-    use crate::session::Lifetime;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::session::Lifetime;
+    use crate::session::id::SessionId;
+    use crate::session::record::{ClientHints, LoginMethod};
+    use crate::session::store::Limit;
 
     const LIFETIME: Lifetime = Lifetime { idle: Duration::from_millis(100), absolute: Duration::from_millis(1_000) };
 
@@ -692,9 +696,22 @@ mod tests {
         (MemoryStore::with_clock(sessions_max, Box::new(move || clock.load(Ordering::Relaxed))), now)
     }
 
+    /// A store on a file, which tells of ends, at this time.
+    fn on_file(path: &Path, now: u64) -> (MemoryStore, Arc<AtomicU64>) {
+        let (store, clock) = store(10_000);
+        clock.store(now, Ordering::Relaxed);
+        let store = store.with_options(StoreOptions { events: true, ..StoreOptions::default() });
+        store.open_file(path).unwrap();
+        (store, clock)
+    }
+
     fn session() -> NewSession {
+        session_of("ann")
+    }
+
+    fn session_of(user: &str) -> NewSession {
         NewSession {
-            identity: Identity { user: "ann".into(), ..Identity::default() },
+            identity: Identity { user: user.into(), ..Identity::default() },
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
@@ -705,8 +722,54 @@ mod tests {
         Terms { lifetime: LIFETIME, limit: None, replaces: replaces.cloned() }
     }
 
+    fn limited(sessions: u32, when_full: WhenFull) -> Terms {
+        Terms { limit: Some(Limit { sessions, when_full }), ..terms(None) }
+    }
+
     fn key() -> SessionKey {
-        SessionId::generate("ann").unwrap().key()
+        key_of("ann")
+    }
+
+    fn key_of(user: &str) -> SessionKey {
+        SessionId::generate(user).unwrap().key()
+    }
+
+    async fn begin(store: &MemoryStore, user: &str) -> SessionKey {
+        let key = key_of(user);
+        store.create(&key, session_of(user), &terms(None)).await.unwrap();
+        key
+    }
+
+    async fn keys_of(store: &MemoryStore, user: &str) -> Vec<SessionKey> {
+        store.list(user).await.unwrap().into_iter().map(|listed| listed.key).collect()
+    }
+
+    async fn lives(store: &MemoryStore, key: &SessionKey) -> bool {
+        store.load(key).await.unwrap().live().is_some()
+    }
+
+    /// All ends that wait, from all parts.
+    async fn ends(store: &MemoryStore) -> Vec<(u16, EndEvent)> {
+        let mut all = Vec::new();
+        for part in 0..store.parts() {
+            all.extend(store.sweep(part).await.unwrap().into_iter().map(|event| (part, event)));
+        }
+        all
+    }
+
+    /// That every list of users names what is there, and every count is right.
+    fn assert_consistent(store: &MemoryStore) {
+        let mut held = 0;
+        for shard in &store.shards {
+            let shard = shard.lock();
+            held += shard.sessions.len();
+            assert_eq!(shard.users.len(), shard.sessions.len(), "each session is in one list");
+            for ((user, number), key) in &shard.users {
+                let entry = shard.sessions.get(key).expect("a list names what is there");
+                assert!(entry.number == *number && UserKey::of(&entry.record.identity.user) == *user);
+            }
+        }
+        assert_eq!(store.sessions.load(Ordering::Relaxed), held, "no place is lost or taken twice");
     }
 
     #[tokio::test]
@@ -797,7 +860,433 @@ mod tests {
             })
             .collect();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
-        let held: usize = store.shards.iter().map(|shard| shard.lock().sessions.len()).sum();
-        assert_eq!(store.sessions.load(Ordering::Relaxed), held, "no place is lost or taken twice");
+        assert_consistent(&store);
+    }
+
+    #[tokio::test]
+    async fn the_oldest_sessions_make_room_and_their_users_learn_why() {
+        let (store, now) = store(100);
+        let mut keys = Vec::new();
+        for expected in [0, 0, 1, 1] {
+            now.fetch_add(1, Ordering::Relaxed);
+            let key = key();
+            let creation = store.create(&key, session(), &limited(2, WhenFull::EvictOldest)).await.unwrap();
+            assert_eq!(creation, Creation::Begun { displaced: expected });
+            keys.push(key);
+        }
+        assert!(keys_of(&store, "ann").await == keys[2..], "the newest stay");
+        for key in &keys[..2] {
+            assert!(matches!(store.load(key).await.unwrap(), Found::Ended(Ending::Displaced)));
+        }
+        let lowered = store.create(&key(), session(), &limited(1, WhenFull::EvictOldest)).await.unwrap();
+        assert_eq!(lowered, Creation::Begun { displaced: 2 }, "a limit that was lowered counts from the next login");
+        assert_consistent(&store);
+    }
+
+    #[tokio::test]
+    async fn a_user_who_has_enough_is_refused_until_one_ends() {
+        let (store, now) = store(100);
+        let refuse = limited(2, WhenFull::Refuse);
+        let (first, second) = (key(), key());
+        for key in [&first, &second] {
+            store.create(key, session(), &refuse).await.unwrap();
+        }
+        let bob = begin(&store, "bob").await;
+        let replacing_bob = Terms { replaces: Some(bob.clone()), ..refuse.clone() };
+        for terms in [&refuse, &replacing_bob] {
+            assert_eq!(store.create(&key(), session(), terms).await.unwrap(), Creation::Full);
+        }
+        assert!(lives(&store, &bob).await && lives(&store, &first).await, "a refused login ends nothing");
+
+        let same_browser = Terms { replaces: Some(first.clone()), ..refuse.clone() };
+        let third = key();
+        assert_eq!(store.create(&third, session(), &same_browser).await.unwrap(), Creation::Begun { displaced: 0 });
+        assert!(keys_of(&store, "ann").await == [second, third], "one for one");
+
+        now.fetch_add(100, Ordering::Relaxed);
+        assert_eq!(store.create(&key(), session(), &refuse).await.unwrap(), Creation::Begun { displaced: 0 });
+        assert_consistent(&store);
+    }
+
+    #[test]
+    fn of_fifty_logins_at_once_exactly_as_many_live_as_may() {
+        for when_full in [WhenFull::EvictOldest, WhenFull::Refuse] {
+            let store = MemoryStore::new(1_000);
+            let lifetime = Lifetime { idle: Duration::from_secs(600), absolute: Duration::from_secs(600) };
+            let terms = Terms { lifetime, ..limited(3, when_full) };
+            std::thread::scope(|scope| {
+                for _ in 0..50 {
+                    scope.spawn(|| {
+                        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                        runtime.block_on(store.create(&key(), session(), &terms)).unwrap();
+                    });
+                }
+            });
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            assert_eq!(runtime.block_on(store.list("ann")).unwrap().len(), 3, "{when_full:?}");
+            assert_consistent(&store);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_user_ends_all_sessions_but_this_one() {
+        let (store, _) = store(100);
+        let mut keys = Vec::new();
+        for _ in 0..4 {
+            keys.push(begin(&store, "ann").await);
+        }
+        let bob = begin(&store, "bob").await;
+        assert!(keys_of(&store, "ann").await == keys, "the oldest first");
+        assert!(keys_of(&store, "nobody").await.is_empty());
+
+        assert_eq!(store.destroy_all("ann", Some(&keys[1]), Ending::Revoked).await.unwrap(), 3);
+        assert!(keys_of(&store, "ann").await == keys[1..2]);
+        assert!(matches!(store.load(&keys[0]).await.unwrap(), Found::Ended(Ending::Revoked)), "and they learn why");
+        assert_eq!(store.destroy_all("ann", None, Ending::Revoked).await.unwrap(), 1);
+        assert_eq!(store.destroy_all("ann", None, Ending::Revoked).await.unwrap(), 0);
+        assert!(lives(&store, &bob).await, "nobody else is logged out");
+        assert_consistent(&store);
+    }
+
+    #[tokio::test]
+    async fn why_a_session_ended_is_told_for_the_rest_of_its_life_at_most() {
+        let (store, now) = store(usize::MAX);
+        for (ending, is_told) in [
+            (Ending::LoggedOut, false),
+            (Ending::Replaced, false),
+            (Ending::Displaced, true),
+            (Ending::Revoked, true),
+            (Ending::Expired, false),
+        ] {
+            let key = begin(&store, "ann").await;
+            assert!(store.destroy(&key, None, ending).await.unwrap());
+            let found = store.load(&key).await.unwrap();
+            assert_eq!(matches!(found, Found::Ended(told) if told == ending), is_told, "{ending:?}");
+            assert!(store.recall(&key).is_none(), "what has ended is nobody's");
+            now.fetch_add(100, Ordering::Relaxed);
+            assert!(matches!(store.load(&key).await.unwrap(), Found::Nothing), "{ending:?}");
+        }
+        for _ in 0..2 * REMAINS_PER_SHARD_MAX {
+            let key = begin(&store, "ann").await;
+            store.destroy(&key, None, Ending::Revoked).await.unwrap();
+        }
+        let kept: usize = store.shards.iter().map(|shard| shard.lock().remains.len()).sum();
+        assert_eq!(kept, REMAINS_PER_SHARD_MAX, "memory of what is gone has a bound");
+    }
+
+    #[tokio::test]
+    async fn the_parts_together_are_all_sessions() {
+        let (store, _) = store(10_000);
+        let mut keys = HashSet::new();
+        for n in 0..500 {
+            keys.insert(begin(&store, &format!("user{n}")).await);
+        }
+        assert_eq!(store.total().await.unwrap(), 500);
+        let mut listed = HashSet::new();
+        for part in 0..store.parts() {
+            listed.extend(store.list_part(part).await.unwrap().into_iter().map(|listed| listed.key));
+        }
+        assert!(listed == keys);
+        assert!(store.list_part(store.parts()).await.unwrap().is_empty(), "there is no such part");
+        assert_eq!(store.destroy_part(store.parts(), Ending::Revoked).await.unwrap(), 0);
+        let mut ended = 0;
+        for part in 0..store.parts() {
+            ended += store.destroy_part(part, Ending::Revoked).await.unwrap();
+        }
+        assert_eq!((ended, store.total().await.unwrap()), (500, 0));
+        assert_consistent(&store);
+        assert!(store.lead("any", Duration::from_secs(1)).await.unwrap(), "one process leads itself");
+    }
+
+    #[tokio::test]
+    async fn every_end_is_told_until_somebody_has_heard_it() {
+        let (store, now) = store(100);
+        let store = store.with_options(StoreOptions { events: true, ..StoreOptions::default() });
+        let limit = limited(1, WhenFull::EvictOldest);
+        let displaced = begin(&store, "ann").await;
+        let replaced = key();
+        store.create(&replaced, session(), &limit).await.unwrap();
+        let logged_out = key();
+        store.create(&logged_out, session(), &terms(Some(&replaced))).await.unwrap();
+        store.destroy(&logged_out, None, Ending::LoggedOut).await.unwrap();
+        let revoked = begin(&store, "ann").await;
+        store.destroy_all("ann", None, Ending::Revoked).await.unwrap();
+        let expired = begin(&store, "ann").await;
+        now.fetch_add(100, Ordering::Relaxed);
+        assert!(!store.destroy(&expired, None, Ending::LoggedOut).await.unwrap(), "it had ended before");
+        let swept = begin(&store, "ann").await;
+        now.fetch_add(100, Ordering::Relaxed);
+
+        let expected = [
+            (&displaced, Ending::Displaced),
+            (&replaced, Ending::Replaced),
+            (&logged_out, Ending::LoggedOut),
+            (&revoked, Ending::Revoked),
+            (&expired, Ending::Expired),
+            (&swept, Ending::Expired),
+        ];
+        for _ in 0..2 {
+            let told: Vec<_> =
+                ends(&store).await.into_iter().map(|(_, end)| (end.session, end.user, end.ending)).collect();
+            let expected: Vec<_> =
+                expected.iter().map(|(key, ending)| (key.log_hash(), "ann".to_owned(), *ending)).collect();
+            assert_eq!(told, expected, "each once, the oldest first, and again while nobody has heard");
+        }
+        let (part, first) = ends(&store).await.swap_remove(0);
+        store.forget_events(part, &[first]).await.unwrap();
+        assert_eq!(ends(&store).await.len(), expected.len() - 1);
+        assert_consistent(&store);
+    }
+
+    #[tokio::test]
+    async fn ends_that_nobody_wants_are_not_collected_and_those_that_nobody_takes_are_bounded() {
+        let (quiet, _) = store(100);
+        let key = begin(&quiet, "ann").await;
+        quiet.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+        assert!(ends(&quiet).await.is_empty());
+
+        let store = quiet.with_options(StoreOptions { events: true, ..StoreOptions::default() });
+        for _ in 0..ENDS_PER_SHARD_MAX + 5 {
+            let key = begin(&store, "ann").await;
+            store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+        }
+        assert_eq!(ends(&store).await.len(), ENDS_PER_SHARD_MAX);
+        assert_eq!(store.ends_lost.load(Ordering::Relaxed), 5, "a loss is counted");
+    }
+
+    #[tokio::test]
+    async fn a_trail_keeps_the_last_and_ends_with_its_session() {
+        let (store, now) = store(100);
+        let seen = |at| Activity { at, address: [192, 0, 2, 7].into(), route: "/".to_owned() };
+        let key = begin(&store, "ann").await;
+        store.add_activity(&key, &[seen(1), seen(2)], 3).await.unwrap();
+        store.add_activity(&key, &[seen(3), seen(4)], 3).await.unwrap();
+        assert_eq!(store.activity(&key).await.unwrap(), [seen(4), seen(3), seen(2)], "the latest first");
+        store.add_activity(&key, &[seen(5), seen(6), seen(7), seen(8)], 2).await.unwrap();
+        assert_eq!(store.activity(&key).await.unwrap(), [seen(8), seen(7)]);
+        now.fetch_add(100, Ordering::Relaxed);
+        assert!(store.activity(&key).await.unwrap().is_empty());
+        store.add_activity(&key, &[seen(9)], 3).await.expect("it may have ended meanwhile");
+        assert!(store.activity(&self::key()).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_lives_survives_a_restart_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (store, now) = on_file(&path, 1_000_000);
+        let mut keys = Vec::new();
+        for _ in 0..5 {
+            now.fetch_add(1, Ordering::Relaxed);
+            keys.push(begin(&store, "ann").await);
+        }
+        let (record, ends_at) = {
+            let record = store.recall(&keys[3]).unwrap().record;
+            (Arc::clone(&record), record.ends)
+        };
+        now.fetch_add(50, Ordering::Relaxed);
+        store.touch(&keys[3], LIFETIME.idle, ends_at).await.unwrap();
+        store.destroy(&keys[4], None, Ending::LoggedOut).await.unwrap();
+        drop(store);
+
+        let (store, _) = on_file(&path, 1_000_102);
+        assert!(keys_of(&store, "ann").await == keys[2..4], "who has expired or logged out is out: {}", keys.len());
+        let stored = store.recall(&keys[3]).unwrap();
+        assert_eq!((&stored.record, stored.time_to_live), (&record, Duration::from_millis(53)));
+        assert_eq!(store.total().await.unwrap(), 2);
+        assert_consistent(&store);
+        let told: Vec<_> = ends(&store).await.into_iter().map(|(_, end)| end.ending).collect();
+        assert_eq!(told, [Ending::LoggedOut, Ending::Expired, Ending::Expired], "no end is forgotten by a restart");
+
+        let (part, first) = ends(&store).await.swap_remove(0);
+        store.forget_events(part, &[first]).await.unwrap();
+        drop(store);
+        let (store, _) = on_file(&path, 1_000_102);
+        assert_eq!(ends(&store).await.len(), 2, "what was told is not told again");
+        store.destroy(&keys[3], None, Ending::LoggedOut).await.unwrap();
+        let numbers: HashSet<_> = ends(&store).await.into_iter().map(|(_, end)| end.token).collect();
+        assert_eq!(numbers.len(), 3, "no number is given twice");
+    }
+
+    /// What a crash leaves is what is in the file at that moment.
+    #[tokio::test]
+    async fn no_end_that_was_answered_is_undone_by_a_crash() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (store, _) = on_file(&path, 1_000_000);
+        for round in 0..5 {
+            let limit = limited(1, WhenFull::EvictOldest);
+            let old = [
+                begin(&store, "ann").await,
+                begin(&store, "bob").await,
+                begin(&store, "eve").await,
+                begin(&store, "dan").await,
+            ];
+            store.destroy(&old[0], None, Ending::LoggedOut).await.unwrap();
+            store.destroy_all("bob", None, Ending::Revoked).await.unwrap();
+            store.create(&key_of("eve"), session_of("eve"), &limit).await.unwrap();
+            store.create(&key_of("fay"), session_of("fay"), &terms(Some(&old[3]))).await.unwrap();
+
+            let image = folder.path().join(format!("crash{round}.redb"));
+            std::fs::copy(&path, &image).unwrap();
+            let (after, _) = on_file(&image, 1_000_000);
+            for (key, how) in old.iter().zip(["logged out", "revoked", "displaced", "replaced"]) {
+                assert!(!lives(&after, key).await, "{how}, answered, and back after a crash");
+            }
+            assert_eq!(keys_of(&after, "eve").await.len(), 1, "who displaced another is in");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_created_and_touched_is_soon_in_the_file_without_being_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (store, now) = on_file(&path, 1_000_000);
+        let key = begin(&store, "ann").await;
+        now.fetch_add(60, Ordering::Relaxed);
+        store.touch(&key, LIFETIME.idle, 2_000_000).await.unwrap();
+        let image = folder.path().join("crash.redb");
+        let started = std::time::Instant::now();
+        loop {
+            std::fs::copy(&path, &image).unwrap();
+            let (after, _) = on_file(&image, 1_000_150);
+            if lives(&after, &key).await {
+                break;
+            }
+            assert!(started.elapsed() < Duration::from_secs(20), "nobody wrote it");
+            drop(after);
+            std::fs::remove_file(&image).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_was_set_back_prolongs_no_life_by_more_than_its_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (store, _) = on_file(&path, 1_000_000);
+        let key = begin(&store, "ann").await;
+        drop(store);
+
+        for (now, idle, absolute) in [(999_970, 100, 1_000), (10_000, 100, 1_000)] {
+            let (store, clock) = on_file(&path, now);
+            let stored = store.recall(&key).expect("it lives");
+            assert_eq!(stored.time_to_live, Duration::from_millis(idle));
+            assert_eq!(stored.record.ends - now, absolute, "never longer than from now on");
+            clock.fetch_add(2_000, Ordering::Relaxed);
+            store.touch(&key, Duration::from_secs(60), stored.record.ends).await.unwrap();
+            assert!(store.recall(&key).is_none());
+            drop(store);
+            std::fs::remove_file(&path).unwrap();
+            let (store, _) = on_file(&path, 1_000_000);
+            store.create(&key, session(), &terms(None)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_for_one_process_and_for_its_owner() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (first, _) = on_file(&path, 1_000_000);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let error = MemoryStore::new(1).open_file(&path).unwrap_err();
+        assert!(matches!(error, FileError::Taken(_)), "{error}");
+        for part in ["sessions.redb", "another process", "[store.redis]"] {
+            assert!(error.to_string().contains(part), "{part} in: {error}");
+        }
+        first.close();
+        MemoryStore::new(1).open_file(&path).expect("who closes it lets others have it");
+        let error = first.destroy(&key(), None, Ending::LoggedOut).await;
+        assert!(error.is_ok(), "nothing had to be written");
+        let key = begin(&first, "ann").await;
+        assert!(matches!(first.destroy(&key, None, Ending::LoggedOut).await, Err(StoreError::Unavailable(_))));
+
+        let error = MemoryStore::new(1).open_file(&folder.path().join("none/sessions.redb")).unwrap_err();
+        assert!(matches!(error, FileError::Unreachable(..)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn whose_record_cannot_be_read_is_nobody_and_keeps_the_cookie() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let (good, bad, long_gone) = (key(), key(), key());
+        {
+            let file = SessionFile::open(&path, |_| {}).unwrap();
+            let record = session().into_record(1_000_000, LIFETIME);
+            let mut notes = file.notes();
+            notes.begun(&good, 1_000_100, record.encode().unwrap());
+            notes.begun(&bad, 1_000_100, vec![255, 1, 2, 3]);
+            notes.begun(&long_gone, 1_000, Vec::new());
+        }
+        let (store, _) = store(100);
+        let loaded = store.open_file(&path);
+        assert!(loaded.is_ok(), "{loaded:?}");
+        drop(store);
+
+        let (store, clock) = self::store(100);
+        clock.store(1_000_000, Ordering::Relaxed);
+        assert_eq!(store.open_file(&path).unwrap(), Loaded { sessions: 1, expired: 0, unreadable: 1 });
+        assert!(lives(&store, &good).await);
+        assert!(matches!(store.load(&bad).await, Err(StoreError::Unreadable)));
+        assert!(!store.destroy(&bad, None, Ending::LoggedOut).await.unwrap());
+        assert!(matches!(store.load(&bad).await, Ok(Found::Nothing)), "but it can be ended");
+        drop(store);
+        let (store, _) = self::store(100);
+        assert_eq!(store.open_file(&path).unwrap(), Loaded { sessions: 1, expired: 0, unreadable: 0 });
+    }
+
+    #[tokio::test]
+    async fn after_any_day_the_file_says_what_the_map_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let mut rng = StdRng::seed_from_u64(3);
+        let mut time = 1_000_000;
+        for _ in 0..8 {
+            let (store, now) = on_file(&path, time);
+            assert_consistent(&store);
+            let users = ["ann", "bob", "eve"];
+            for _ in 0..200 {
+                now.fetch_add(rng.random_range(0..5), Ordering::Relaxed);
+                let user = users[rng.random_range(0..users.len())];
+                let keys = keys_of(&store, user).await;
+                let some = (!keys.is_empty()).then(|| keys[rng.random_range(0..keys.len())].clone());
+                match (rng.random_range(0..10), some) {
+                    (0..4, some) => {
+                        let limit = Limit { sessions: 6, when_full: WhenFull::EvictOldest };
+                        let replaces = some.filter(|_| rng.random());
+                        let terms = Terms { lifetime: LIFETIME, limit: Some(limit), replaces };
+                        store.create(&key_of(user), session_of(user), &terms).await.unwrap();
+                    }
+                    (4..8, Some(key)) => {
+                        let ends = store.recall(&key).unwrap().record.ends;
+                        store.touch(&key, LIFETIME.idle, ends).await.unwrap();
+                    }
+                    (8, Some(key)) => {
+                        store.destroy(&key, Some(user), Ending::LoggedOut).await.unwrap();
+                    }
+                    (9, some) if rng.random_range(0..10) == 0 => {
+                        store.destroy_all(user, some.as_ref(), Ending::Revoked).await.unwrap();
+                    }
+                    _ => {}
+                }
+            }
+            let mut before = Vec::new();
+            for user in users {
+                before.extend(store.list(user).await.unwrap());
+            }
+            time = now.load(Ordering::Relaxed);
+            drop(store);
+            let (store, _) = on_file(&path, time);
+            let mut after = Vec::new();
+            for user in users {
+                after.extend(store.list(user).await.unwrap());
+            }
+            assert_eq!(after.len(), before.len());
+            for listed in before {
+                let kept = after.iter().find(|kept| kept.key == listed.key).expect("it was there");
+                assert_eq!(kept.stored.record, listed.stored.record);
+                assert_eq!(kept.stored.time_to_live, listed.stored.time_to_live);
+            }
+        }
     }
 }
