@@ -11,11 +11,14 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use cloakroom::config::model;
 use cloakroom::identity::Identity;
 use cloakroom::session::Lifetime;
-use cloakroom::session::id::{SessionId, SessionKey};
+use cloakroom::session::id::{BUCKETS, SessionId, SessionKey};
 use cloakroom::session::record::{ClientHints, LoginMethod, RECORD_BYTES_MAX};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{Ending, NewSession, SessionStore, StoreError, StoreOptions, Terms};
+use cloakroom::config::model::WhenFull;
+use cloakroom::session::store::{
+    Activity, Creation, EndEvent, Ending, Found, Limit, NewSession, SessionStore, StoreError, StoreOptions, Terms,
+};
 use toml::Spanned;
 
 use crate::harness::eventually;
@@ -48,22 +51,26 @@ pub(crate) fn id_of(user: &str) -> SessionId {
 
 pub(crate) const LONG: Lifetime = Lifetime { idle: Duration::from_secs(600), absolute: Duration::from_secs(6_000) };
 
-/// A store, and how to let its time pass until something is so.
+/// Instances that share their sessions, and how to let their time pass until something is so.
 struct World {
     store: Arc<dyn SessionStore>,
+    other: Arc<dyn SessionStore>,
     memory_clock: Option<Arc<AtomicU64>>,
 }
 
+const WITH_EVENTS: fn() -> StoreOptions = || StoreOptions { events: true, ..StoreOptions::default() };
+
 impl World {
     fn redis(settings: &model::RedisStore) -> Self {
-        Self { store: Arc::new(RedisStore::new(settings, StoreOptions::default()).unwrap()), memory_clock: None }
+        let instance = || Arc::new(RedisStore::new(settings, WITH_EVENTS()).unwrap());
+        Self { store: instance(), other: instance(), memory_clock: None }
     }
 
     fn memory() -> Self {
         let now = Arc::new(AtomicU64::new(1_800_000_000_000));
         let clock = Arc::clone(&now);
-        let store = MemoryStore::with_clock(100_000, Box::new(move || clock.load(Ordering::Relaxed)));
-        Self { store: Arc::new(store), memory_clock: Some(now) }
+        let store = Arc::new(MemoryStore::with_clock(100_000, Box::new(move || clock.load(Ordering::Relaxed))));
+        Self { store: Arc::clone(&store) as _, other: store, memory_clock: Some(now) }
     }
 
     /// Redis has its own time, which passes while we look.
@@ -79,8 +86,45 @@ impl World {
         key
     }
 
+    /// Its clock shows another millisecond than that of the last session: it is the younger one.
+    async fn created_later(&self, user: &str) -> SessionKey {
+        let before = self.created("clock", LONG).await;
+        let before = self.store.load(&before).await.unwrap().live().unwrap().record.created;
+        eventually("the next millisecond", async || {
+            self.passing().await;
+            let probe = self.created("clock", LONG).await;
+            (before < self.store.load(&probe).await.unwrap().live().unwrap().record.created).then_some(())
+        })
+        .await;
+        self.created(user, LONG).await
+    }
+
+    async fn logged_in(&self, user: &str, limit: Limit, replaces: Option<&SessionKey>) -> (SessionKey, Creation) {
+        let key = id_of(user).key();
+        let terms = Terms { limit: Some(limit), ..terms(LONG, replaces) };
+        let creation = self.store.create(&key, session_of(user), &terms).await.unwrap();
+        (key, creation)
+    }
+
     async fn user(&self, key: &SessionKey) -> Option<String> {
         self.store.load(key).await.unwrap().live().map(|stored| stored.record.identity.user.clone())
+    }
+
+    async fn lives(&self, key: &SessionKey) -> bool {
+        self.user(key).await.is_some()
+    }
+
+    /// Why it is not live; none if nothing is known of it.
+    async fn ended(&self, key: &SessionKey) -> Option<Ending> {
+        match self.store.load(key).await.unwrap() {
+            Found::Live(_) => panic!("it lives"),
+            Found::Ended(ending) => Some(ending),
+            Found::Nothing => None,
+        }
+    }
+
+    async fn listed(&self, user: &str) -> Vec<SessionKey> {
+        self.other.list(user).await.unwrap().into_iter().map(|listed| listed.key).collect()
     }
 
     async fn time_to_live(&self, key: &SessionKey) -> Duration {
@@ -90,6 +134,32 @@ impl World {
     async fn ends(&self, key: &SessionKey) -> u64 {
         self.store.load(key).await.unwrap().live().expect("it lives").record.ends
     }
+
+    /// Where a session may be: one part of many, or any.
+    fn parts_of(&self, key: &SessionKey) -> Vec<u16> {
+        if self.store.parts() == BUCKETS { vec![key.bucket()] } else { (0..self.store.parts()).collect() }
+    }
+
+    /// What is to be told, of sessions near this one.
+    async fn sweep(&self, near: &SessionKey) -> Vec<EndEvent> {
+        let mut events = Vec::new();
+        for part in self.parts_of(near) {
+            events.extend(self.store.sweep(part).await.unwrap());
+        }
+        events
+    }
+
+    async fn forget(&self, near: &SessionKey, events: &[EndEvent]) {
+        for part in self.parts_of(near) {
+            self.other.forget_events(part, events).await.unwrap();
+        }
+    }
+}
+
+/// A user whom no other promise knows.
+fn somebody() -> String {
+    static USERS: AtomicU64 = AtomicU64::new(0);
+    format!("somebody {}", USERS.fetch_add(1, Ordering::Relaxed))
 }
 
 async fn keeps_the_contract(world: World) {
@@ -106,6 +176,29 @@ async fn keeps_the_contract(world: World) {
     what_is_taken_back_was_never_counted(world).await;
     a_session_larger_than_a_record_may_be_is_refused(world).await;
     many_at_once_get_their_own(world).await;
+}
+
+/// What is promised of users, ends and all sessions.
+async fn keeps_the_whole_contract(world: World) {
+    let per_user = &world;
+    fifty_logins_at_once_leave_exactly_as_many_as_are_allowed(per_user).await;
+    who_may_have_no_more_is_refused_and_nothing_changes(per_user).await;
+    the_oldest_makes_room(per_user).await;
+    who_was_displaced_or_revoked_is_told_why_and_nobody_else(per_user).await;
+    a_tombstone_is_no_session(per_user).await;
+    a_session_that_is_replaced_leaves_its_place(per_user).await;
+    who_idled_out_takes_no_place(per_user).await;
+    a_list_has_the_live_sessions_of_a_user_the_oldest_first(per_user).await;
+    a_user_with_very_many_sessions_is_listed_and_logged_out_whole(per_user).await;
+    all_sessions_of_a_user_end_or_all_but_one(per_user).await;
+    nobody_is_listed_who_never_logged_in(per_user).await;
+    no_load_after_a_logout_finds_the_session(per_user).await;
+    a_part_is_listed_and_ended(per_user).await;
+    the_total_is_right_when_the_expired_have_been_swept(per_user).await;
+    every_end_is_told_once_with_its_reason(per_user).await;
+    one_instance_leads_until_its_time_is_over(per_user).await;
+    a_trail_is_bounded_and_goes_with_its_session(per_user).await;
+    keeps_the_contract(world).await;
 }
 
 async fn what_is_created_is_loaded_until_it_is_destroyed(world: &World) {
@@ -281,6 +374,426 @@ async fn many_at_once_get_their_own(world: &World) {
     assert_eq!(seen, (1..=640).collect(), "no count is lost or told twice");
 }
 
+const THREE: Limit = Limit { sessions: 3, when_full: WhenFull::EvictOldest };
+const THREE_AND_NO_MORE: Limit = Limit { sessions: 3, when_full: WhenFull::Refuse };
+
+async fn fifty_at_once(world: &World, user: &str, limit: Limit) -> Vec<(SessionKey, Creation)> {
+    let tasks = (0..50).map(|n| {
+        let store = Arc::clone(if n % 2 == 0 { &world.store } else { &world.other });
+        let user = user.to_owned();
+        tokio::spawn(async move {
+            let key = id_of(&user).key();
+            let terms = Terms { limit: Some(limit), ..terms(LONG, None) };
+            let creation = store.create(&key, session_of(&user), &terms).await.unwrap();
+            (key, creation)
+        })
+    });
+    let mut created = Vec::new();
+    for task in tasks.collect::<Vec<_>>() {
+        created.push(task.await.unwrap());
+    }
+    created
+}
+
+async fn fifty_logins_at_once_leave_exactly_as_many_as_are_allowed(world: &World) {
+    let user = somebody();
+    let mut displaced = 0;
+    let mut live = 0;
+    for (key, creation) in fifty_at_once(world, &user, THREE).await {
+        let Creation::Begun { displaced: room } = creation else { panic!("nobody is refused") };
+        displaced += room;
+        live += u32::from(world.lives(&key).await);
+    }
+    assert_eq!((live, displaced), (3, 47));
+    assert_eq!(world.listed(&user).await.len(), 3);
+
+    let user = somebody();
+    let created = fifty_at_once(world, &user, THREE_AND_NO_MORE).await;
+    let begun: Vec<_> = created.iter().filter(|(_, creation)| *creation != Creation::Full).collect();
+    assert_eq!(begun.len(), 3, "the others are refused");
+    for (key, creation) in &created {
+        assert_eq!(world.lives(key).await, *creation != Creation::Full, "who is told that he is in is in");
+    }
+}
+
+async fn who_may_have_no_more_is_refused_and_nothing_changes(world: &World) {
+    let user = somebody();
+    for _ in 0..3 {
+        assert_eq!(world.logged_in(&user, THREE_AND_NO_MORE, None).await.1, Creation::Begun { displaced: 0 });
+    }
+    let before = world.listed(&user).await;
+    let (refused, creation) = world.logged_in(&user, THREE_AND_NO_MORE, None).await;
+    assert_eq!(creation, Creation::Full);
+    assert_eq!(world.ended(&refused).await, None, "it never began");
+    assert_eq!(world.listed(&user).await, before);
+
+    world.store.destroy(&before[0], Some(&user), Ending::LoggedOut).await.unwrap();
+    assert_eq!(world.logged_in(&user, THREE_AND_NO_MORE, None).await.1, Creation::Begun { displaced: 0 });
+}
+
+async fn the_oldest_makes_room(world: &World) {
+    let user = somebody();
+    let mut keys = Vec::new();
+    for _ in 0..5 {
+        keys.push(world.created_later(&user).await);
+    }
+    let other = world.created("ann", LONG).await;
+    let (newest, creation) = world.logged_in(&user, THREE, None).await;
+    assert_eq!(creation, Creation::Begun { displaced: 3 }, "also when the limit came later than the sessions");
+    assert_eq!(world.listed(&user).await, [keys[3].clone(), keys[4].clone(), newest]);
+    assert!(world.lives(&other).await, "nobody else makes room");
+}
+
+async fn who_was_displaced_or_revoked_is_told_why_and_nobody_else(world: &World) {
+    let user = somebody();
+    let one = Limit { sessions: 1, when_full: WhenFull::EvictOldest };
+    let (displaced, _) = world.logged_in(&user, one, None).await;
+    let (replaced, _) = world.logged_in(&user, one, None).await;
+    let (revoked, _) = world.logged_in(&user, one, Some(&replaced)).await;
+    assert!(world.store.destroy(&revoked, None, Ending::Revoked).await.unwrap());
+    let (logged_out, _) = world.logged_in(&user, one, None).await;
+    assert!(world.store.destroy(&logged_out, Some(&user), Ending::LoggedOut).await.unwrap());
+
+    assert_eq!(world.ended(&displaced).await, Some(Ending::Displaced));
+    assert_eq!(world.ended(&revoked).await, Some(Ending::Revoked));
+    assert_eq!(world.ended(&replaced).await, None, "the browser has the new id");
+    assert_eq!(world.ended(&logged_out).await, None, "the user knows");
+    assert_eq!(world.listed(&user).await, [], "none of them is a session");
+}
+
+async fn a_tombstone_is_no_session(world: &World) {
+    let user = somebody();
+    let key = world.created(&user, LONG).await;
+    let ends = world.ends(&key).await;
+    assert!(world.store.destroy(&key, None, Ending::Revoked).await.unwrap());
+    assert!(!world.store.touch(&key, LONG.idle, ends).await.unwrap());
+    assert!(!world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap(), "it has ended before");
+    assert_eq!(world.store.destroy_all(&user, None, Ending::Revoked).await.unwrap(), 0);
+    assert_eq!(world.ended(&key).await, Some(Ending::Revoked), "and its user is still told why");
+    assert_eq!(world.logged_in(&user, THREE, Some(&key)).await.1, Creation::Begun { displaced: 0 });
+
+    // Its user was not named when it ended, so the index may have it: it takes no place.
+    let user = somebody();
+    for _ in 0..3 {
+        let key = world.created(&user, LONG).await;
+        world.store.destroy(&key, None, Ending::Revoked).await.unwrap();
+    }
+    assert_eq!(world.logged_in(&user, THREE_AND_NO_MORE, None).await.1, Creation::Begun { displaced: 0 });
+}
+
+async fn a_session_that_is_replaced_leaves_its_place(world: &World) {
+    let user = somebody();
+    let mut old = world.logged_in(&user, THREE_AND_NO_MORE, None).await.0;
+    let others = [
+        world.logged_in(&user, THREE_AND_NO_MORE, None).await.0,
+        world.logged_in(&user, THREE_AND_NO_MORE, None).await.0,
+    ];
+    for limit in [THREE, THREE_AND_NO_MORE] {
+        let (new, creation) = world.logged_in(&user, limit, Some(&old)).await;
+        assert_eq!(creation, Creation::Begun { displaced: 0 }, "who logs in again has no more sessions than before");
+        assert!(!world.lives(&old).await && world.lives(&others[0]).await && world.lives(&others[1]).await);
+        old = new;
+    }
+}
+
+async fn who_idled_out_takes_no_place(world: &World) {
+    let user = somebody();
+    let short = Lifetime { idle: Duration::from_millis(100), ..LONG };
+    let keys = [world.created(&user, short).await, world.created(&user, short).await, world.created(&user, short).await];
+    eventually("they idle out", async || {
+        world.passing().await;
+        (!world.lives(&keys[0]).await && !world.lives(&keys[1]).await && !world.lives(&keys[2]).await).then_some(())
+    })
+    .await;
+    assert_eq!(world.listed(&user).await, []);
+    for _ in 0..3 {
+        assert_eq!(world.logged_in(&user, THREE_AND_NO_MORE, None).await.1, Creation::Begun { displaced: 0 });
+    }
+}
+
+async fn a_list_has_the_live_sessions_of_a_user_the_oldest_first(world: &World) {
+    let user = somebody();
+    assert_eq!(world.listed(&user).await, []);
+    let mut keys = Vec::new();
+    for _ in 0..4 {
+        keys.push(world.created_later(&user).await);
+    }
+    world.store.touch(&keys[0], Duration::from_secs(1_200), world.ends(&keys[0]).await).await.unwrap();
+    assert!(world.store.destroy(&keys[2], None, Ending::LoggedOut).await.unwrap());
+    assert_eq!(world.listed(&user).await, [keys[0].clone(), keys[1].clone(), keys[3].clone()]);
+
+    let listed = &world.store.list(&user).await.unwrap()[0].stored;
+    let loaded = world.store.load(&keys[0]).await.unwrap().live().unwrap();
+    assert_eq!(listed.record, loaded.record);
+    assert!(LONG.idle < listed.time_to_live && listed.time_to_live <= Duration::from_secs(1_200));
+}
+
+async fn a_user_with_very_many_sessions_is_listed_and_logged_out_whole(world: &World) {
+    const MANY: usize = 1_203;
+    let user = somebody();
+    let mut keys = HashSet::new();
+    for _ in 0..MANY {
+        keys.insert(world.created(&user, LONG).await);
+    }
+    let gone: Vec<_> = keys.iter().take(100).cloned().collect();
+    for key in gone {
+        world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+        keys.remove(&key);
+    }
+    for _ in 0..2 {
+        let listed = world.listed(&user).await;
+        assert_eq!(listed.len(), keys.len(), "nobody twice");
+        assert_eq!(listed.into_iter().collect::<HashSet<_>>(), keys);
+    }
+    let kept = keys.iter().next().unwrap().clone();
+    let ended = world.store.destroy_all(&user, Some(&kept), Ending::Revoked).await.unwrap();
+    assert_eq!(ended, 1_102);
+    assert_eq!(world.listed(&user).await, [kept]);
+}
+
+async fn all_sessions_of_a_user_end_or_all_but_one(world: &World) {
+    let user = somebody();
+    let keys = [world.created(&user, LONG).await, world.created(&user, LONG).await, world.created(&user, LONG).await];
+    let other = world.created(&somebody(), LONG).await;
+    assert_eq!(world.store.destroy_all(&user, Some(&keys[1]), Ending::Revoked).await.unwrap(), 2);
+    assert_eq!(world.ended(&keys[0]).await, Some(Ending::Revoked));
+    assert!(world.lives(&keys[1]).await, "the one that is kept");
+    assert_eq!(world.store.destroy_all(&user, Some(&other), Ending::LoggedOut).await.unwrap(), 1);
+    assert_eq!(world.listed(&user).await, []);
+    assert_eq!(world.store.destroy_all(&user, None, Ending::Revoked).await.unwrap(), 0, "there is none");
+    assert!(world.lives(&other).await, "that of another user");
+}
+
+async fn nobody_is_listed_who_never_logged_in(world: &World) {
+    let user = somebody();
+    let issued = Arc::new(Mutex::new(HashSet::new()));
+    let tasks: Vec<_> = (0..8)
+        .map(|_| {
+            let (store, user, issued) = (Arc::clone(&world.store), user.clone(), Arc::clone(&issued));
+            tokio::spawn(async move {
+                for _ in 0..20 {
+                    let key = id_of(&user).key();
+                    issued.lock().unwrap().insert(key.clone());
+                    let terms = Terms { limit: Some(THREE), ..terms(LONG, None) };
+                    store.create(&key, session_of(&user), &terms).await.unwrap();
+                    store.destroy(&key, Some(&user), Ending::LoggedOut).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    while tasks.iter().any(|task| !task.is_finished()) {
+        let listed = world.other.list(&user).await.unwrap();
+        assert!(listed.len() <= 3, "never more than are allowed");
+        for listed in listed {
+            assert!(issued.lock().unwrap().contains(&listed.key) && listed.stored.record.identity.user == user);
+        }
+        tokio::task::yield_now().await;
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    assert_eq!(world.listed(&user).await, []);
+}
+
+async fn no_load_after_a_logout_finds_the_session(world: &World) {
+    let user = somebody();
+    for ending in [Ending::LoggedOut, Ending::Revoked].into_iter().cycle().take(20) {
+        let key = world.created(&user, LONG).await;
+        let ends = world.ends(&key).await;
+        let has_ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let readers: Vec<_> = (0..4)
+            .map(|_| {
+                let (store, key, has_ended) = (Arc::clone(&world.store), key.clone(), Arc::clone(&has_ended));
+                tokio::spawn(async move {
+                    loop {
+                        let ended_before = has_ended.load(Ordering::SeqCst);
+                        let found = store.load(&key).await.unwrap().live();
+                        let touched = store.touch(&key, LONG.idle, ends).await.unwrap();
+                        if ended_before {
+                            assert!(found.is_none() && !touched, "nobody comes in after a logout");
+                            return;
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        assert!(world.store.destroy(&key, Some(&user), ending).await.unwrap());
+        has_ended.store(true, Ordering::SeqCst);
+        for reader in readers {
+            reader.await.unwrap();
+        }
+    }
+}
+
+async fn a_part_is_listed_and_ended(world: &World) {
+    let user = somebody();
+    let keys = [world.created(&user, LONG).await, world.created(&user, LONG).await];
+    let mut listed = Vec::new();
+    for part in world.parts_of(&keys[0]) {
+        listed.extend(world.store.list_part(part).await.unwrap());
+    }
+    for key in &keys {
+        let found = listed.iter().find(|listed| listed.key == *key).expect("all that live are in their part");
+        assert_eq!(found.stored.record.identity.user, user);
+    }
+    if world.store.parts() == BUCKETS {
+        let other = std::iter::repeat_with(somebody).find(|user| id_of(user).key().bucket() != keys[0].bucket());
+        let other = world.created(&other.unwrap(), LONG).await;
+        assert!(2 <= world.store.destroy_part(keys[0].bucket(), Ending::Revoked).await.unwrap());
+        assert!(world.lives(&other).await, "other parts go on");
+    } else {
+        let mut ended = 0;
+        for part in 0..world.store.parts() {
+            ended += world.store.destroy_part(part, Ending::Revoked).await.unwrap();
+        }
+        assert!(2 <= ended);
+    }
+    for key in &keys {
+        assert_eq!(world.ended(key).await, Some(Ending::Revoked));
+    }
+    assert_eq!(world.listed(&user).await, []);
+}
+
+async fn the_total_is_right_when_the_expired_have_been_swept(world: &World) {
+    let user = somebody();
+    let short = Lifetime { idle: Duration::from_millis(100), ..LONG };
+    // What others left behind and has expired is not ours to count.
+    for part in 0..world.store.parts() {
+        let events = world.store.sweep(part).await.unwrap();
+        world.store.forget_events(part, &events).await.unwrap();
+    }
+    let before = world.store.total().await.unwrap();
+    let lasting = world.created(&user, LONG).await;
+    let expiring = world.created(&user, short).await;
+    let ended = world.created(&user, LONG).await;
+    world.store.destroy(&ended, None, Ending::Revoked).await.unwrap();
+    assert!([1, 2].contains(&(world.other.total().await.unwrap() - before)), "who has ended does not count");
+    eventually("it expires, and is swept", async || {
+        world.passing().await;
+        world.sweep(&expiring).await;
+        (world.store.total().await.unwrap() == before + 1).then_some(())
+    })
+    .await;
+    assert!(world.lives(&lasting).await && !world.lives(&expiring).await);
+    world.store.destroy_all(&user, None, Ending::LoggedOut).await.unwrap();
+    assert_eq!(world.store.total().await.unwrap(), before);
+}
+
+async fn every_end_is_told_once_with_its_reason(world: &World) {
+    let user = somebody();
+    let short = Lifetime { idle: Duration::from_millis(100), ..LONG };
+    let one = Limit { sessions: 1, when_full: WhenFull::EvictOldest };
+    let (displaced, _) = world.logged_in(&user, one, None).await;
+    let (replaced, _) = world.logged_in(&user, one, None).await;
+    let (revoked, _) = world.logged_in(&user, one, Some(&replaced)).await;
+    world.store.destroy(&revoked, None, Ending::Revoked).await.unwrap();
+    world.store.destroy(&revoked, None, Ending::Revoked).await.unwrap();
+    let logged_out = world.created(&user, LONG).await;
+    world.store.destroy(&logged_out, Some(&user), Ending::LoggedOut).await.unwrap();
+    let all = world.created(&user, LONG).await;
+    world.store.destroy_all(&user, None, Ending::Revoked).await.unwrap();
+    let expired = world.created(&user, short).await;
+    let late = world.created(&user, short).await;
+    let outlived = world.created(&user, LONG).await;
+    assert!(!world.store.touch(&outlived, LONG.idle, 1).await.unwrap());
+    eventually("they expire", async || {
+        world.passing().await;
+        (!world.lives(&expired).await && !world.lives(&late).await).then_some(())
+    })
+    .await;
+    // Too late: it had ended by itself.
+    assert!(!world.store.destroy(&late, Some(&user), Ending::LoggedOut).await.unwrap());
+
+    let expected = [
+        (&displaced, Ending::Displaced),
+        (&replaced, Ending::Replaced),
+        (&revoked, Ending::Revoked),
+        (&logged_out, Ending::LoggedOut),
+        (&all, Ending::Revoked),
+        (&outlived, Ending::Expired),
+        (&late, Ending::Expired),
+        (&expired, Ending::Expired),
+    ];
+    let of_user = |events: Vec<EndEvent>| events.into_iter().filter(|event| event.user == user).collect::<Vec<_>>();
+    let told = eventually("the sweep has seen all of them", async || {
+        world.passing().await;
+        let told = of_user(world.sweep(&expired).await);
+        (told.len() == expected.len()).then_some(told)
+    })
+    .await;
+    for (key, ending) in expected {
+        let of_key: Vec<_> = told.iter().filter(|event| event.session == key.log_hash()).collect();
+        assert_eq!(of_key.len(), 1, "{ending:?}: once each");
+        assert_eq!(of_key[0].ending, ending);
+        assert!(1_500_000_000_000 < of_key[0].at, "when it ended, or was seen to have");
+    }
+    assert!(told.windows(2).all(|pair| pair[0].at <= pair[1].at), "the oldest first");
+
+    assert_eq!(of_user(world.sweep(&expired).await), told, "whoever died while he told of them tells again");
+    world.forget(&expired, &told[..3]).await;
+    assert_eq!(of_user(world.sweep(&expired).await), told[3..], "the others are still to be told of");
+    world.forget(&expired, &told).await;
+    assert_eq!(of_user(world.sweep(&expired).await), []);
+}
+
+async fn one_instance_leads_until_its_time_is_over(world: &World) {
+    let time = Duration::from_millis(300);
+    let long = Duration::from_secs(600);
+    eventually("somebody leads", async || {
+        world.passing().await;
+        world.store.lead("a", time).await.unwrap().then_some(())
+    })
+    .await;
+    assert!(world.store.lead("a", long).await.unwrap(), "who leads goes on");
+    assert!(!world.other.lead("b", long).await.unwrap(), "one leads");
+    assert!(world.store.lead("a", time).await.unwrap());
+    eventually("another leads, when the first does not go on", async || {
+        world.passing().await;
+        world.other.lead("b", time).await.unwrap().then_some(())
+    })
+    .await;
+}
+
+async fn a_trail_is_bounded_and_goes_with_its_session(world: &World) {
+    let seen = |n: u64| Activity {
+        at: 1_800_000_000_000 + n,
+        address: if n % 2 == 0 { [192, 0, 2, 7].into() } else { [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into() },
+        route: format!("/r\u{e9} {n}"),
+    };
+    let user = somebody();
+    let key = world.created(&user, LONG).await;
+    assert_eq!(world.store.activity(&key).await.unwrap(), []);
+    world.store.add_activity(&key, &[seen(1), seen(2)], 3).await.unwrap();
+    world.other.add_activity(&key, &[seen(3)], 3).await.unwrap();
+    world.store.add_activity(&key, &[], 3).await.unwrap();
+    assert_eq!(world.other.activity(&key).await.unwrap(), [seen(3), seen(2), seen(1)]);
+    world.store.add_activity(&key, &[seen(4)], 3).await.unwrap();
+    assert_eq!(world.other.activity(&key).await.unwrap(), [seen(4), seen(3), seen(2)], "the latest first");
+    world.store.add_activity(&key, &(10..20).map(seen).collect::<Vec<_>>(), 2).await.unwrap();
+    assert_eq!(world.other.activity(&key).await.unwrap(), [seen(19), seen(18)]);
+
+    world.store.destroy(&key, None, Ending::Revoked).await.unwrap();
+    assert_eq!(world.store.activity(&key).await.unwrap(), []);
+    world.store.add_activity(&key, &[seen(20)], 3).await.unwrap();
+    assert_eq!(world.store.activity(&key).await.unwrap(), [], "who has ended does nothing any more");
+
+    let short = Lifetime { idle: Duration::from_millis(200), ..LONG };
+    let (expiring, touched) = (world.created(&user, short).await, world.created(&user, short).await);
+    world.store.add_activity(&expiring, &[seen(1)], 3).await.unwrap();
+    world.store.add_activity(&touched, &[seen(1)], 3).await.unwrap();
+    let is_touched = world.store.touch(&touched, LONG.idle, u64::MAX / 2_000_000).await.unwrap();
+    eventually("it goes with its session", async || {
+        world.passing().await;
+        let is_gone = world.store.activity(&expiring).await.unwrap().is_empty();
+        (is_gone && !world.lives(&expiring).await).then_some(())
+    })
+    .await;
+    if is_touched {
+        assert_eq!(world.store.activity(&touched).await.unwrap(), [seen(1)], "and stays with it");
+    }
+}
+
 #[tokio::test]
 async fn memory_keeps_the_contract() {
     keeps_the_contract(World::memory()).await;
@@ -289,7 +802,7 @@ async fn memory_keeps_the_contract() {
 #[tokio::test]
 async fn redis_keeps_the_contract_over_tcp() {
     let server = RedisServer::start();
-    keeps_the_contract(World::redis(&settings(&server.url()))).await;
+    keeps_the_whole_contract(World::redis(&settings(&server.url()))).await;
 }
 
 #[tokio::test]
@@ -297,7 +810,7 @@ async fn redis_keeps_the_contract_over_a_unix_socket() {
     let server = RedisServer::start();
     for scheme in ["unix", "redis+unix"] {
         let url = format!("{scheme}://{}", server.socket().display());
-        keeps_the_contract(World::redis(&settings(&url))).await;
+        keeps_the_whole_contract(World::redis(&settings(&url))).await;
         let _: () = redis::cmd("FLUSHALL").query(&mut server.client()).unwrap();
     }
 }
@@ -309,17 +822,17 @@ async fn redis_keeps_the_contract_for_a_user_with_the_least_permissions() {
         "user default off\nuser proxy on >s3cr%t resetkeys ~cloakroom:* resetchannels -@all +hello +auth +select \
          +ping +get +set +del +incr +decr +pttl +pexpire +pexpireat +time +multi +exec",
     );
-    keeps_the_contract(World::redis(&settings(&format!("redis://proxy:s3cr%25t@127.0.0.1:{}/3", server.port())))).await;
+    keeps_the_whole_contract(World::redis(&settings(&format!("redis://proxy:s3cr%25t@127.0.0.1:{}/3", server.port())))).await;
     let socket = server.socket();
     let url = format!("unix://{}?user=proxy&pass=s3cr%25t&db=4", socket.display());
-    keeps_the_contract(World::redis(&settings(&url))).await;
+    keeps_the_whole_contract(World::redis(&settings(&url))).await;
 }
 
 #[tokio::test]
 async fn redis_keeps_the_contract_with_a_password_alone() {
     let server = RedisServer::with("requirepass s3cret");
     let url = format!("redis://:s3cret@127.0.0.1:{}", server.port());
-    keeps_the_contract(World::redis(&settings(&url))).await;
+    keeps_the_whole_contract(World::redis(&settings(&url))).await;
 }
 
 #[tokio::test]
@@ -329,7 +842,7 @@ async fn redis_keeps_the_contract_over_tls() {
     let server = RedisServer::with_tls();
     let trusting =
         model::RedisStore { ca: Some(Spanned::new(0..0, server.authority())), ..settings(&server.tls_url()) };
-    keeps_the_contract(World::redis(&trusting)).await;
+    keeps_the_whole_contract(World::redis(&trusting)).await;
 
     let stranger = RedisServer::with_tls();
     let distrusting =
@@ -342,28 +855,32 @@ async fn redis_keeps_the_contract_over_tls() {
 }
 
 #[tokio::test]
-async fn what_redis_holds_cannot_make_a_cookie() {
+async fn what_redis_holds_cannot_make_a_cookie_and_goes_by_itself() {
     let server = RedisServer::start();
     let world = World::redis(&settings(&server.url()));
-    let ids: Vec<_> = (0..20).map(|n| id_of(&format!("user{n}"))).collect();
-    for id in &ids {
-        world.store.create(&id.key(), session_of("ann"), &terms(LONG, None)).await.unwrap();
+    let ids: Vec<_> = (0..20).map(|n| (id_of(&format!("user{n}")), format!("user{n}"))).collect();
+    let seen = [Activity { at: 1, address: [192, 0, 2, 7].into(), route: "/".to_owned() }];
+    for (id, user) in &ids {
+        world.store.create(&id.key(), session_of(user), &terms(LONG, None)).await.unwrap();
+        world.store.add_activity(&id.key(), &seen, 5).await.unwrap();
     }
+    world.store.destroy(&ids[0].0.key(), None, Ending::Revoked).await.unwrap();
     world.store.increment("account:hunter2", LONG.idle).await.unwrap();
+    world.store.lead("instance", LONG.idle).await.unwrap();
 
     let mut client = server.client();
     let names: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query(&mut client).unwrap();
-    assert_eq!(names.len(), 21, "one key for each session and counter");
+    assert!(20 * 4 + 3 <= names.len(), "{}", names.len());
     let mut held = names.concat();
     for name in &names {
         assert!(name.starts_with(PREFIX.as_bytes()), "all of ours is under the prefix");
         let time_to_live: i64 = redis::cmd("PTTL").arg(name).query(&mut client).unwrap();
-        assert!(0 < time_to_live, "nothing stays for ever");
-        held.extend(redis::cmd("GET").arg(name).query::<Vec<u8>>(&mut client).unwrap());
+        assert!(0 < time_to_live, "nothing stays for ever: {}", String::from_utf8_lossy(name));
+        held.extend(redis::cmd("DUMP").arg(name).query::<Vec<u8>>(&mut client).unwrap());
     }
     let holds = |part: &[u8]| held.windows(part.len()).any(|window| window == part);
     assert!(holds(b"Browser/1"), "the search must find what is there");
-    for id in &ids {
+    for (id, _) in &ids {
         let cookie = id.to_cookie_value();
         let secret = URL_SAFE_NO_PAD.decode(&cookie[2..]).unwrap();
         let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -443,10 +960,20 @@ async fn a_full_redis_refuses_logins_and_still_knows_and_ends_sessions() {
     let server = RedisServer::start();
     let world = World::redis(&settings(&server.url()));
     let key = world.created("ann", LONG).await;
+    let others =
+        [world.created("ann", LONG).await, world.created("ann", LONG).await, world.created("ann", LONG).await];
     let _: () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(1).query(&mut server.client()).unwrap();
-    let refused = world.store.create(&id_of("bob").key(), session_of("bob"), &terms(LONG, Some(&key))).await;
+    let refused = world.store.create(&id_of("ann").key(), session_of("ann"), &terms(LONG, Some(&key))).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
     assert_eq!(world.user(&key).await.as_deref(), Some("ann"), "a login that failed ends nothing");
+    assert!(world.store.touch(&key, Duration::from_secs(1_200), world.ends(&key).await).await.unwrap());
+    assert!(LONG.idle < world.time_to_live(&key).await, "who is in stays in");
+    assert_eq!(world.listed("ann").await.len(), 4);
+    assert!(world.store.destroy(&others[0], Some("ann"), Ending::Revoked).await.unwrap());
+    assert_eq!(world.ended(&others[0]).await, Some(Ending::Revoked), "there is always room to say why");
+    assert_eq!(world.store.destroy_all("ann", Some(&key), Ending::Revoked).await.unwrap(), 2);
+    assert!(world.store.lead("instance", LONG.idle).await.unwrap());
+    assert_eq!(world.sweep(&key).await.len(), 3);
     assert!(world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap(), "a logout works always");
 }
 

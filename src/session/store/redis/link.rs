@@ -138,6 +138,14 @@ impl Links {
         self.ask(batch).await
     }
 
+    /// The error for a reply that makes no sense; nobody trusts the connection any more that gave it.
+    pub(super) fn senseless(&self, _place: Place) -> StoreError {
+        if let Some(Ok(live)) = self.known() {
+            live.lost.notify_one();
+        }
+        store_error(&(ErrorKind::UnexpectedReturnType, "the reply makes no sense").into())
+    }
+
     /// Whether the primary of this slot is known not to be reached.
     pub(super) fn is_down(&self, _slot: u16) -> bool {
         matches!(self.known(), Some(Err(_)))

@@ -1,196 +1,469 @@
-//! Sessions in Redis (or Valkey), shared by all instances of Cloakroom. The only file that knows Redis.
+//! Sessions in Redis (or Valkey), shared by all instances of Cloakroom: the contract, told in commands.
 //!
-//! Each tokio runtime has one multiplexed connection of its own, made at first use and kept by a task of ours: see
-//! `supervise`. Who asks while the store is down is told so at once, and nobody waits longer than the response
-//! timeout in total.
-//!
-//! **No command is ever answered with another request's reply.** A connection answers in the order of its commands,
-//! and its driver remembers every command that it sent, also one whose asker went away; the reply to that one is read
-//! and dropped. After a response timeout, or a reply that makes no sense, nobody trusts the connection any more: it is
-//! replaced.
-//!
-//! What needs to be permitted to the user: `HELLO AUTH SELECT PING GET SET DEL INCR DECR PTTL PEXPIRE PEXPIREAT TIME
-//! MULTI EXEC` on keys `<prefix>*`.
+//! A read is plain commands, and whatever must happen in one step is a script. Under which names: see [`keys`]; how
+//! commands get there: see [`link`]. What ends sessions in their user's list and in the registry of all is always the
+//! same step that ends the session, for all of it is in one bucket and a bucket is in one slot.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use redis::aio::MultiplexedConnection;
-use redis::{RedisResult, Value};
+use redis::{Cmd, Value};
+use tokio::task::JoinSet;
 
 mod settings;
+mod keys;
+mod scripts;
 mod link;
 
 pub use settings::SettingsError;
 
 use super::{
-    Count, Creation, Ending, NewSession, SessionStore, StoreError, StoreOptions, Stored, Terms, counter_hash, millis,
+    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, SessionStore, StoreError, StoreOptions,
+    Stored, Terms, millis,
 };
-use crate::config::model;
-use crate::session::id::SessionKey;
-use link::{Links, probe, senseless};
+use crate::config::model::{self, Logout, WhenFull};
+use crate::session::id::{BUCKETS, SessionKey, UserKey};
+use crate::session::record::Record;
+use keys::Keys;
+use link::{Batch, Links, Place, key_slot, store_error};
+use scripts::{Call, Durably, Script};
 
 /// Sessions and counters under one prefix of one Redis.
 pub struct RedisStore {
-    links: Links,
-    prefix: String,
+    links: Arc<Links>,
+    keys: Arc<Keys>,
     options: StoreOptions,
+    logout: Logout,
+    /// With [`Logout::Strict`]: after so long no instance has a copy.
+    lease: Duration,
+    /// With [`Logout::Durable`].
+    durably: Durably,
 }
+
+/// What one script looks at, so that nobody waits long behind it: about a millisecond of the server's time.
+const PAGE: u64 = 500;
+/// Questions under way at once where all buckets are asked.
+const ASKED_AT_ONCE: u16 = 64;
+/// What a tombstone begins with; the version of a record is never 0.
+const TOMBSTONE: u8 = 0;
 
 impl RedisStore {
     /// Checks the settings; connects to nothing and needs no runtime.
     pub fn new(settings: &model::RedisStore, options: StoreOptions) -> Result<Self, SettingsError> {
         let prefix = settings.prefix.get_ref().clone();
         settings::check_prefix(&prefix)?;
-        Ok(Self { links: Links::new(settings)?, prefix, options })
+        Ok(Self {
+            links: Arc::new(Links::new(settings)?),
+            keys: Arc::new(Keys { prefix }),
+            options,
+            logout: settings.logout,
+            lease: settings.lease.get_ref().get(),
+            durably: Durably { replicas: settings.logout_replicas, time: settings.logout_timeout.get() },
+        })
     }
 
     /// Host and port or the socket's path: what may be shown.
     pub fn address(&self) -> String {
         self.links.address()
     }
-
-    fn session_name(&self, key: &SessionKey) -> String {
-        key.to_store_key(&self.prefix)
-    }
-
-    fn counter_name(&self, counter: &str) -> String {
-        format!("{}c:{}", self.prefix, URL_SAFE_NO_PAD.encode(counter_hash(counter)))
-    }
 }
 
 #[async_trait]
 impl SessionStore for RedisStore {
-    async fn load(&self, key: &SessionKey) -> Result<super::Found, StoreError> {
-        let name = self.session_name(key);
-        let found = self.links.exchange(|connection| read(connection, name)).await?;
-        let problem: &dyn fmt::Display = match &found {
-            Found::Nothing => return Ok(super::Found::Nothing),
-            Found::Session(bytes, time_to_live) => match self.options.codec.decode(bytes, key) {
-                Ok(record) => {
-                    let stored = Stored { record: Arc::new(record), time_to_live: *time_to_live };
-                    return Ok(super::Found::Live(stored));
+    fn is_down(&self, key: &SessionKey) -> bool {
+        self.links.is_down(self.slot(key.bucket()))
+    }
+
+    async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
+        let name = self.keys.session(key);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let commands = vec![command("GET", &name), command("PTTL", &name)];
+        let replies = self.links.ask(Batch { place, commands }).await?;
+        let problem: &dyn fmt::Display = match <[Value; 2]>::try_from(replies) {
+            Ok([Value::Nil, Value::Int(-2..)] | [Value::BulkString(_), Value::Int(-2)]) => return Ok(Found::Nothing),
+            Ok([Value::BulkString(_), Value::Int(-1)]) => &"it has no time to live",
+            Ok([Value::BulkString(value), Value::Int(left @ 0..)]) => {
+                if let Some(found) = tombstone(&value) {
+                    return Ok(found);
                 }
-                Err(error) => return Err(self.options.codec.unreadable(key, error)),
-            },
-            Found::Immortal => &"it has no time to live",
-            Found::WrongType => &"it is not a string",
+                match self.options.codec.decode(&value, key) {
+                    Ok(record) => return Ok(Found::Live(stored(record, left))),
+                    Err(error) => return Err(self.options.codec.unreadable(key, error)),
+                }
+            }
+            Ok([Value::ServerError(error), _]) if error.code() == "WRONGTYPE" => &"it is not a string",
+            Ok([Value::ServerError(error), _] | [_, Value::ServerError(error)]) => {
+                return Err(store_error(&error.into()));
+            }
+            Ok(_) | Err(_) => return Err(self.links.senseless(place)),
         };
         tracing::error!(session = key.log_hash(), cause = %problem, "stored session cannot be used");
         Err(StoreError::Unreadable)
     }
 
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
-        let lifetime = terms.lifetime;
-        let name = self.session_name(key);
-        let replaces = terms.replaces.as_ref().map(|old| self.session_name(old));
-        let written = self.links.exchange(|mut connection| async move {
-            let record = session.into_record(now(&mut connection).await?, lifetime);
-            let bytes = match self.options.codec.encode(&record, key) {
-                Ok(bytes) => bytes,
-                Err(error) => return Ok(Err(error)),
-            };
-            let mut commands = redis::pipe();
-            commands
-                .atomic()
-                .cmd("SET")
-                .arg(name)
-                .arg(bytes)
-                .arg("PX")
-                .arg(millis(lifetime.idle.min(lifetime.absolute)));
-            if let Some(old) = replaces {
-                commands.cmd("DEL").arg(old);
+        let user = session.identity.user.clone();
+        let index = UserKey::of(&user);
+        if index.bucket() != key.bucket() {
+            return Err(StoreError::Refused("the id was not made for this user".into()));
+        }
+        let mut replaced = String::new();
+        if let Some(old) = &terms.replaces {
+            if old.bucket() == key.bucket() {
+                replaced = old.member();
+            } else {
+                // First, so that whatever happens no browser leaves with two sessions.
+                self.destroying(old, None, Ending::Replaced).run(&self.links, None).await?;
             }
-            commands.exec_async(&mut connection).await.map(Ok)
-        });
-        written.await?.map_err(|error| StoreError::Refused(error.into()))?;
-        Ok(Creation::Begun { displaced: 0 })
+        }
+        let record = session.into_record(self.now(key.bucket()).await?, terms.lifetime);
+        let bytes = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+        let (limit, when_full) = match terms.limit {
+            None => (0, WhenFull::EvictOldest),
+            Some(limit) => (limit.sessions.max(1), limit.when_full),
+        };
+        let creating = self
+            .on_bucket(&scripts::CREATE, key.bucket(), Some(self.keys.index(&index)))
+            .with(key.member())
+            .with(bytes)
+            .with_number(millis(terms.lifetime.idle))
+            .with_number(record.ends)
+            .with(if self.options.events { user } else { String::new() })
+            .with_number(limit.into())
+            .with(match when_full {
+                WhenFull::EvictOldest => "evict_oldest",
+                WhenFull::Refuse => "refuse",
+            })
+            .with(replaced);
+        match creating.run(&self.links, None).await?[..] {
+            [Value::Int(-1)] => Ok(Creation::Full),
+            [Value::Int(displaced)] => {
+                let displaced = u32::try_from(displaced).map_err(|_| self.links.senseless(creating.place()))?;
+                Ok(Creation::Begun { displaced })
+            }
+            _ => Err(self.links.senseless(creating.place())),
+        }
     }
 
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
-        let name = self.session_name(key);
-        let touched = self.links.exchange(|mut connection| async move {
-            let now = now(&mut connection).await?;
-            if ends <= now {
-                redis::cmd("DEL").arg(name).exec_async(&mut connection).await?;
-                return Ok(false);
-            }
-            let expires = now.saturating_add(millis(idle)).min(ends);
-            // GT: of two instances the one that touched last wins, whichever command comes first.
-            let mut commands = redis::pipe();
-            commands.cmd("PEXPIREAT").arg(&name).arg(expires).arg("GT").ignore().cmd("PTTL").arg(&name);
-            let (time_to_live,): (i64,) = commands.query_async(&mut connection).await?;
-            // In its last millisecond it has 0 left, and lives.
-            Ok(0 <= time_to_live)
-        });
-        touched.await
+        let touching = self
+            .on_bucket(&scripts::TOUCH, key.bucket(), None)
+            .with(key.member())
+            .with_number(millis(idle))
+            .with_number(ends);
+        self.yes_or_no(&touching, None).await
     }
 
-    async fn destroy(&self, key: &SessionKey, _user: Option<&str>, _ending: Ending) -> Result<bool, StoreError> {
-        let name = self.session_name(key);
-        let deleted = self.links.exchange(|mut connection| async move {
-            redis::cmd("DEL").arg(name).query_async::<u64>(&mut connection).await
+    async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
+        let lived = self.yes_or_no(&self.destroying(key, user, ending), self.durably()).await?;
+        self.until_all_know().await;
+        Ok(lived)
+    }
+
+    async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError> {
+        let index = UserKey::of(user);
+        let mut listed = self.listed(index.bucket(), self.keys.index(&index)).await?;
+        listed.sort_by_key(|listed| listed.stored.record.created);
+        Ok(listed)
+    }
+
+    async fn destroy_all(&self, user: &str, except: Option<&SessionKey>, ending: Ending) -> Result<u64, StoreError> {
+        let index = UserKey::of(user);
+        let ended = self.end_listed(index.bucket(), self.keys.index(&index), except, ending).await?;
+        self.until_all_know().await;
+        Ok(ended)
+    }
+
+    fn parts(&self) -> u16 {
+        BUCKETS
+    }
+
+    async fn list_part(&self, part: u16) -> Result<Vec<Listed>, StoreError> {
+        self.listed(part, self.keys.registry(part)).await
+    }
+
+    async fn destroy_part(&self, part: u16, ending: Ending) -> Result<u64, StoreError> {
+        let ended = self.end_listed(part, self.keys.registry(part), None, ending).await?;
+        // Who goes through all parts waits once, and not for an hour.
+        if part + 1 == self.parts() {
+            self.until_all_know().await;
+        }
+        Ok(ended)
+    }
+
+    async fn total(&self) -> Result<u64, StoreError> {
+        let mut asking = JoinSet::new();
+        for first in 0..ASKED_AT_ONCE {
+            let (links, keys) = (Arc::clone(&self.links), Arc::clone(&self.keys));
+            asking.spawn(async move {
+                let mut total = 0;
+                for bucket in (first..BUCKETS).step_by(ASKED_AT_ONCE.into()) {
+                    total += count_members(&links, &keys.registry(bucket)).await?;
+                }
+                Ok::<_, StoreError>(total)
+            });
+        }
+        let mut total = 0;
+        while let Some(counted) = asking.join_next().await {
+            total += counted.map_err(|error| StoreError::Unavailable(error.into()))??;
+        }
+        Ok(total)
+    }
+
+    async fn sweep(&self, part: u16) -> Result<Vec<EndEvent>, StoreError> {
+        let sweeping = self.on_bucket(&scripts::SWEEP, part, None).with_number(PAGE);
+        let replies = sweeping.run(&self.links, None).await?;
+        let Some((Value::Int(lost), entries)) = replies.split_first() else {
+            return Err(self.links.senseless(sweeping.place()));
+        };
+        if 0 < *lost {
+            tracing::error!(lost, "ends of sessions were forgotten: nobody was told of them for too long");
+        }
+        let mut events = Vec::new();
+        let mut malformed = Vec::new();
+        for entry in entries {
+            let Value::BulkString(entry) = entry else { return Err(self.links.senseless(sweeping.place())) };
+            match end_event(part, entry) {
+                Some(event) => events.push(event),
+                None => malformed.push(entry.as_slice()),
+            }
+        }
+        if !malformed.is_empty() {
+            tracing::error!(count = malformed.len(), "ends of sessions cannot be read, and are forgotten");
+            self.leave_outbox(part, &malformed).await?;
+        }
+        Ok(events)
+    }
+
+    async fn forget_events(&self, part: u16, events: &[EndEvent]) -> Result<(), StoreError> {
+        let entries: Vec<_> = events.iter().map(|event| event.token.as_slice()).collect();
+        self.leave_outbox(part, &entries).await
+    }
+
+    async fn lead(&self, instance: &str, time: Duration) -> Result<bool, StoreError> {
+        let leading = scripts::LEAD.on(vec![self.keys.lead()]).with(instance).with_number(millis(time));
+        self.yes_or_no(&leading, None).await
+    }
+
+    async fn add_activity(&self, key: &SessionKey, seen: &[Activity], keep: u16) -> Result<(), StoreError> {
+        let latest = &seen[seen.len().saturating_sub(keep.into())..];
+        if latest.is_empty() {
+            return Ok(());
+        }
+        let mut adding =
+            self.on_bucket(&scripts::ADD_ACTIVITY, key.bucket(), None).with(key.member()).with_number(keep.into());
+        for activity in latest {
+            let bytes = rmp_serde::to_vec(activity).map_err(|error| StoreError::Refused(error.into()))?;
+            adding = adding.with(bytes);
+        }
+        self.yes_or_no(&adding, None).await.map(|_lives| ())
+    }
+
+    async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+        let name = self.keys.trail(key);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let mut asked = command("LRANGE", &name);
+        asked.arg(0).arg(-1);
+        let entries = match self.one(place, asked).await? {
+            Value::Array(entries) => entries,
+            _ => return Err(self.links.senseless(place)),
+        };
+        // What another version wrote is left out.
+        let activity = entries.iter().rev().filter_map(|entry| match entry {
+            Value::BulkString(bytes) => rmp_serde::from_slice(bytes).ok(),
+            _ => None,
         });
-        Ok(0 < deleted.await?)
+        Ok(activity.collect())
     }
 
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
-        let name = self.counter_name(counter);
-        let window = millis(window);
-        let counted = self.links.exchange(|mut connection| async move {
-            // In one transaction, for which time stands still: else the count could expire before INCR, and INCR
-            // make one that never does.
-            let mut commands = redis::pipe();
-            commands.atomic().cmd("SET").arg(&name).arg(0).arg("PX").arg(window).arg("NX").ignore();
-            commands.cmd("INCR").arg(&name).cmd("PTTL").arg(&name);
-            let (value, resets_in): (i64, i64) = commands.query_async(&mut connection).await?;
-            let resets_in = match u64::try_from(resets_in) {
-                Ok(resets_in) => resets_in,
-                Err(_no_expiry) => {
-                    redis::cmd("PEXPIRE").arg(&name).arg(window).exec_async(&mut connection).await?;
-                    window
-                }
-            };
-            Ok(Count { value: at_least_zero(value), resets_in: Duration::from_millis(resets_in) })
-        });
-        counted.await
+        let counting = scripts::INCREMENT.on(vec![self.keys.counter(counter)]).with_number(millis(window));
+        match counting.run(&self.links, None).await?[..] {
+            [Value::Int(value), Value::Int(left @ 0..)] => {
+                Ok(Count { value: at_least_zero(value), resets_in: Duration::from_millis(at_least_zero(left)) })
+            }
+            _ => Err(self.links.senseless(counting.place())),
+        }
     }
 
     async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
-        let name = self.counter_name(counter);
-        let taken_back = self.links.exchange(|mut connection| async move {
-            // One that has forgotten becomes a zero of a millisecond: DECR alone would make a -1 that never goes.
-            let mut commands = redis::pipe();
-            commands.atomic().cmd("SET").arg(&name).arg(1).arg("PX").arg(1).arg("NX").cmd("DECR").arg(&name);
-            commands.exec_async(&mut connection).await
-        });
-        taken_back.await
+        let counting = scripts::DECREMENT.on(vec![self.keys.counter(counter)]);
+        counting.run(&self.links, None).await.map(|_count| ())
     }
 
     async fn count(&self, counter: &str) -> Result<u64, StoreError> {
-        let name = self.counter_name(counter);
-        let value = self.links.exchange(|mut connection| async move {
-            redis::cmd("GET").arg(name).query_async::<Option<Vec<u8>>>(&mut connection).await
-        });
-        let Some(text) = value.await? else { return Ok(0) };
+        let name = self.keys.counter(counter);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let text = match self.one(place, command("GET", &name)).await? {
+            Value::Nil => return Ok(0),
+            Value::BulkString(text) => text,
+            _ => return Err(self.links.senseless(place)),
+        };
         let number = std::str::from_utf8(&text).ok().and_then(|text| text.parse().ok());
         number.map(at_least_zero).ok_or_else(|| StoreError::Refused("a counter holds no number".into()))
     }
 
     async fn reset(&self, counter: &str) -> Result<(), StoreError> {
-        let name = self.counter_name(counter);
-        let deleted = self
-            .links
-            .exchange(|mut connection| async move { redis::cmd("DEL").arg(name).exec_async(&mut connection).await });
-        deleted.await
+        let name = self.keys.counter(counter);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        match self.one(place, command("DEL", &name)).await? {
+            Value::Int(0..) => Ok(()),
+            _ => Err(self.links.senseless(place)),
+        }
     }
 
     async fn ping(&self) -> Result<(), StoreError> {
-        self.links.exchange(probe).await
+        let commands = vec![redis::cmd("PING")];
+        match self.links.ask(Batch { place: Place::Anywhere, commands }).await?.pop() {
+            Some(Value::SimpleString(_)) => Ok(()),
+            // Who lacks the permission to ask has been answered.
+            Some(Value::ServerError(error)) if error.code() == "NOPERM" => Ok(()),
+            Some(Value::ServerError(error)) => Err(store_error(&error.into())),
+            Some(_) | None => Err(self.links.senseless(Place::Anywhere)),
+        }
+    }
+}
+
+impl RedisStore {
+    fn slot(&self, bucket: u16) -> u16 {
+        key_slot(self.keys.registry(bucket).as_bytes())
+    }
+
+    /// What every script of a bucket is told; `of`: the fourth key.
+    fn on_bucket(&self, script: &'static Script, bucket: u16, of: Option<String>) -> Call {
+        let mut keys = vec![self.keys.registry(bucket), self.keys.users(bucket), self.keys.outbox(bucket)];
+        keys.extend(of);
+        script.on(keys).with(self.keys.sessions(bucket)).with(self.keys.trails(bucket))
+    }
+
+    fn destroying(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Call {
+        let index = user.map(UserKey::of).filter(|index| index.bucket() == key.bucket());
+        let index = index.map(|index| self.keys.index(&index));
+        self.on_bucket(&scripts::DESTROY, key.bucket(), index).with(key.member()).with(ending.label())
+    }
+
+    /// Ends the sessions in an index or a registry, page by page; how many lived.
+    async fn end_listed(
+        &self,
+        bucket: u16,
+        list: String,
+        except: Option<&SessionKey>,
+        ending: Ending,
+    ) -> Result<u64, StoreError> {
+        let ending = self
+            .on_bucket(&scripts::DESTROY_ALL, bucket, Some(list))
+            .with_number(PAGE)
+            .with(ending.label())
+            .with(except.map(SessionKey::member).unwrap_or_default());
+        let mut ended = 0;
+        loop {
+            match ending.run(&self.links, self.durably()).await?[..] {
+                [Value::Int(lived @ 0..), Value::Int(seen)] => {
+                    ended += at_least_zero(lived);
+                    if at_least_zero(seen) < PAGE {
+                        return Ok(ended);
+                    }
+                }
+                _ => return Err(self.links.senseless(ending.place())),
+            }
+        }
+    }
+
+    /// The live sessions in an index or a registry, page by page. What cannot be read is left out, and is one line in
+    /// the log.
+    async fn listed(&self, bucket: u16, list: String) -> Result<Vec<Listed>, StoreError> {
+        let mut listed = Vec::new();
+        let (mut rank, mut unreadable) = (0, 0_u64);
+        loop {
+            let listing =
+                self.on_bucket(&scripts::LIST, bucket, Some(list.clone())).with_number(rank).with_number(PAGE);
+            let replies = listing.run(&self.links, None).await?;
+            let [Value::Int(seen), Value::Int(gone), sessions @ ..] = &replies[..] else {
+                return Err(self.links.senseless(listing.place()));
+            };
+            for session in sessions.chunks(3) {
+                let [Value::BulkString(member), Value::BulkString(value), Value::Int(left @ 0..)] = session else {
+                    return Err(self.links.senseless(listing.place()));
+                };
+                let Some(key) = SessionKey::of_member(bucket, member) else { continue };
+                match self.options.codec.decode(value, &key) {
+                    Ok(record) => listed.push(Listed { key, stored: stored(record, *left) }),
+                    Err(_) => unreadable += 1,
+                }
+            }
+            if at_least_zero(*seen) < PAGE {
+                break;
+            }
+            rank += at_least_zero(seen - gone);
+        }
+        if 0 < unreadable {
+            tracing::error!(count = unreadable, "stored sessions cannot be used, and are not in a list");
+        }
+        Ok(listed)
+    }
+
+    async fn leave_outbox(&self, bucket: u16, entries: &[&[u8]]) -> Result<(), StoreError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let name = self.keys.outbox(bucket);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let commands = entries.iter().map(|entry| {
+            let mut leaving = command("LREM", &name);
+            leaving.arg(1).arg(*entry);
+            leaving
+        });
+        for reply in self.links.ask(Batch { place, commands: commands.collect() }).await? {
+            match reply {
+                Value::Int(0..) => {}
+                Value::ServerError(error) => return Err(store_error(&error.into())),
+                _ => return Err(self.links.senseless(place)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The server's Unix time in ms: all instances live by it.
+    async fn now(&self, bucket: u16) -> Result<u64, StoreError> {
+        let place = Place::Slot(self.slot(bucket));
+        let time = self.one(place, redis::cmd("TIME")).await?;
+        let Ok((seconds, micros)) = redis::from_redis_value::<(u64, u64)>(time) else {
+            return Err(self.links.senseless(place));
+        };
+        Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
+    }
+
+    async fn yes_or_no(&self, call: &Call, durably: Option<Durably>) -> Result<bool, StoreError> {
+        match call.run(&self.links, durably).await?[..] {
+            [Value::Int(answer @ 0..=1)] => Ok(answer == 1),
+            _ => Err(self.links.senseless(call.place())),
+        }
+    }
+
+    /// One command that the server has not refused.
+    async fn one(&self, place: Place, command: Cmd) -> Result<Value, StoreError> {
+        match self.links.ask(Batch { place, commands: vec![command] }).await?.pop() {
+            Some(Value::ServerError(error)) => Err(store_error(&error.into())),
+            Some(reply) => Ok(reply),
+            None => Err(self.links.senseless(place)),
+        }
+    }
+
+    fn durably(&self) -> Option<Durably> {
+        match self.logout {
+            Logout::Durable => Some(self.durably),
+            Logout::Fast | Logout::Strict => None,
+        }
+    }
+
+    /// With `logout = "strict"` the answer comes when no instance can have a copy any more.
+    async fn until_all_know(&self) {
+        match self.logout {
+            Logout::Strict => tokio::time::sleep(self.lease).await,
+            Logout::Fast | Logout::Durable => {}
+        }
     }
 }
 
@@ -198,47 +471,51 @@ impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStore")
             .field("address", &self.address())
-            .field("prefix", &self.prefix)
+            .field("prefix", &self.keys.prefix)
             .finish_non_exhaustive()
     }
 }
 
-/// What is at a session's key.
-enum Found {
-    Nothing,
-    Session(Vec<u8>, Duration),
-    /// Without expiry: not written by us, and no session ends never.
-    Immortal,
-    WrongType,
-}
-
-/// One round trip.
-async fn read(mut connection: MultiplexedConnection, name: String) -> RedisResult<Found> {
-    let mut commands = redis::pipe();
-    commands.cmd("GET").arg(&name).cmd("PTTL").arg(&name);
-    let replies = connection.send_packed_commands(&commands, 0, 2).await?;
-    match <[Value; 2]>::try_from(replies) {
-        Ok([Value::Nil, Value::Int(-2..)] | [Value::BulkString(_), Value::Int(-2)]) => Ok(Found::Nothing),
-        Ok([Value::BulkString(_), Value::Int(-1)]) => Ok(Found::Immortal),
-        Ok([Value::BulkString(bytes), Value::Int(time_to_live)]) => match u64::try_from(time_to_live) {
-            Ok(time_to_live) => Ok(Found::Session(bytes, Duration::from_millis(time_to_live))),
-            Err(_negative) => Err(senseless()),
-        },
-        Ok([Value::ServerError(error), _]) if error.code() == "WRONGTYPE" => Ok(Found::WrongType),
-        Ok([Value::ServerError(error), _] | [_, Value::ServerError(error)]) => Err(error.into()),
-        Ok(_) | Err(_) => Err(senseless()),
+async fn count_members(links: &Links, registry: &str) -> Result<u64, StoreError> {
+    let place = Place::Slot(key_slot(registry.as_bytes()));
+    match links.ask(Batch { place, commands: vec![command("ZCARD", registry)] }).await?.pop() {
+        Some(Value::Int(members)) => Ok(at_least_zero(members)),
+        Some(Value::ServerError(error)) => Err(store_error(&error.into())),
+        Some(_) | None => Err(links.senseless(place)),
     }
 }
 
-/// A count that was reset while some of it was still to be taken back is below zero for a while.
-fn at_least_zero(count: i64) -> u64 {
-    u64::try_from(count).unwrap_or_default()
+fn command(name: &str, key: &str) -> Cmd {
+    let mut command = redis::cmd(name);
+    command.arg(key);
+    command
 }
 
-/// The server's Unix time in ms: all instances live by it.
-async fn now(connection: &mut MultiplexedConnection) -> RedisResult<u64> {
-    let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(connection).await?;
-    Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
+fn stored(record: Record, left: i64) -> Stored {
+    Stored { record: Arc::new(record), time_to_live: Duration::from_millis(at_least_zero(left)) }
+}
+
+/// What a tombstone says; nothing, if a later version wrote an ending that we do not know.
+fn tombstone(value: &[u8]) -> Option<Found> {
+    let label = value.strip_prefix(&[TOMBSTONE])?;
+    let ending = std::str::from_utf8(label).ok().and_then(Ending::of_label);
+    Some(ending.map_or(Found::Nothing, Found::Ended))
+}
+
+/// Reads what the scripts write into the outbox: ending, time, member and user, with spaces between them.
+fn end_event(bucket: u16, entry: &[u8]) -> Option<EndEvent> {
+    let text = std::str::from_utf8(entry).ok()?;
+    let mut parts = text.splitn(4, ' ');
+    let ending = Ending::of_label(parts.next()?)?;
+    let at = parts.next()?.parse().ok()?;
+    let session = SessionKey::of_member(bucket, parts.next()?.as_bytes())?.log_hash();
+    let user = parts.next()?.to_owned();
+    Some(EndEvent { token: entry.to_vec(), session, user, ending, at })
+}
+
+/// A negative number has no business where we count.
+fn at_least_zero(count: i64) -> u64 {
+    u64::try_from(count).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -251,6 +528,38 @@ mod tests {
 
     fn settings(url: &str) -> model::RedisStore {
         toml::from_str(&format!("url = {url:?}")).unwrap()
+    }
+
+    #[test]
+    fn a_tombstone_says_why_and_is_never_a_record() {
+        let cases: [(&[u8], Option<Option<Ending>>); 6] = [
+            (b"\0displaced", Some(Some(Ending::Displaced))),
+            (b"\0revoked", Some(Some(Ending::Revoked))),
+            (b"\0of a later version", Some(None)),
+            (b"\0", Some(None)),
+            (b"\x01revoked", None),
+            (b"", None),
+        ];
+        for (value, expected) in cases {
+            let read = tombstone(value).map(|found| match found {
+                Found::Ended(ending) => Some(ending),
+                Found::Nothing => None,
+                Found::Live(_) => panic!("a tombstone lives"),
+            });
+            assert_eq!(read, expected, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn an_end_is_read_as_it_was_written_and_nothing_else_is_one() {
+        let key = crate::session::id::SessionId::generate("a b").unwrap().key();
+        let entry = format!("expired 1800000000000 {} a b", key.member());
+        let event = end_event(key.bucket(), entry.as_bytes()).unwrap();
+        assert_eq!((event.user.as_str(), event.ending, event.at), ("a b", Ending::Expired, 1_800_000_000_000));
+        assert_eq!(event.session, key.log_hash());
+        for wrong in ["", "expired", "expired 1", "tired 1 x y", "expired x y z", "expired 1 x y"] {
+            assert_eq!(end_event(key.bucket(), wrong.as_bytes()), None, "{wrong:?}");
+        }
     }
 
     #[test]
