@@ -9,13 +9,13 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use cloakroom::config::model;
+use cloakroom::config::model::WhenFull;
 use cloakroom::identity::Identity;
 use cloakroom::session::Lifetime;
-use cloakroom::session::id::{BUCKETS, SessionId, SessionKey};
+use cloakroom::session::id::{BUCKETS, SessionId, SessionKey, bucket_text};
 use cloakroom::session::record::{ClientHints, LoginMethod, RECORD_BYTES_MAX};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::config::model::WhenFull;
 use cloakroom::session::store::{
     Activity, Creation, EndEvent, Ending, Found, Limit, NewSession, SessionStore, StoreError, StoreOptions, Terms,
 };
@@ -499,7 +499,8 @@ async fn a_session_that_is_replaced_leaves_its_place(world: &World) {
 async fn who_idled_out_takes_no_place(world: &World) {
     let user = somebody();
     let short = Lifetime { idle: Duration::from_millis(100), ..LONG };
-    let keys = [world.created(&user, short).await, world.created(&user, short).await, world.created(&user, short).await];
+    let keys =
+        [world.created(&user, short).await, world.created(&user, short).await, world.created(&user, short).await];
     eventually("they idle out", async || {
         world.passing().await;
         (!world.lives(&keys[0]).await && !world.lives(&keys[1]).await && !world.lives(&keys[2]).await).then_some(())
@@ -815,17 +816,83 @@ async fn redis_keeps_the_contract_over_a_unix_socket() {
     }
 }
 
-/// The user of this test may do exactly what the documentation of the store says that it needs.
+/// `conf/redis-acl.conf`, and somebody who can change it.
+fn least_permissions(more: &str) -> String {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/conf/redis-acl.conf");
+    let shipped = std::fs::read_to_string(path).unwrap().replace(">PASSWORD", ">s3cr%t");
+    format!("user admin on nopass ~* &* +@all\n{}{more}", shipped.trim_end())
+}
+
 #[tokio::test]
 async fn redis_keeps_the_contract_for_a_user_with_the_least_permissions() {
-    let server = RedisServer::with(
-        "user default off\nuser proxy on >s3cr%t resetkeys ~cloakroom:* resetchannels -@all +hello +auth +select \
-         +ping +get +set +del +incr +decr +pttl +pexpire +pexpireat +time +multi +exec",
-    );
-    keeps_the_whole_contract(World::redis(&settings(&format!("redis://proxy:s3cr%25t@127.0.0.1:{}/3", server.port())))).await;
-    let socket = server.socket();
-    let url = format!("unix://{}?user=proxy&pass=s3cr%25t&db=4", socket.display());
-    keeps_the_whole_contract(World::redis(&settings(&url))).await;
+    let server = RedisServer::with(&least_permissions(""));
+    keeps_the_whole_contract(World::redis(&settings(&format!(
+        "redis://cloakroom:s3cr%25t@127.0.0.1:{}",
+        server.port()
+    ))))
+    .await;
+
+    let server = RedisServer::with(&least_permissions(" +select"));
+    let url = format!("unix://{}?user=cloakroom&pass=s3cr%25t&db=4", server.socket().display());
+    keeps_the_contract(World::redis(&settings(&url))).await;
+}
+
+#[tokio::test]
+async fn no_permission_that_is_asked_for_can_be_spared() {
+    let server = RedisServer::with(&least_permissions(""));
+    let mut admin = redis::Client::open(format!("redis://admin:x@127.0.0.1:{}", server.port())).unwrap();
+    let change = |admin: &mut redis::Client, change: &str| {
+        let _: () = redis::cmd("ACL").arg("SETUSER").arg("cloakroom").arg(change).query(admin).unwrap();
+        // A server that knows the scripts hides that they cannot be sent.
+        let _: () = redis::cmd("SCRIPT").arg("FLUSH").query(admin).unwrap();
+    };
+    let store = || {
+        let settings = settings(&format!("redis://cloakroom:s3cr%25t@127.0.0.1:{}", server.port()));
+        RedisStore::new(&settings, WITH_EVENTS()).unwrap()
+    };
+    let conf = least_permissions("");
+    let permissions: Vec<_> = conf.lines().last().unwrap().split(' ').filter(|word| word.starts_with('+')).collect();
+    assert!(15 < permissions.len(), "{permissions:?}");
+    a_short_life(&store()).await.expect("together they suffice");
+    for permission in permissions {
+        change(&mut admin, &permission.replace('+', "-"));
+        assert!(a_short_life(&store()).await.is_err(), "{permission} is not needed");
+        change(&mut admin, permission);
+        a_short_life(&store()).await.unwrap_or_else(|error| panic!("{permission} is back: {error:?}"));
+    }
+}
+
+/// Something of everything that a store does.
+async fn a_short_life(store: &RedisStore) -> Result<(), StoreError> {
+    fn must(is_so: bool) -> Result<(), StoreError> {
+        is_so.then_some(()).ok_or(StoreError::Unreadable)
+    }
+    let user = somebody();
+    let key = id_of(&user).key();
+    store.create(&key, session_of(&user), &terms(LONG, None)).await?;
+    let stored = store.load(&key).await?.live().ok_or(StoreError::Unreadable)?;
+    must(store.touch(&key, Duration::from_secs(1_200), stored.record.ends).await?)?;
+    must(LONG.idle < store.load(&key).await?.live().ok_or(StoreError::Unreadable)?.time_to_live)?;
+    let seen = Activity { at: 1, address: [192, 0, 2, 7].into(), route: "/".to_owned() };
+    store.add_activity(&key, &[seen.clone(), seen], 1).await?;
+    must(store.activity(&key).await?.len() == 1)?;
+    let newer = id_of(&user).key();
+    let one = Limit { sessions: 1, when_full: WhenFull::EvictOldest };
+    store.create(&newer, session_of(&user), &Terms { limit: Some(one), ..terms(LONG, None) }).await?;
+    must(matches!(store.load(&key).await?, Found::Ended(Ending::Displaced)))?;
+    must(store.list(&user).await?.len() == 1)?;
+    must(store.destroy(&newer, None, Ending::LoggedOut).await?)?;
+    must(store.load(&newer).await?.live().is_none())?;
+    let events = store.sweep(key.bucket()).await?;
+    must(2 <= events.len())?;
+    store.forget_events(key.bucket(), &events).await?;
+    must(store.sweep(key.bucket()).await?.is_empty())?;
+    must(store.lead("instance", LONG.idle).await?)?;
+    store.increment(&user, LONG.idle).await?;
+    store.decrement(&user).await?;
+    must(store.count(&user).await? == 0)?;
+    store.reset(&user).await?;
+    store.ping().await
 }
 
 #[tokio::test]
@@ -960,8 +1027,7 @@ async fn a_full_redis_refuses_logins_and_still_knows_and_ends_sessions() {
     let server = RedisServer::start();
     let world = World::redis(&settings(&server.url()));
     let key = world.created("ann", LONG).await;
-    let others =
-        [world.created("ann", LONG).await, world.created("ann", LONG).await, world.created("ann", LONG).await];
+    let others = [world.created("ann", LONG).await, world.created("ann", LONG).await, world.created("ann", LONG).await];
     let _: () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(1).query(&mut server.client()).unwrap();
     let refused = world.store.create(&id_of("ann").key(), session_of("ann"), &terms(LONG, Some(&key))).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
@@ -975,6 +1041,136 @@ async fn a_full_redis_refuses_logins_and_still_knows_and_ends_sessions() {
     assert!(world.store.lead("instance", LONG.idle).await.unwrap());
     assert_eq!(world.sweep(&key).await.len(), 3);
     assert!(world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap(), "a logout works always");
+}
+
+#[tokio::test]
+async fn a_server_that_has_forgotten_the_scripts_is_told_again() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let key = world.created("ann", LONG).await;
+    let _: () = redis::cmd("SCRIPT").arg("FLUSH").query(&mut server.client()).unwrap();
+    assert!(world.store.destroy(&key, Some("ann"), Ending::LoggedOut).await.unwrap());
+    let _: () = redis::cmd("SCRIPT").arg("FLUSH").query(&mut server.client()).unwrap();
+    assert!(world.lives(&world.created("ann", LONG).await).await);
+}
+
+#[tokio::test]
+async fn sessions_that_are_gone_do_not_pile_up_in_an_index_without_a_limit() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let mut client = server.client();
+    for _ in 0..50 {
+        let key = world.created("ann", LONG).await;
+        // Its user is not named, as with a cookie of somebody who is unknown by now.
+        world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+    }
+    let index: Vec<String> = redis::cmd("KEYS").arg("cloakroom:u:*").query(&mut client).unwrap();
+    let members: usize = redis::cmd("ZCARD").arg(&index[0]).query(&mut client).unwrap();
+    assert!(members <= 2, "{members} are left of fifty");
+}
+
+#[tokio::test]
+async fn ends_that_nobody_asks_for_are_forgotten_in_the_end_and_counted() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let key = world.created("ann", LONG).await;
+    let name = format!("cloakroom:e:{{{}}}", bucket_text(key.bucket()));
+    let mut filling = redis::cmd("RPUSH");
+    filling.arg(&name);
+    let member = key.member();
+    for n in 0..10_000 {
+        filling.arg(format!("logged_out {} {member} old", 1_700_000_000_000_u64 + n));
+    }
+    let mut client = server.client();
+    let _: () = filling.query(&mut client).unwrap();
+    world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+    let length: usize = redis::cmd("LLEN").arg(&name).query(&mut client).unwrap();
+    assert_eq!(length, 10_000);
+    let last: Vec<String> = redis::cmd("LRANGE").arg(&name).arg(-1).arg(-1).query(&mut client).unwrap();
+    assert!(last[0].ends_with(" ann"), "the latest stays: {last:?}");
+
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+    let logging = tracing::subscriber::set_default(subscriber);
+    let first = world.sweep(&key).await;
+    assert_eq!(first[0].at, 1_700_000_000_001, "the oldest made room");
+    assert!((1..10_000).contains(&first.len()), "not all in one answer");
+    world.forget(&key, &first).await;
+    assert_eq!(world.sweep(&key).await[0].at, first.last().unwrap().at + 1, "the next ones");
+    drop(logging);
+    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert_eq!(text.matches("lost=1").count(), 1, "said once: {text}");
+}
+
+#[tokio::test]
+async fn what_is_no_end_in_the_outbox_holds_nothing_up() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let key = world.created("ann", LONG).await;
+    let name = format!("cloakroom:e:{{{}}}", bucket_text(key.bucket()));
+    let mut client = server.client();
+    let _: () = redis::cmd("RPUSH").arg(&name).arg("").arg("tired 1 x y").arg(b"\xff").query(&mut client).unwrap();
+    world.store.destroy(&key, None, Ending::LoggedOut).await.unwrap();
+    let events = world.sweep(&key).await;
+    assert_eq!(events.len(), 1);
+    let length: usize = redis::cmd("LLEN").arg(&name).query(&mut client).unwrap();
+    assert_eq!(length, 1, "and is gone");
+}
+
+#[tokio::test]
+async fn without_anybody_to_tell_ends_are_not_collected() {
+    let server = RedisServer::start();
+    let store = RedisStore::new(&settings(&server.url()), StoreOptions::default()).unwrap();
+    let key = id_of("ann").key();
+    store.create(&key, session_of("ann"), &terms(LONG, None)).await.unwrap();
+    store.destroy(&key, Some("ann"), Ending::Revoked).await.unwrap();
+    assert_eq!(store.sweep(key.bucket()).await.unwrap(), []);
+    let names: Vec<String> = redis::cmd("KEYS").arg("*").query(&mut server.client()).unwrap();
+    assert_eq!(names, [key.to_store_key(PREFIX)], "nothing is left but why it ended");
+}
+
+#[tokio::test]
+async fn a_session_of_before_there_was_a_registry_counts_from_its_next_use_on() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let key = world.created("ann", LONG).await;
+    let name = format!("cloakroom:x:{{{}}}", bucket_text(key.bucket()));
+    let _: () = redis::cmd("DEL").arg(&name).query(&mut server.client()).unwrap();
+    assert_eq!(world.store.total().await.unwrap(), 0);
+    assert!(world.store.touch(&key, LONG.idle, world.ends(&key).await).await.unwrap());
+    assert_eq!(world.store.total().await.unwrap(), 1);
+    assert_eq!(world.store.list_part(key.bucket()).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_strict_logout_is_answered_when_no_copy_can_be_left() {
+    let server = RedisServer::start();
+    let lease = Duration::from_millis(300);
+    let strict = model::RedisStore {
+        logout: model::Logout::Strict,
+        lease: Spanned::new(0..0, cloakroom::config::value::Duration::from_millis(300)),
+        ..settings(&server.url())
+    };
+    let world = World::redis(&strict);
+    let key = world.created("ann", LONG).await;
+    let started = std::time::Instant::now();
+    assert!(world.store.destroy(&key, Some("ann"), Ending::LoggedOut).await.unwrap());
+    assert!(lease <= started.elapsed(), "a copy may be used for as long as its lease");
+    let key = world.created("ann", LONG).await;
+    let started = std::time::Instant::now();
+    assert_eq!(world.store.destroy_all("ann", None, Ending::Revoked).await.unwrap(), 1);
+    assert!(lease <= started.elapsed());
+    assert!(!world.lives(&key).await);
+}
+
+#[tokio::test]
+async fn an_id_that_was_made_for_another_user_begins_no_session() {
+    let server = RedisServer::start();
+    let world = World::redis(&settings(&server.url()));
+    let key = id_of("ann").key();
+    let refused = world.store.create(&key, session_of("bob"), &terms(LONG, None)).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "bob's sessions are looked for elsewhere: {refused:?}");
 }
 
 /// Runtimes come and go, each with its own connection; one store serves them all.

@@ -9,8 +9,8 @@ if not lives(member) then
   return { 0 }
 end
 for added = 5, #ARGV do
-  redis.call('LPUSH', trail(member), ARGV[added])
+  redis.call('RPUSH', trail(member), ARGV[added])
 end
-redis.call('LTRIM', trail(member), 0, ARGV[4] - 1)
+redis.call('LTRIM', trail(member), -ARGV[4], -1)
 keep(trail(member), now + math.max(redis.call('PTTL', session(member)), 1))
 return { 1 }

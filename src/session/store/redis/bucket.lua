@@ -45,7 +45,7 @@ local function tell(member, ending)
   local length = redis.call('RPUSH', outbox, string.format('%s %.0f %s %s', ending, now, member, user))
   if OUTBOX_MAX < length then
     redis.call('LTRIM', outbox, -OUTBOX_MAX, -1)
-    redis.call('HINCRBY', users, 'lost', length - OUTBOX_MAX)
+    redis.call('HSET', users, 'lost', (redis.call('HGET', users, 'lost') or 0) + length - OUTBOX_MAX)
     keep(users, now + 7 * DAY)
   end
   keep(outbox, now + 7 * DAY)

@@ -8,9 +8,8 @@
 local index, member, ends, limit, replaced = KEYS[4], ARGV[3], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[10]
 local displaced = 0
 
-redis.call('ZREMRANGEBYSCORE', index, '-inf', now)
 if limit == 0 then
-  -- Each login looks at two, so that those who idled out do not pile up.
+  -- Each login looks at the two oldest, so that those that are gone do not pile up.
   for _, other in ipairs(redis.call('ZRANGE', index, 0, 1)) do
     if not lives(other) then
       redis.call('ZREM', index, other)

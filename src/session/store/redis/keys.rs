@@ -7,7 +7,7 @@
 //! | `<prefix>x:{<bb>}`          | zset   | the registry: all sessions of the bucket, scored with when to look at each  |
 //! | `<prefix>d:{<bb>}`          | hash   | whose they are, where events are on; and in `lost` how many events are lost |
 //! | `<prefix>e:{<bb>}`          | list   | the outbox: ends of which nobody was told yet                               |
-//! | `<prefix>a:{<bb>}:<member>` | list   | a session's activity trail, the latest first                                |
+//! | `<prefix>a:{<bb>}:<member>` | list   | a session's activity trail, the latest last                                 |
 //! | `<prefix>c:<counter>`       | string | a counter                                                                   |
 //! | `<prefix>lead`              | string | which instance sweeps                                                       |
 //!
