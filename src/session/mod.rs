@@ -20,6 +20,7 @@ mod touch;
 mod trail;
 mod fallback;
 mod ended;
+pub mod cache;
 pub mod store;
 
 use ended::Ended;

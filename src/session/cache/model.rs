@@ -1,0 +1,1 @@
+//! Does the rule hold in every order of things?
