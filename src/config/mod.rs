@@ -9,6 +9,7 @@ use toml::de::DeTable;
 
 pub mod model;
 pub mod value;
+pub mod redis_url;
 mod validate;
 pub mod error;
 

@@ -9,6 +9,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
 use super::model::{Access, Config, Listener, RedisStore, Scheme, SealRecords};
+use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, is_sample_secret};
 
 /// `tree` is what `config` was read from: it knows where each key stands.
@@ -138,7 +139,8 @@ impl Check<'_, '_> {
         if !url.is_empty() {
             match RedisUrl::parse(url) {
                 Err(message) => {
-                    let expected = "expected e.g. \"redis://127.0.0.1:6379\", \"rediss://user:password@redis.example.org\" \
+                    let expected = "expected e.g. \"redis://127.0.0.1:6379\", \"rediss://user:password@redis.example.org\", \
+                                    \"redis+sentinel://host1,host2,host3/mymaster\", \"redis+cluster://host1,host2\" \
                                     or \"unix:///run/redis/redis.sock\"";
                     self.problems.add(redis.url.span(), format!("store.redis.url: {message}")).hint(expected);
                 }
@@ -155,21 +157,41 @@ impl Check<'_, '_> {
                 .add(redis.prefix.span(), message)
                 .hint("a brace would decide which slot of a Redis Cluster holds a key");
         }
+        match (&redis.cert, &redis.key) {
+            (Some(cert), None) => {
+                self.problems.add(cert.span(), "cert without key").hint("add key = \"...\", the PEM private key");
+            }
+            (None, Some(key)) => {
+                self.problems.add(key.span(), "key without cert").hint("add cert = \"...\", the PEM certificate chain");
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        self.number("store.redis.cache_sessions_max", redis.cache_sessions_max, 1..=100_000_000);
+        self.number("store.redis.logout_replicas", redis.logout_replicas.into(), 1..=16);
+        let lease = *redis.lease.get_ref();
+        if lease < LEASE_MIN || LEASE_MAX < lease {
+            let message = format!("store.redis.lease is {lease}: must be between {LEASE_MIN} and {LEASE_MAX}");
+            self.problems
+                .add(redis.lease.span(), message)
+                .hint("a logout is seen everywhere within this time; every quarter of it Redis is asked for a sign of life");
+        }
     }
 
     fn redis_url(&mut self, redis: &RedisStore, url: &RedisUrl) {
-        let is_sample = url.password.as_deref().is_some_and(is_sample_secret);
+        let is_sample = url.passwords().any(|password| is_sample_secret(password.expose()));
         if is_sample || is_sample_secret(redis.url.get_ref().expose()) {
             self.problems
                 .add(redis.url.span(), "store.redis.url holds a sample password, which everybody knows")
                 .hint("set a password of your own in Redis, and refer to it by { file = ... } or { env = ... }");
         }
-        if let Some(ca) = &redis.ca
-            && !url.is_tls
-        {
-            self.problems
-                .add(ca.span(), "ca is for TLS, but store.redis.url does not begin with rediss://")
-                .hint("write rediss:// in the URL, or remove ca");
+        for (name, path) in [("ca", &redis.ca), ("cert", &redis.cert), ("key", &redis.key)] {
+            if let Some(path) = path
+                && !url.tls
+            {
+                self.problems
+                    .add(path.span(), format!("{name} is for TLS, but store.redis.url does not begin with rediss"))
+                    .hint(format!("write rediss:// (rediss+sentinel://, rediss+cluster://) in the URL, or remove {name}"));
+            }
         }
     }
 
@@ -439,52 +461,6 @@ fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
     one.port() == other.port() && one.port() != 0 && (one.ip() == other.ip() || same_family && has_wildcard)
 }
 
-/// As much of a Redis URL as cross-key rules need; the store reads the rest.
-struct RedisUrl {
-    is_tls: bool,
-    password: Option<String>,
-}
-
-impl RedisUrl {
-    fn parse(url: &str) -> Result<Self, &'static str> {
-        let Some((scheme, rest)) = url.split_once("://") else { return Err("no scheme") };
-        let is_socket = match scheme {
-            "redis" | "rediss" => false,
-            "unix" | "redis+unix" => true,
-            _ => return Err("unknown scheme, expected redis, rediss, unix or redis+unix"),
-        };
-        if rest.contains('#') {
-            return Err("a `#` is written %23 in a password, and elsewhere refused: certificates are always verified");
-        }
-        if rest.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err("white space in a URL");
-        }
-        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
-        if is_socket {
-            if !place.starts_with('/') || place == "/" {
-                return Err("expected the absolute path of a socket");
-            }
-            let mut pairs = form_urlencoded::parse(query.as_bytes());
-            let password = pairs.find(|(key, _)| key == "pass").map(|(_, password)| password.into_owned());
-            return Ok(Self { is_tls: false, password });
-        }
-        let (authority, _database) = place.split_once('/').unwrap_or((place, ""));
-        let (user, server) = authority.rsplit_once('@').unwrap_or(("", authority));
-        let (host, port) = match server.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => (host, port),
-            _ => (server, "6379"),
-        };
-        if host.is_empty() {
-            return Err("no host");
-        }
-        host_name_or_address(host)?;
-        port_number(port)?;
-        let password = user.split_once(':').map(|(_, password)| percent_encoding::percent_decode_str(password));
-        let password = password.map(|decoded| decoded.decode_utf8_lossy().into_owned());
-        Ok(Self { is_tls: scheme == "rediss", password })
-    }
-}
-
 /// A name that browsers keep and that means what it says (RFC 6265, section 4.1.1; RFC 6265bis, section 4.1.3).
 fn cookie_name(name: &str) -> Result<(), &'static str> {
     let bare = name.strip_prefix("__Host-").unwrap_or(name);
@@ -502,6 +478,9 @@ fn cookie_name(name: &str) -> Result<(), &'static str> {
 
 /// The longest that anybody is served without a word of the store.
 const BRIDGED_MAX: Duration = Duration::from_millis(60 * 60 * 1000);
+/// Of Redis; below, a busy machine lets it lapse for nothing.
+const LEASE_MIN: Duration = Duration::from_millis(200);
+const LEASE_MAX: Duration = Duration::from_millis(60_000);
 
 /// What the guard can handle: `http::Uri` holds no longer target.
 const TARGET_BYTES_MAX: Bytes = Bytes(63 * 1024);
@@ -570,7 +549,7 @@ fn backend_address(text: &str) -> Result<(), &'static str> {
         return Err("an IPv6 address stands in brackets");
     }
     host_name_or_address(host)?;
-    port_number(port)
+    port_number(port).map(drop)
 }
 
 /// Compared with the request's host in lower case, so that is how it must be written.
@@ -613,13 +592,13 @@ fn web_origin(text: &str) -> Result<(), &'static str> {
     host_name_or_address(host)?;
     match (scheme, port) {
         ("https", Some("443")) | ("http", Some("80")) => Err("browsers leave the default port out"),
-        (_, Some(port)) => port_number(port),
+        (_, Some(port)) => port_number(port).map(drop),
         (_, None) => Ok(()),
     }
 }
 
 /// A DNS name (RFC 1123, section 2.1; `_` as container networks use it), an IPv4 address, or `[IPv6]`.
-fn host_name_or_address(text: &str) -> Result<(), &'static str> {
+pub(super) fn host_name_or_address(text: &str) -> Result<(), &'static str> {
     if let Some(rest) = text.strip_prefix('[') {
         let address = rest.strip_suffix(']').and_then(|address| address.parse::<Ipv6Addr>().ok());
         return address.map(|_| ()).ok_or("not an IPv6 address");
@@ -641,9 +620,10 @@ fn host_name_or_address(text: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn port_number(text: &str) -> Result<(), &'static str> {
+pub(super) fn port_number(text: &str) -> Result<u16, &'static str> {
     let is_plain = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
-    if is_plain && text.parse::<u16>().is_ok() { Ok(()) } else { Err("a port is a number from 1 to 65535") }
+    let port = if is_plain { text.parse().ok() } else { None };
+    port.ok_or("a port is a number from 1 to 65535")
 }
 
 /// RFC 9110, section 5.6.2.
@@ -848,6 +828,13 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (redis("redis://user:Change%2DMe@h"), "11:7", "holds a sample password"),
             (redis("unix:///run/redis.sock?pass=foobared"), "11:7", "holds a sample password"),
             (redis("redis://h") + "\nca = \"ca.pem\"", "12:6", "ca is for TLS"),
+            (redis("redis+sentinel://h"), "11:7", "the name by which the sentinels know"),
+            (redis("redis+sentinel://h/m?sentinel_pass=changeme"), "11:7", "holds a sample password"),
+            (redis("redis+cluster://h") + "\nkey = \"key.pem\"", "12:7", "key without cert"),
+            (redis("rediss+cluster://h") + "\ncert = \"cert.pem\"", "12:8", "cert without key"),
+            (redis("redis://h") + "\nlease = \"100ms\"", "12:9", "must be between 200ms and 1m"),
+            (redis("redis://h") + "\ncache_sessions_max = 0", "12:22", "cache_sessions_max is 0: must be between 1"),
+            (redis("redis://h") + "\nlogout_replicas = 0", "12:19", "logout_replicas is 0: must be between 1 and 16"),
             (redis("redis://h") + "\nprefix = \"a b\"", "12:10", "invalid prefix"),
             (redis("redis://h") + "\nprefix = \"{a}\"", "12:10", "invalid prefix"),
             (cookie("__Secure-s"), "11:10", "the only prefix that may begin with `__` is `__Host-`"),
