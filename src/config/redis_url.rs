@@ -3,6 +3,7 @@
 //! No message here repeats any part of the URL: a password with an unescaped character can end up in every part.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use percent_encoding::percent_decode_str;
@@ -190,6 +191,9 @@ fn address(text: &str, default_port: u16) -> Result<RedisAddress, &'static str> 
         Some(port) => port_number(port)?,
     };
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    if host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified()) {
+        return Err("0.0.0.0 and [::] are where a server listens, not where it is");
+    }
     Ok(RedisAddress::Tcp { host: host.to_owned(), port })
 }
 
@@ -330,6 +334,8 @@ mod tests {
             ("REDIS://:hunter2@h", "unknown scheme"),
             ("redis://", "no host"),
             ("redis://:hunter2@", "no host"),
+            ("redis://:hunter2@0.0.0.0", "where a server listens"),
+            ("redis://:hunter2@[::]", "where a server listens"),
             ("redis://:hunter2@h:port", "a port"),
             ("redis://:hunter2@h:0", "a port"),
             ("redis://:hunter2@h:65536", "a port"),

@@ -112,6 +112,13 @@ impl SessionKey {
         (length == KEY_BYTES && bucket < BUCKETS).then_some(Self { bucket, hash })
     }
 
+    /// Reads what [`Self::to_store_key`] wrote, with the same prefix.
+    pub fn of_store_key(prefix: &str, name: &[u8]) -> Option<Self> {
+        let rest = name.strip_prefix(prefix.as_bytes())?.strip_prefix(b"s:{")?;
+        let (bucket, rest) = rest.split_at_checked(BUCKET_CHARS)?;
+        Self::of_member(parse_bucket(bucket)?, rest.strip_prefix(b"}:")?)
+    }
+
     pub fn bucket(&self) -> u16 {
         self.bucket
     }

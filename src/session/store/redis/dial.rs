@@ -171,10 +171,28 @@ impl Dialer {
 }
 
 impl Live {
+    /// Nothing more will be answered.
+    pub(super) fn is_lost(&self) -> bool {
+        self.driver.is_finished()
+    }
+
     /// The replies to these commands, one each; the errors among them are the commands' own.
     pub(super) async fn ask(&self, commands: &redis::Pipeline, replies: usize) -> RedisResult<Vec<Value>> {
         let answer = self.connection.clone().send_packed_commands(commands, 0, replies).await?;
         if answer.len() == replies { Ok(answer) } else { Err(senseless()) }
+    }
+
+    /// As [`Self::ask`], for who has time of his own.
+    pub(super) async fn ask_within<const N: usize>(
+        &self,
+        limit: Duration,
+        commands: &redis::Pipeline,
+    ) -> Result<[Value; N], Failure> {
+        match timeout(limit, self.ask(commands, N)).await {
+            Ok(Ok(replies)) => replies.try_into().map_err(|_| Failure::of(&senseless())),
+            Ok(Err(error)) => Err(Failure::of(&error)),
+            Err(_elapsed) => Err(Failure::no_answer_within(limit)),
+        }
     }
 }
 

@@ -1,9 +1,12 @@
-//! How does a command get to Redis? Over one supervised connection for each runtime.
+//! How does a command get to Redis? To the primary of its slot, over the one connection that this runtime has to it.
 //!
 //! **No command is ever answered with another request's reply.** A connection answers in the order of its commands,
 //! and its driver remembers every command that it sent, also one whose asker went away; the reply to that one is read
 //! and dropped. After a response timeout, or a reply that makes no sense, nobody trusts the connection any more: it is
 //! replaced.
+//!
+//! **Nobody waits for a server that is known to be down**, and nobody longer than the response timeout in total,
+//! wherever he is sent on the way.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +14,22 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, PushInfo, PushKind, RedisError, RedisResult, Value};
+use redis::{Cmd, Pipeline, RedisResult, Value};
 use tokio::runtime;
-use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::dial::{Dialer, Live, Role};
+use super::failure::{Failure, ends_trust, reply_ends_trust, senseless, server_error, store_error};
+use super::read::Flights;
 use super::settings::{self, SettingsError};
-use crate::config::model;
+use super::supervise::{Copies, Link, Rhythm};
+use super::topology::{Primary, Topology, redirection};
+use crate::config::model::{self, Cache};
+use crate::session::cache::{LeaseCache, Limits};
 use crate::session::store::StoreError;
 
-/// Commands for keys of one slot, answered in their order, one round trip.
+/// Commands for keys of one slot, answered in their order, one round trip. No transaction: a Cluster whose slots are
+/// moving may answer one command here and the next one there.
 #[derive(Clone)]
 pub(super) struct Batch {
     pub(super) place: Place,
@@ -36,51 +45,26 @@ pub(super) enum Place {
 
 /// All connections of a store.
 pub(super) struct Links {
-    server: Arc<Server>,
-    response_timeout: Duration,
+    topology: Arc<Topology>,
+    address: String,
+    rhythm: Rhythm,
+    cache_limits: Option<Limits>,
     /// By runtime: a connection lives and dies with the runtime that drives it.
-    links: ArcSwap<Vec<(runtime::Id, Link)>>,
+    runtimes: ArcSwap<Vec<(runtime::Id, Arc<RuntimeLinks>)>>,
     linking: Mutex<()>,
 }
 
-/// Where the server is and how to get in.
-struct Server {
-    client: Client,
-    /// One runtime has reached it: the others need not wait out their backoff.
-    is_back: Notify,
-    connect_timeout: Duration,
-    response_timeout: Duration,
-}
+type RuntimeLinks = ArcSwap<Vec<Arc<Link>>>;
 
-/// What one runtime knows of its connection.
-type Link = watch::Receiver<State>;
-
-enum State {
-    /// The very first attempt is under way.
-    Connecting,
-    Up(Arc<Live>),
-    Down(Failure),
-}
-
-struct Live {
-    connection: MultiplexedConnection,
-    /// Somebody has seen that this connection is not to be used any more.
-    lost: Arc<Notify>,
-}
-
-/// Why the store is down, told to everybody who asks.
-#[derive(Clone)]
-struct Failure {
-    is_refusal: bool,
-    cause: Arc<str>,
-}
-
-/// Room for that many requests between two turns of the driver; the client's default of 50 makes askers wait.
-const REQUESTS_QUEUED_MAX: usize = 1000;
-const BACKOFF_MIN: Duration = Duration::from_millis(10);
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// A server that froze is found this much earlier than by the first user who comes.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// A slot that has moved twice since we asked is a Cluster in turmoil.
+const HOPS_MAX: usize = 3;
+/// Keys of one command may be on two nodes for a moment while their slot moves.
+const TRY_AGAIN_PAUSE: Duration = Duration::from_millis(20);
+/// With no copies to keep true: a server that froze is found this much earlier than by the first user who comes.
+const BEAT_MAX: Duration = Duration::from_secs(1);
+/// So many signs of life within a lease: one may come late.
+const BEATS_PER_LEASE: u32 = 4;
+const ROLE_LEASE: Duration = Duration::from_secs(3);
 
 /// The slot of a key: CRC16 (XMODEM) of what stands between the first braces, or of the whole name, modulo 16384 (Redis
 /// Cluster specification, "Key distribution model").
@@ -98,33 +82,41 @@ pub(super) fn key_slot(name: &[u8]) -> u16 {
 impl Links {
     /// Checks the settings; connects to nothing and needs no runtime.
     pub(super) fn new(settings: &model::RedisStore) -> Result<Self, SettingsError> {
-        let response_timeout = settings.response_timeout.get();
-        let server = Server {
-            client: settings::client(settings)?,
-            is_back: Notify::new(),
-            connect_timeout: settings.connect_timeout.get(),
-            response_timeout,
-        };
-        Ok(Self { server: Arc::new(server), response_timeout, links: ArcSwap::default(), linking: Mutex::default() })
-    }
-
-    /// Host and port or the socket's path: what may be shown.
-    pub(super) fn address(&self) -> String {
-        self.server.address()
-    }
-
-    /// The replies, one for each command; what the server says against a single command is among them.
-    pub(super) async fn ask(&self, batch: Batch) -> Result<Vec<Value>, StoreError> {
-        let Batch { place: _, commands } = batch;
-        self.exchange(|mut connection| async move {
-            let mut pipeline = redis::Pipeline::with_capacity(commands.len());
-            let count = commands.len();
-            for command in commands {
-                pipeline.add_command(command);
+        let url = settings::url(settings)?;
+        let dialer = Dialer::new(settings, &url)?;
+        let lease = settings.lease.get_ref().get();
+        let (cache_limits, beat) = match settings.cache {
+            Cache::Off => (None, BEAT_MAX),
+            Cache::Coherent => {
+                let limits = Limits {
+                    sessions_max: settings.cache_sessions_max,
+                    bytes_max: settings.cache_bytes.0,
+                    lease,
+                    role_lease: ROLE_LEASE.max(lease),
+                    ..Limits::default()
+                };
+                (Some(limits), (lease / BEATS_PER_LEASE).min(BEAT_MAX))
             }
-            connection.send_packed_commands(&pipeline, 0, count).await
+        };
+        Ok(Self {
+            address: url.to_string(),
+            topology: Arc::new(Topology::new(url.place, dialer)),
+            rhythm: Rhythm { prefix: settings.prefix.get_ref().as_str().into(), beat },
+            cache_limits,
+            runtimes: ArcSwap::default(),
+            linking: Mutex::default(),
         })
-        .await
+    }
+
+    /// Hosts and ports or the socket's path: what may be shown.
+    pub(super) fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    /// The replies, one for each command; what the server says against a single command is among them, but where
+    /// another node has the slot, that one was asked.
+    pub(super) async fn ask(&self, batch: Batch) -> Result<Vec<Value>, StoreError> {
+        self.answer(batch, None).await.map_err(Into::into)
     }
 
     /// As [`Self::ask`], and then so many replicas have it, or the answer is an error. On a connection of its own, for
@@ -132,10 +124,22 @@ impl Links {
     pub(super) async fn ask_durably(
         &self,
         batch: Batch,
-        _replicas: u16,
-        _time: Duration,
+        replicas: u16,
+        time: Duration,
     ) -> Result<Vec<Value>, StoreError> {
-        self.ask(batch).await
+        self.answer(batch, Some(Patience { replicas, time })).await.map_err(Into::into)
+    }
+
+    /// What this runtime keeps of the sessions in this slot.
+    pub(super) fn cache(&self, slot: u16) -> Option<Arc<LeaseCache>> {
+        let link = self.known_link(&*self.topology.primary(Place::Slot(slot))?)?;
+        link.copies.as_ref().map(|copies| Arc::clone(&copies.cache))
+    }
+
+    /// As [`Self::cache`], with the reads that are under way; begins to connect where there is no link yet.
+    pub(super) async fn copies(&self, slot: u16) -> Result<Option<Arc<Copies>>, StoreError> {
+        let primary = self.topology.find(Place::Slot(slot)).await?;
+        Ok(self.link(&primary)?.copies.clone())
     }
 
     /// The error for a reply that makes no sense; nobody trusts the connection any more that gave it.
@@ -147,8 +151,17 @@ impl Links {
     }
 
     /// Whether the primary of this slot is known not to be reached.
-    pub(super) fn is_down(&self, _slot: u16) -> bool {
-        matches!(self.known(), Some(Err(_)))
+    pub(super) fn is_down(&self, slot: u16) -> bool {
+        match self.topology.primary(Place::Slot(slot)) {
+            Some(primary) => {
+                self.known_link(&primary).is_some_and(|link| link.known().is_some_and(|known| known.is_err()))
+            }
+            None => self.topology.is_lost(),
+        }
+    }
+
+    pub(super) fn topology(&self) -> &Arc<Topology> {
+        &self.topology
     }
 
     /// One whole exchange with the server, however many round trips it takes, within the response timeout.
@@ -159,8 +172,10 @@ impl Links {
     where
         F: Future<Output = RedisResult<T>> + Send,
     {
-        let live = self.live().await?;
-        match timeout(self.response_timeout, commands(live.connection.clone())).await {
+        let dialer = &self.topology.dialer;
+        let primary = self.topology.find(Place::Anywhere).await?;
+        let live = self.link(&primary)?.live(Instant::now() + dialer.connect_timeout).await?;
+        match timeout(dialer.response_timeout, commands(live.connection.clone())).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => {
                 if ends_trust(&error) {
@@ -170,227 +185,253 @@ impl Links {
             }
             Err(_elapsed) => {
                 live.lost.notify_one();
-                Err(StoreError::Unavailable(no_answer_within(self.response_timeout).into()))
+                Err(Failure::no_answer_within(dialer.response_timeout).into())
             }
         }
     }
 
-    async fn live(&self) -> Result<Arc<Live>, StoreError> {
-        let mut link = match self.known() {
-            Some(Ok(live)) => return Ok(live),
-            Some(Err(failure)) => return Err(failure.into()),
-            None => self.link()?,
-        };
-        let first_attempt =
-            timeout(self.server.connect_timeout, link.wait_for(|state| !matches!(state, State::Connecting)));
-        match first_attempt.await {
-            Ok(Ok(state)) => match &*state {
-                State::Up(live) => Ok(Arc::clone(live)),
-                State::Down(failure) => Err(failure.clone().into()),
-                State::Connecting => Err(StoreError::Unavailable("still connecting".into())),
-            },
-            Ok(Err(_closed)) => Err(StoreError::Unavailable("the runtime is shutting down".into())),
-            Err(_elapsed) => Err(StoreError::Unavailable(no_answer_within(self.server.connect_timeout).into())),
+    /// Follows a batch to wherever it is answered.
+    async fn answer(&self, batch: Batch, patience: Option<Patience>) -> Result<Vec<Value>, Failure> {
+        let dialer = &self.topology.dialer;
+        let first_connection = Instant::now() + dialer.connect_timeout;
+        let mut primary = self.topology.find(batch.place).await?;
+        let mut live = self.live(&primary, patience, first_connection).await?;
+        let limit = dialer.response_timeout + patience.map_or(Duration::ZERO, |patience| patience.time);
+        let deadline = Instant::now() + limit;
+        let mut answers: Vec<Option<Value>> = batch.commands.iter().map(|_| None).collect();
+        let mut is_asking = false;
+        let mut tried_again = false;
+        for hop in 0..=HOPS_MAX {
+            let open: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].is_none()).collect();
+            let commands = open.iter().map(|index| &batch.commands[*index]);
+            let asked = send(&live, commands, is_asking, patience);
+            let replies = match timeout_at(deadline, asked).await {
+                Ok(Ok(replies)) => replies,
+                Ok(Err(error)) => {
+                    if ends_trust(&error) {
+                        live.lost.notify_one();
+                    }
+                    return Err(Failure::of(&error));
+                }
+                Err(_elapsed) => {
+                    live.lost.notify_one();
+                    return Err(Failure::no_answer_within(limit));
+                }
+            };
+            let mut elsewhere = None;
+            for (index, reply) in open.iter().zip(replies.answers) {
+                if reply_ends_trust(&reply) {
+                    live.lost.notify_one();
+                    self.topology.ask_again();
+                }
+                let next = server_error(&reply).and_then(|error| Next::of(error, &primary));
+                match next {
+                    // Of several the first: they are all of one slot.
+                    Some(next) if hop < HOPS_MAX => {
+                        elsewhere.get_or_insert(next);
+                    }
+                    Some(_) | None => answers[*index] = Some(reply),
+                }
+            }
+            is_asking = false;
+            match elsewhere {
+                None => {
+                    replies.replicated.map_or(Ok(()), |count| patience.map_or(Ok(()), |patience| patience.judge(count)))?;
+                    break;
+                }
+                Some(Next::Moved(slot, address)) => primary = self.topology.moved(slot, &address),
+                Some(Next::Asked(address)) => {
+                    is_asking = true;
+                    primary = self.topology.at(&address);
+                }
+                Some(Next::Later) if tried_again => {
+                    return Err(Failure::not_now("the slot of these keys is moving to another node"));
+                }
+                Some(Next::Later) => {
+                    tried_again = true;
+                    sleep(TRY_AGAIN_PAUSE).await;
+                    continue;
+                }
+            }
+            live = self.live(&primary, patience, deadline).await?;
+        }
+        answers.into_iter().map(|answer| answer.ok_or_else(|| Failure::of(&senseless()))).collect()
+    }
+
+    async fn live(
+        &self,
+        primary: &Arc<Primary>,
+        patience: Option<Patience>,
+        deadline: Instant,
+    ) -> Result<Arc<Live>, Failure> {
+        let link = self.link(primary)?;
+        let live = link.live(deadline).await?;
+        match patience {
+            None => Ok(live),
+            Some(_) => self.patient(&link, deadline).await,
         }
     }
 
-    /// The hot path: what this runtime's link says now. None when there is no link, or none that knows yet.
-    fn known(&self) -> Option<Result<Arc<Live>, Failure>> {
-        let id = runtime::Handle::try_current().ok()?.id();
-        let links = self.links.load();
-        let (_, link) = links.iter().find(|(runtime, link)| *runtime == id && is_kept(link))?;
-        match &*link.borrow() {
-            State::Up(live) => Some(Ok(Arc::clone(live))),
-            State::Down(failure) => Some(Err(failure.clone())),
-            State::Connecting => None,
+    /// The connection for those who wait for replicas, made when the first of them comes.
+    async fn patient(&self, link: &Link, deadline: Instant) -> Result<Arc<Live>, Failure> {
+        let attempt = async {
+            let mut patient = link.patient.lock().await;
+            if let Some(live) = &*patient
+                && !live.is_lost()
+            {
+                return Ok(Arc::clone(live));
+            }
+            let live = Arc::new(self.topology.dialer.dial(&link.primary.address, Role::Server, |_| {}).await?);
+            self.topology.verify(&live).await?;
+            *patient = Some(Arc::clone(&live));
+            Ok(live)
+        };
+        match timeout_at(deadline, attempt).await {
+            Ok(live) => live,
+            Err(_elapsed) => Err(Failure::not_now("no connection yet")),
         }
+    }
+
+    /// The hot path: this runtime's link to a primary, if it has one.
+    fn known_link(&self, primary: &Primary) -> Option<Arc<Link>> {
+        let id = runtime::Handle::try_current().ok()?.id();
+        let runtimes = self.runtimes.load();
+        let (_, links) = runtimes.iter().find(|(runtime, _)| *runtime == id)?;
+        let links = links.load();
+        let link = links.iter().find(|link| std::ptr::eq(&*link.primary, primary) && link.is_kept())?;
+        Some(Arc::clone(link))
     }
 
     /// This runtime's link, made when there is none.
-    fn link(&self) -> Result<Link, StoreError> {
-        let handle = runtime::Handle::try_current().map_err(|error| StoreError::Unavailable(error.into()))?;
-        let _one_at_a_time = self.linking.lock();
-        let links = self.links.load();
-        // Ids of runtimes that are gone are used again, so their links go first.
-        let mut kept: Vec<_> = links.iter().filter(|(_, link)| is_kept(link)).cloned().collect();
-        if let Some((_, link)) = kept.iter().find(|(runtime, _)| *runtime == handle.id()) {
-            return Ok(link.clone());
+    fn link(&self, primary: &Arc<Primary>) -> Result<Arc<Link>, Failure> {
+        if let Some(link) = self.known_link(primary) {
+            return Ok(link);
         }
-        let (state, link) = watch::channel(State::Connecting);
-        handle.spawn(supervise(Arc::clone(&self.server), state));
-        kept.push((handle.id(), link.clone()));
-        self.links.store(Arc::new(kept));
+        let handle = runtime::Handle::try_current().map_err(Failure::not_now)?;
+        if primary.is_retired() {
+            return Err(Failure::not_now("the server is a primary no more"));
+        }
+        let _one_at_a_time = self.linking.lock();
+        // Ids of runtimes that are gone are used again, and links end with their primary: those go first.
+        let mut runtimes: Vec<_> = (**self.runtimes.load()).clone();
+        runtimes.retain(|(id, links)| *id == handle.id() || links.load().iter().any(|link| link.is_kept()));
+        let own = match runtimes.iter().find(|(id, _)| *id == handle.id()) {
+            Some((_, links)) => Arc::clone(links),
+            None => {
+                let links = Arc::new(RuntimeLinks::default());
+                runtimes.push((handle.id(), Arc::clone(&links)));
+                links
+            }
+        };
+        let mut links: Vec<_> = own.load().iter().filter(|link| link.is_kept()).cloned().collect();
+        let link = match links.iter().find(|link| Arc::ptr_eq(&link.primary, primary)) {
+            Some(link) => Arc::clone(link),
+            None => {
+                let copies = self.cache_limits.map(|limits| Arc::new(self.new_copies(limits)));
+                let link = Link::start(&handle, &self.topology, primary, copies, self.rhythm.clone());
+                links.push(Arc::clone(&link));
+                link
+            }
+        };
+        own.store(Arc::new(links));
+        self.runtimes.store(Arc::new(runtimes));
         Ok(link)
     }
+
+    /// The limits are an instance's, and shared out evenly: to its workers, one per core, and to the primaries.
+    fn new_copies(&self, limits: Limits) -> Copies {
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let shares = workers * self.topology.primaries().len().max(1);
+        let limits = Limits {
+            sessions_max: (limits.sessions_max / shares).max(1),
+            bytes_max: (limits.bytes_max / shares as u64).max(1),
+            ..limits
+        };
+        Copies { cache: Arc::new(LeaseCache::new(limits)), flights: Flights::new(limits.lease) }
+    }
 }
 
-/// Whether its supervisor lives.
-fn is_kept(link: &Link) -> bool {
-    link.has_changed().is_ok()
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.topology.close();
+    }
 }
 
-/// Keeps one connection for one runtime, for as long as the store and the runtime live.
-async fn supervise(server: Arc<Server>, state: watch::Sender<State>) {
-    let keep_connected = async {
-        let mut backoff = BACKOFF_MIN;
-        let mut is_told = false;
-        loop {
-            let live = match server.connect().await {
-                Ok(live) => live,
-                Err(failure) => {
-                    if !is_told {
-                        is_told = true;
-                        tracing::warn!(address = server.address(), cause = &*failure.cause, "redis is down");
-                    }
-                    state.send_replace(State::Down(failure));
-                    server.pause(&mut backoff).await;
-                    continue;
-                }
-            };
-            tracing::info!(address = server.address(), "redis is connected");
-            is_told = true;
-            let since = tokio::time::Instant::now();
-            state.send_replace(State::Up(Arc::clone(&live)));
-            server.is_back.notify_waiters();
-            let failure = server.watch(&live).await;
-            tracing::warn!(address = server.address(), cause = &*failure.cause, "redis is down");
-            state.send_replace(State::Down(failure));
-            // A connection that did not last is no reason to hurry.
-            if BACKOFF_MAX < since.elapsed() {
-                backoff = BACKOFF_MIN;
-            }
-            server.pause(&mut backoff).await;
+/// How long who asks is ready to wait, and for how many replicas.
+#[derive(Clone, Copy)]
+struct Patience {
+    replicas: u16,
+    time: Duration,
+}
+
+impl Patience {
+    fn judge(self, replicated: u64) -> Result<(), Failure> {
+        if u64::from(self.replicas) <= replicated {
+            return Ok(());
         }
+        let Self { replicas, time } = self;
+        Err(Failure::not_now(format_args!("done, but after {time:?} {replicated} of {replicas} replicas had it")))
+    }
+}
+
+struct Replies {
+    answers: Vec<Value>,
+    /// The replicas that have it.
+    replicated: Option<u64>,
+}
+
+async fn send(
+    live: &Live,
+    commands: impl Iterator<Item = &Cmd>,
+    is_asking: bool,
+    patience: Option<Patience>,
+) -> RedisResult<Replies> {
+    let mut pipeline = Pipeline::new();
+    let mut count = 0;
+    for command in commands {
+        // Holds for the one command that follows it.
+        if is_asking {
+            pipeline.cmd("ASKING");
+        }
+        pipeline.add_command(command.clone());
+        count += if is_asking { 2 } else { 1 };
+    }
+    if let Some(Patience { replicas, time }) = patience {
+        // 0 would wait for ever.
+        pipeline.cmd("WAIT").arg(replicas).arg(u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1));
+        count += 1;
+    }
+    let mut answers = live.ask(&pipeline, count).await?;
+    let replicated = match patience.and_then(|_| answers.pop()) {
+        None => None,
+        Some(Value::Int(replicas)) => Some(u64::try_from(replicas).unwrap_or_default()),
+        Some(Value::ServerError(error)) => return Err(error.into()),
+        Some(_) => return Err(senseless()),
     };
-    tokio::select! {
-        () = keep_connected => {}
-        () = state.closed() => {}
+    if is_asking {
+        answers = answers.into_iter().skip(1).step_by(2).collect();
     }
+    Ok(Replies { answers, replicated })
 }
 
-impl Server {
-    fn address(&self) -> String {
-        self.client.get_connection_info().addr().to_string()
-    }
+/// Where to ask next, when the answer is not to be had here.
+enum Next {
+    Moved(u16, crate::config::redis_url::RedisAddress),
+    Asked(crate::config::redis_url::RedisAddress),
+    /// Here, in a moment.
+    Later,
+}
 
-    /// Waits for half to all of the backoff, so that instances do not come back in step, and doubles it; not longer than
-    /// until another runtime has found the server.
-    async fn pause(&self, backoff: &mut Duration) {
-        let _ = timeout(backoff.mul_f64(rand::random_range(0.5..=1.0)), self.is_back.notified()).await;
-        *backoff = (*backoff * 2).min(BACKOFF_MAX);
-    }
-
-    /// A connection that has answered: a frozen server accepts, too.
-    async fn connect(&self) -> Result<Arc<Live>, Failure> {
-        let lost = Arc::new(Notify::new());
-        let on_push = {
-            let lost = Arc::clone(&lost);
-            move |push: PushInfo| -> Result<(), redis::aio::SendError> {
-                if push.kind == PushKind::Disconnection {
-                    lost.notify_one();
-                }
-                Ok(())
-            }
-        };
-        // All waiting is ours, so that there is one place that says how long.
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(None)
-            .set_response_timeout(None)
-            .set_pipeline_buffer_size(REQUESTS_QUEUED_MAX)
-            .set_push_sender(on_push);
-        let attempt = async {
-            let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
-            probe(connection.clone()).await?;
-            Ok(connection)
-        };
-        match timeout(self.connect_timeout, attempt).await {
-            Ok(Ok(connection)) => Ok(Arc::new(Live { connection, lost })),
-            Ok(Err(error)) => Err(self.failure(&error)),
-            Err(_elapsed) => {
-                let cause = no_answer_within(self.connect_timeout).into();
-                Err(Failure { is_refusal: false, cause })
-            }
+impl Next {
+    fn of(error: &redis::ServerError, asked: &Primary) -> Option<Self> {
+        let led = || redirection(error.details()?, &asked.address);
+        match error.code() {
+            "MOVED" => led().map(|(slot, address)| Self::Moved(slot, address)),
+            "ASK" => led().map(|(_, address)| Self::Asked(address)),
+            "TRYAGAIN" => Some(Self::Later),
+            _ => None,
         }
     }
-
-    /// Returns when the connection is not to be used any more, and why.
-    async fn watch(&self, live: &Live) -> Failure {
-        let down = |cause: &str| Failure { is_refusal: false, cause: cause.into() };
-        loop {
-            tokio::select! {
-                () = live.lost.notified() => return down("the connection was lost or stopped answering"),
-                () = tokio::time::sleep(HEARTBEAT) => {}
-            }
-            match timeout(self.response_timeout, probe(live.connection.clone())).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return self.failure(&error),
-                Err(_elapsed) => return down(&no_answer_within(self.response_timeout)),
-            }
-        }
-    }
-
-    fn failure(&self, error: &RedisError) -> Failure {
-        let text = error.to_string();
-        let password = self.client.get_connection_info().redis_settings().password();
-        // Servers that do not know a command send its arguments back.
-        let cause = match password {
-            Some(password) if text.contains(password) => "the server refused to authenticate us".into(),
-            Some(_) | None => text.into(),
-        };
-        Failure { is_refusal: is_refusal(error), cause }
-    }
-}
-
-/// Whether the server answers and is ready. One that lacks the permission to ask is.
-pub(super) async fn probe(mut connection: MultiplexedConnection) -> RedisResult<()> {
-    match redis::cmd("PING").exec_async(&mut connection).await {
-        Err(error) if error.code() == Some("NOPERM") => Ok(()),
-        other => other,
-    }
-}
-
-/// Whether a connection that answered so is to be replaced: it is broken, out of step, or leads to a server that is
-/// no longer the primary.
-pub(super) fn ends_trust(error: &RedisError) -> bool {
-    error.is_unrecoverable_error()
-        || matches!(error.kind(), ErrorKind::Io | ErrorKind::Parse | ErrorKind::UnexpectedReturnType)
-        || code(error).is_some_and(|code| matches!(code.as_str(), "READONLY" | "NOAUTH"))
-}
-
-pub(super) fn store_error(error: &RedisError) -> StoreError {
-    let cause = error.to_string().into();
-    if is_refusal(error) { StoreError::Refused(cause) } else { StoreError::Unavailable(cause) }
-}
-
-/// Whether the server said no, rather than not now.
-fn is_refusal(error: &RedisError) -> bool {
-    const NOT_NOW: [&str; 9] =
-        ["LOADING", "READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "MOVED", "ASK"];
-    match code(error) {
-        Some(code) => !NOT_NOW.contains(&code.as_str()),
-        None => error.kind() == ErrorKind::AuthenticationFailed,
-    }
-}
-
-/// The server's own code; of several errors the first.
-fn code(error: &RedisError) -> Option<String> {
-    let errors = error.clone().into_server_errors()?;
-    errors.first().map(|(_, error)| error.code().to_owned())
-}
-
-fn no_answer_within(limit: Duration) -> String {
-    format!("no answer within {limit:?}")
-}
-
-impl From<Failure> for StoreError {
-    fn from(failure: Failure) -> Self {
-        let cause = failure.cause.to_string().into();
-        if failure.is_refusal { Self::Refused(cause) } else { Self::Unavailable(cause) }
-    }
-}
-
-pub(super) fn senseless() -> RedisError {
-    (ErrorKind::UnexpectedReturnType, "the reply makes no sense").into()
 }
 
 #[cfg(test)]
@@ -398,37 +439,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_is_told_from_not_now() {
-        let cases = [
-            ("-LOADING Redis is loading", false),
-            ("-READONLY You can't write", false),
-            ("-CLUSTERDOWN down", false),
-            ("-MASTERDOWN Link with MASTER is down", false),
-            ("-TRYAGAIN Multiple keys", false),
-            ("-NOREPLICAS Not enough", false),
-            ("-BUSY Redis is busy", false),
-            ("-OOM command not allowed", true),
-            ("-NOPERM no permissions", true),
-            ("-WRONGTYPE Operation", true),
-            ("-NOAUTH Authentication required.", true),
-            ("-WRONGPASS invalid", true),
-            ("-MISCONF Redis is configured", true),
-            ("-ERR anything", true),
-        ];
-        for (reply, refused) in cases {
-            let reply = redis::parse_redis_value(format!("{reply}\r\n").as_bytes()).unwrap();
-            let error = reply.extract_error().unwrap_err();
-            assert_eq!(matches!(store_error(&error), StoreError::Refused(_)), refused, "{error}");
-        }
-        let io = RedisError::from(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
-        assert!(matches!(store_error(&io), StoreError::Unavailable(_)));
-        assert!(matches!(store_error(&senseless()), StoreError::Unavailable(_)) && ends_trust(&senseless()));
-    }
-
-    #[test]
     fn without_a_runtime_the_store_is_unavailable_and_nothing_panics() {
         let links = Links::new(&toml::from_str("url = 'redis://127.0.0.1'").unwrap()).unwrap();
-        assert!(matches!(links.link(), Err(StoreError::Unavailable(_))));
+        let primary = links.topology.primary(Place::Anywhere).unwrap();
+        assert!(links.link(&primary).is_err_and(|failure| !failure.is_refusal));
+        assert!(links.cache(0).is_none() && !links.is_down(0));
+        for url in ["redis+sentinel://127.0.0.1/m", "redis+cluster://127.0.0.1"] {
+            let links = Links::new(&toml::from_str(&format!("url = '{url}'")).unwrap()).unwrap();
+            assert!(links.cache(0).is_none() && !links.is_down(0));
+            links.topology.follow();
+        }
     }
 
     #[test]

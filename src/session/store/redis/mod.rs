@@ -16,6 +16,11 @@ mod settings;
 mod keys;
 mod scripts;
 mod link;
+mod topology;
+mod supervise;
+mod dial;
+mod read;
+mod failure;
 
 pub use settings::SettingsError;
 
@@ -26,8 +31,9 @@ use super::{
 use crate::config::model::{self, Logout, WhenFull};
 use crate::session::id::{BUCKETS, SessionKey, UserKey};
 use crate::session::record::Record;
+use failure::store_error;
 use keys::Keys;
-use link::{Batch, Links, Place, key_slot, store_error};
+use link::{Batch, Links, Place, key_slot};
 use scripts::{Call, Durably, Script};
 
 /// Sessions and counters under one prefix of one Redis.
@@ -569,7 +575,7 @@ mod tests {
             ("redis://redis.example:7000/3", "redis.example:7000"),
             ("redis://:hunter2@redis.example", "redis.example:6379"),
             ("redis://proxy:hunter2@redis.example/1", "redis.example:6379"),
-            ("redis://[::1]:6380", "::1:6380"),
+            ("redis://[::1]:6380", "[::1]:6380"),
             ("rediss://redis.example", "redis.example:6379"),
             ("unix:///run/redis.sock", "/run/redis.sock"),
             ("redis+unix:///run/redis.sock?db=2&user=proxy&pass=hunter2", "/run/redis.sock"),
