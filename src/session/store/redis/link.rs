@@ -142,14 +142,6 @@ impl Links {
         Ok(self.link(&primary)?.copies.clone())
     }
 
-    /// The error for a reply that makes no sense; nobody trusts the connection any more that gave it.
-    pub(super) fn senseless(&self, _place: Place) -> StoreError {
-        if let Some(Ok(live)) = self.known() {
-            live.lost.notify_one();
-        }
-        store_error(&(ErrorKind::UnexpectedReturnType, "the reply makes no sense").into())
-    }
-
     /// Whether the primary of this slot is known not to be reached.
     pub(super) fn is_down(&self, slot: u16) -> bool {
         match self.topology.primary(Place::Slot(slot)) {

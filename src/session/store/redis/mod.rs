@@ -30,10 +30,12 @@ use super::{
 };
 use crate::config::model::{self, Logout, WhenFull};
 use crate::session::id::{BUCKETS, SessionKey, UserKey};
-use crate::session::record::Record;
+use crate::session::cache::LeaseCache;
+use crate::session::record::{Codec, Record};
 use failure::store_error;
 use keys::Keys;
-use link::{Batch, Links, Place, key_slot};
+use link::{Batch, Links, Place, bucket_slot, key_slot};
+use read::read_through;
 use scripts::{Call, Durably, Script};
 
 /// Sessions and counters under one prefix of one Redis.
@@ -78,35 +80,22 @@ impl RedisStore {
 
 #[async_trait]
 impl SessionStore for RedisStore {
+    fn recall(&self, key: &SessionKey) -> Option<Stored> {
+        self.cache(key)?.get(key)
+    }
+
+    fn recall_within(&self, grace: Duration, key: &SessionKey) -> Option<Stored> {
+        self.cache(key)?.get_within(key, grace)
+    }
+
     fn is_down(&self, key: &SessionKey) -> bool {
-        self.links.is_down(self.slot(key.bucket()))
+        self.links.is_down(bucket_slot(key.bucket()))
     }
 
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
-        let name = self.keys.session(key);
-        let place = Place::Slot(key_slot(name.as_bytes()));
-        let commands = vec![command("GET", &name), command("PTTL", &name)];
-        let replies = self.links.ask(Batch { place, commands }).await?;
-        let problem: &dyn fmt::Display = match <[Value; 2]>::try_from(replies) {
-            Ok([Value::Nil, Value::Int(-2..)] | [Value::BulkString(_), Value::Int(-2)]) => return Ok(Found::Nothing),
-            Ok([Value::BulkString(_), Value::Int(-1)]) => &"it has no time to live",
-            Ok([Value::BulkString(value), Value::Int(left @ 0..)]) => {
-                if let Some(found) = tombstone(&value) {
-                    return Ok(found);
-                }
-                match self.options.codec.decode(&value, key) {
-                    Ok(record) => return Ok(Found::Live(stored(record, left))),
-                    Err(error) => return Err(self.options.codec.unreadable(key, error)),
-                }
-            }
-            Ok([Value::ServerError(error), _]) if error.code() == "WRONGTYPE" => &"it is not a string",
-            Ok([Value::ServerError(error), _] | [_, Value::ServerError(error)]) => {
-                return Err(store_error(&error.into()));
-            }
-            Ok(_) | Err(_) => return Err(self.links.senseless(place)),
-        };
-        tracing::error!(session = key.log_hash(), cause = %problem, "stored session cannot be used");
-        Err(StoreError::Unreadable)
+        let (links, codec, of) = (Arc::clone(&self.links), self.options.codec.clone(), key.clone());
+        let decode = move |replies| found(replies, &of, &codec, &links);
+        read_through(&self.links, key, self.keys.session(key), decode).await
     }
 
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
@@ -117,6 +106,7 @@ impl SessionStore for RedisStore {
         }
         let mut replaced = String::new();
         if let Some(old) = &terms.replaces {
+            self.forget(old);
             if old.bucket() == key.bucket() {
                 replaced = old.member();
             } else {
@@ -143,7 +133,11 @@ impl SessionStore for RedisStore {
                 WhenFull::Refuse => "refuse",
             })
             .with(replaced);
-        match creating.run(&self.links, None).await?[..] {
+        let created = creating.run(&self.links, None).await;
+        if let Some(old) = &terms.replaces {
+            self.forget(old);
+        }
+        match created?[..] {
             [Value::Int(-1)] => Ok(Creation::Full),
             [Value::Int(displaced)] => {
                 let displaced = u32::try_from(displaced).map_err(|_| self.links.senseless(creating.place()))?;
@@ -159,11 +153,19 @@ impl SessionStore for RedisStore {
             .with(key.member())
             .with_number(millis(idle))
             .with_number(ends);
-        self.yes_or_no(&touching, None).await
+        let touched = self.cache(key).map(|cache| (cache.begin_touch(key), cache));
+        let lives = self.yes_or_no(&touching, None).await?;
+        if let Some((touch, cache)) = touched {
+            cache.finish_touch(&touch, lives);
+        }
+        Ok(lives)
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
-        let lived = self.yes_or_no(&self.destroying(key, user, ending), self.durably()).await?;
+        self.forget(key);
+        let lived = self.yes_or_no(&self.destroying(key, user, ending), self.durably()).await;
+        self.forget(key);
+        let lived = lived?;
         self.until_all_know().await;
         Ok(lived)
     }
@@ -333,8 +335,16 @@ impl SessionStore for RedisStore {
 }
 
 impl RedisStore {
-    fn slot(&self, bucket: u16) -> u16 {
-        key_slot(self.keys.registry(bucket).as_bytes())
+    /// The copies of this worker, of the primary that has this session.
+    fn cache(&self, key: &SessionKey) -> Option<Arc<LeaseCache>> {
+        self.links.cache(bucket_slot(key.bucket()))
+    }
+
+    /// This worker ends a session: before the command and after it, no copy of it is used here.
+    fn forget(&self, key: &SessionKey) {
+        if let Some(cache) = self.cache(key) {
+            cache.forget_own(key);
+        }
     }
 
     /// What every script of a bucket is told; `of`: the fourth key.
@@ -433,7 +443,7 @@ impl RedisStore {
 
     /// The server's Unix time in ms: all instances live by it.
     async fn now(&self, bucket: u16) -> Result<u64, StoreError> {
-        let place = Place::Slot(self.slot(bucket));
+        let place = Place::Slot(bucket_slot(bucket));
         let time = self.one(place, redis::cmd("TIME")).await?;
         let Ok((seconds, micros)) = redis::from_redis_value::<(u64, u64)>(time) else {
             return Err(self.links.senseless(place));
@@ -480,6 +490,28 @@ impl fmt::Debug for RedisStore {
             .field("prefix", &self.keys.prefix)
             .finish_non_exhaustive()
     }
+}
+
+/// What the replies to `GET` and `PTTL` say.
+fn found(replies: [Value; 2], key: &SessionKey, codec: &Codec, links: &Links) -> Result<Found, StoreError> {
+    let problem: &dyn fmt::Display = match replies {
+        [Value::Nil, Value::Int(-2..)] | [Value::BulkString(_), Value::Int(-2)] => return Ok(Found::Nothing),
+        [Value::BulkString(_), Value::Int(-1)] => &"it has no time to live",
+        [Value::BulkString(value), Value::Int(left @ 0..)] => {
+            if let Some(found) = tombstone(&value) {
+                return Ok(found);
+            }
+            match codec.decode(&value, key) {
+                Ok(record) => return Ok(Found::Live(stored(record, left))),
+                Err(error) => return Err(codec.unreadable(key, error)),
+            }
+        }
+        [Value::ServerError(error), _] if error.code() == "WRONGTYPE" => &"it is not a string",
+        [Value::ServerError(error), _] | [_, Value::ServerError(error)] => return Err(store_error(&error.into())),
+        [_, _] => return Err(links.senseless(Place::Slot(bucket_slot(key.bucket())))),
+    };
+    tracing::error!(session = key.log_hash(), cause = %problem, "stored session cannot be used");
+    Err(StoreError::Unreadable)
 }
 
 async fn count_members(links: &Links, registry: &str) -> Result<u64, StoreError> {
