@@ -9,8 +9,8 @@ demo: ## Start two backends and Cloakroom in front of them, and say what to open
 	@scripts/setup cmake cc
 	cargo run --locked -- demo
 
-test: ## Run every test; those with Redis start servers of their own
-	@scripts/setup cmake cc redis-server
+test: ## Run every test; those with Redis and Valkey start servers of their own
+	@scripts/setup cmake cc redis-server valkey-server
 	cargo test --locked
 
 bench: ## Measure what Cloakroom costs beside a bare pass-through (about ten minutes)

@@ -12,9 +12,13 @@ pub(crate) mod client;
 pub(crate) mod gateway;
 pub(crate) mod wire;
 pub(crate) mod redis;
+pub(crate) mod fault;
 pub(crate) mod tls;
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
+
+use socket2::{Domain, Socket, Type};
 
 /// How long anything in a test may take: far more than it needs on a busy machine, far less than a CI job.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
@@ -49,4 +53,26 @@ pub(crate) async fn eventually<T>(what: &str, mut fact: impl AsyncFnMut() -> Opt
 /// A port of loopback that nothing listens on at this moment.
 pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A port of loopback that is kept for one who asked, also while he is away: nobody else is given it, and until he
+/// listens, connections are refused. To listen he must set `SO_REUSEADDR`, as servers do (socket(7)).
+#[derive(Debug)]
+pub(crate) struct Port {
+    number: u16,
+    _bound: Socket,
+}
+
+impl Port {
+    pub(crate) fn reserve() -> Self {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+        let number = socket.local_addr().unwrap().as_socket().expect("of IPv4").port();
+        Self { number, _bound: socket }
+    }
+
+    pub(crate) fn number(&self) -> u16 {
+        self.number
+    }
 }
