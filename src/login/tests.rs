@@ -357,7 +357,7 @@ async fn the_login_page_says_why_one_is_there() {
 #[tokio::test]
 async fn guesses_at_our_own_endpoints_are_stopped_and_the_form_is_there_for_everybody() {
     let mut browser = Browser::new();
-    let mut guess = || crate::session::id::SessionId::generate("alice").unwrap().to_cookie_value();
+    let guess = || crate::session::id::SessionId::generate("alice").unwrap().to_cookie_value();
     let mut refused = None;
     for _ in 0..1_000 {
         browser.cookies.insert("__Host-session".to_owned(), guess());

@@ -8,15 +8,14 @@
 //! **Nobody waits for a server that is known to be down**, and nobody longer than the response timeout in total,
 //! wherever he is sent on the way.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use redis::aio::MultiplexedConnection;
 use redis::{Cmd, Pipeline, RedisResult, Value};
 use tokio::runtime;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::dial::{Dialer, Live, Role};
 use super::failure::{Failure, ends_trust, reply_ends_trust, senseless, server_error, store_error};
@@ -26,6 +25,7 @@ use super::supervise::{Copies, Link, Rhythm};
 use super::topology::{Primary, Topology, redirection};
 use crate::config::model::{self, Cache};
 use crate::session::cache::{LeaseCache, Limits};
+use crate::session::id::{BUCKETS, bucket_text};
 use crate::session::store::StoreError;
 
 /// Commands for keys of one slot, answered in their order, one round trip. No transaction: a Cluster whose slots are
@@ -77,6 +77,13 @@ pub(super) fn key_slot(name: &[u8]) -> u16 {
         (0..8).fold(crc ^ u16::from(*byte) << 8, |crc, _| if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x1021 })
     });
     crc % 16384
+}
+
+/// The slot of everything in a bucket, whatever the prefix: its tag alone decides.
+pub(super) fn bucket_slot(bucket: u16) -> u16 {
+    static SLOTS: LazyLock<Vec<u16>> =
+        LazyLock::new(|| (0..BUCKETS).map(|bucket| key_slot(bucket_text(bucket).as_bytes())).collect());
+    SLOTS.get(usize::from(bucket)).copied().unwrap_or_default()
 }
 
 impl Links {
@@ -156,30 +163,13 @@ impl Links {
         &self.topology
     }
 
-    /// One whole exchange with the server, however many round trips it takes, within the response timeout.
-    pub(super) async fn exchange<T, F>(
-        &self,
-        commands: impl FnOnce(MultiplexedConnection) -> F + Send,
-    ) -> Result<T, StoreError>
-    where
-        F: Future<Output = RedisResult<T>> + Send,
-    {
-        let dialer = &self.topology.dialer;
-        let primary = self.topology.find(Place::Anywhere).await?;
-        let live = self.link(&primary)?.live(Instant::now() + dialer.connect_timeout).await?;
-        match timeout(dialer.response_timeout, commands(live.connection.clone())).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => {
-                if ends_trust(&error) {
-                    live.lost.notify_one();
-                }
-                Err(store_error(&error))
-            }
-            Err(_elapsed) => {
-                live.lost.notify_one();
-                Err(Failure::no_answer_within(dialer.response_timeout).into())
-            }
+    /// The error for a reply that makes no sense; nobody trusts the connection any more that gave it.
+    pub(super) fn senseless(&self, place: Place) -> StoreError {
+        let link = self.topology.primary(place).and_then(|primary| self.known_link(&primary));
+        if let Some(Ok(live)) = link.and_then(|link| link.known()) {
+            live.lost.notify_one();
         }
+        store_error(&senseless())
     }
 
     /// Follows a batch to wherever it is answered.
@@ -450,6 +440,10 @@ mod tests {
             [("123456789", 0x31c3), ("foo{hash_tag}", 2515), ("{hash_tag}bar", 2515), ("foo", 12182)];
         for (name, slot) in cases {
             assert_eq!(key_slot(name.as_bytes()), slot % 16384, "{name}");
+        }
+        for bucket in [0, 1, 63, 64, BUCKETS - 1] {
+            let name = format!("cloakroom:s:{{{}}}:x", bucket_text(bucket));
+            assert_eq!(bucket_slot(bucket), key_slot(name.as_bytes()), "{name}");
         }
     }
 }

@@ -9,7 +9,8 @@ use std::time::Duration;
 use redis::{Cmd, ToRedisArgs, Value};
 use sha1::{Digest, Sha1};
 
-use super::link::{Batch, Links, Place, key_slot, store_error};
+use super::failure::store_error;
+use super::link::{Batch, Links, Place, key_slot};
 use crate::session::store::StoreError;
 
 /// A script's text and, in hexadecimal, its hash.

@@ -16,9 +16,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::dial::{Dialer, Live, Role};
 use super::failure::{Failure, server_error};
-use super::link::{Place, key_slot};
+use super::link::{Place, bucket_slot};
 use crate::config::redis_url::{RedisAddress, RedisPlace};
-use crate::session::id::{BUCKETS, bucket_text};
+use crate::session::id::BUCKETS;
 
 pub(super) struct Topology {
     place: RedisPlace,
@@ -186,8 +186,7 @@ impl Topology {
         let map = self.map.load();
         let Some(slots) = &map.slots else { return Some(0) };
         let index = map.primaries.iter().position(|known| Arc::ptr_eq(known, primary))?;
-        let owner = |bucket: u16| slots[usize::from(key_slot(format!("{{{}}}", bucket_text(bucket)).as_bytes()))];
-        (0..BUCKETS).find(|bucket| usize::from(owner(*bucket)) == index)
+        (0..BUCKETS).find(|bucket| usize::from(slots[usize::from(bucket_slot(*bucket))]) == index)
     }
 
     /// Whether this connection leads to a primary, where somebody else has named it as one.
