@@ -140,7 +140,10 @@ fn read_ring(config: &Config) -> Result<Option<Arc<KeyRing>>, ConfigError> {
 
 /// Connects to nothing, and leaves the file of a memory store to [`start`], which takes it for itself.
 #[expect(clippy::type_complexity, reason = "one store, seen from two sides")]
-fn open_store(config: &Config, ring: Option<Arc<KeyRing>>) -> Result<(Arc<dyn SessionStore>, Option<Arc<MemoryStore>>), ConfigError> {
+fn open_store(
+    config: &Config,
+    ring: Option<Arc<KeyRing>>,
+) -> Result<(Arc<dyn SessionStore>, Option<Arc<MemoryStore>>), ConfigError> {
     let events = config.events.audit || config.events.webhook.is_some();
     let codec = Codec::new(ring, *config.session.seal_records.get_ref());
     let options = StoreOptions { codec, events };
