@@ -10,6 +10,8 @@ mod guard;
 mod proxying;
 mod login_journey;
 mod store_down;
+mod outage;
+mod guessing;
 mod operation;
 mod memory_file;
 mod tidy;
