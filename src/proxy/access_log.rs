@@ -197,6 +197,13 @@ mod tests {
     }
 
     #[test]
+    fn who_was_known_without_the_store_is_marked() {
+        let marked = Entry { session: Some("ab"), session_source: Some("grace"), ..entry("/a") };
+        let text = written(LogFormat::Text, &[marked]);
+        assert!(text.contains(" session=ab session_source=grace id="), "{text}");
+    }
+
+    #[test]
     fn a_value_cannot_forge_a_second_line_or_field() {
         let text = written(LogFormat::Text, &[entry("/a\nb user=root \x1b[31m")]);
         assert_eq!(text.lines().count(), 1, "{text:?}");
