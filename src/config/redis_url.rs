@@ -26,7 +26,11 @@ pub struct RedisUrl {
 pub enum RedisPlace {
     Server(RedisAddress),
     /// The primary that these sentinels know by this name.
-    Sentinel { sentinels: Vec<RedisAddress>, primary: String, login: RedisLogin },
+    Sentinel {
+        sentinels: Vec<RedisAddress>,
+        primary: String,
+        login: RedisLogin,
+    },
     /// Of a Cluster at least one node; the others are found through it.
     Cluster(Vec<RedisAddress>),
 }
@@ -34,7 +38,10 @@ pub enum RedisPlace {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RedisAddress {
     /// A name or an address, without brackets.
-    Tcp { host: String, port: u16 },
+    Tcp {
+        host: String,
+        port: u16,
+    },
     Socket(PathBuf),
 }
 
@@ -110,7 +117,9 @@ impl RedisUrl {
         };
         let primary = decoded(primary)?;
         if primary.is_empty() {
-            return Err("expected the name by which the sentinels know the primary, e.g. redis+sentinel://host/mymaster");
+            return Err(
+                "expected the name by which the sentinels know the primary, e.g. redis+sentinel://host/mymaster",
+            );
         }
         let place = RedisPlace::Sentinel {
             sentinels: addresses(hosts, SENTINEL_PORT)?,
@@ -276,7 +285,8 @@ mod tests {
 
     #[test]
     fn every_kind_of_redis_has_its_url() {
-        let server = |address, tls, login, database| RedisUrl { place: RedisPlace::Server(address), tls, login, database };
+        let server =
+            |address, tls, login, database| RedisUrl { place: RedisPlace::Server(address), tls, login, database };
         let none = RedisLogin::default();
         let sentinel = |sentinels, tls, login, to_sentinel, database| RedisUrl {
             place: RedisPlace::Sentinel { sentinels, primary: "mymaster".to_owned(), login: to_sentinel },
@@ -284,8 +294,7 @@ mod tests {
             login,
             database,
         };
-        let cluster =
-            |nodes, tls, login| RedisUrl { place: RedisPlace::Cluster(nodes), tls, login, database: 0 };
+        let cluster = |nodes, tls, login| RedisUrl { place: RedisPlace::Cluster(nodes), tls, login, database: 0 };
         let socket = |path: &str| RedisAddress::Socket(path.into());
         let cases = [
             ("redis://h", server(tcp("h", 6379), false, none.clone(), 0)),
@@ -315,10 +324,7 @@ mod tests {
                 "rediss+sentinel://u:p@h/mymaster/4?sentinel_user=s&sentinel_pass=t",
                 sentinel(vec![tcp("h", 26379)], true, login(Some("u"), "p"), login(Some("s"), "t"), 4),
             ),
-            (
-                "redis+cluster://:p@h1:7001,h2",
-                cluster(vec![tcp("h1", 7001), tcp("h2", 6379)], false, login(None, "p")),
-            ),
+            ("redis+cluster://:p@h1:7001,h2", cluster(vec![tcp("h1", 7001), tcp("h2", 6379)], false, login(None, "p"))),
             ("rediss+cluster://h/0", cluster(vec![tcp("h", 6379)], true, none)),
         ];
         for (text, expected) in cases {

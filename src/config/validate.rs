@@ -171,9 +171,9 @@ impl Check<'_, '_> {
         let lease = *redis.lease.get_ref();
         if lease < LEASE_MIN || LEASE_MAX < lease {
             let message = format!("store.redis.lease is {lease}: must be between {LEASE_MIN} and {LEASE_MAX}");
-            self.problems
-                .add(redis.lease.span(), message)
-                .hint("a logout is seen everywhere within this time; every quarter of it Redis is asked for a sign of life");
+            self.problems.add(redis.lease.span(), message).hint(
+                "a logout is seen everywhere within this time; every quarter of it Redis is asked for a sign of life",
+            );
         }
     }
 
@@ -190,7 +190,9 @@ impl Check<'_, '_> {
             {
                 self.problems
                     .add(path.span(), format!("{name} is for TLS, but store.redis.url does not begin with rediss"))
-                    .hint(format!("write rediss:// (rediss+sentinel://, rediss+cluster://) in the URL, or remove {name}"));
+                    .hint(format!(
+                        "write rediss:// (rediss+sentinel://, rediss+cluster://) in the URL, or remove {name}"
+                    ));
             }
         }
     }

@@ -12,6 +12,7 @@ mod login_journey;
 mod store_down;
 mod outage;
 mod guessing;
+mod per_user;
 mod operation;
 mod memory_file;
 mod tidy;
