@@ -218,7 +218,9 @@ impl Links {
             is_asking = false;
             match elsewhere {
                 None => {
-                    replies.replicated.map_or(Ok(()), |count| patience.map_or(Ok(()), |patience| patience.judge(count)))?;
+                    replies
+                        .replicated
+                        .map_or(Ok(()), |count| patience.map_or(Ok(()), |patience| patience.judge(count)))?;
                     break;
                 }
                 Some(Next::Moved(slot, address)) => primary = self.topology.moved(slot, &address),

@@ -29,8 +29,8 @@ use super::{
     Stored, Terms, millis,
 };
 use crate::config::model::{self, Logout, WhenFull};
-use crate::session::id::{BUCKETS, SessionKey, UserKey};
 use crate::session::cache::LeaseCache;
+use crate::session::id::{BUCKETS, SessionKey, UserKey};
 use crate::session::record::{Codec, Record};
 use failure::store_error;
 use keys::Keys;
@@ -90,6 +90,10 @@ impl SessionStore for RedisStore {
 
     fn is_down(&self, key: &SessionKey) -> bool {
         self.links.is_down(bucket_slot(key.bucket()))
+    }
+
+    fn doubts(&self, key: &SessionKey) -> bool {
+        self.cache(key).is_some_and(|copies| copies.doubts(key))
     }
 
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {

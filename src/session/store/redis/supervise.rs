@@ -109,7 +109,9 @@ impl Link {
                 State::Down(failure) => Err(failure.clone()),
                 State::Connecting => Err(Failure::not_now("still connecting")),
             },
-            Ok(Err(_closed)) => Err(Failure::not_now("the server is a primary no more, or the runtime is shutting down")),
+            Ok(Err(_closed)) => {
+                Err(Failure::not_now("the server is a primary no more, or the runtime is shutting down"))
+            }
             Err(_elapsed) => Err(Failure::not_now("no connection yet")),
         }
     }
@@ -267,7 +269,8 @@ impl Supervisor {
         let live = &connection.live;
         let mut beats = tokio::time::interval(self.rhythm.beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let writes_each = (WRITE_INTERVAL_MAX.as_millis() / self.rhythm.beat.as_millis().max(1)).clamp(1, BEATS_PER_WRITE.into());
+        let writes_each =
+            (WRITE_INTERVAL_MAX.as_millis() / self.rhythm.beat.as_millis().max(1)).clamp(1, BEATS_PER_WRITE.into());
         let mut until_write = 0;
         let mut tracking_checked = Instant::now();
         loop {
@@ -310,7 +313,8 @@ impl Supervisor {
             }
         }
         let proof = if bucket.is_some() { Beat::Write } else { Beat::Ping };
-        let pulse = |beat| connection.copies.as_ref().map(|(copies, _)| (&copies.cache, copies.cache.begin_heartbeat(beat)));
+        let pulse =
+            |beat| connection.copies.as_ref().map(|(copies, _)| (&copies.cache, copies.cache.begin_heartbeat(beat)));
         // What is answered with a refusal is still a sign of life.
         let (sign_of_life, authority) = (pulse(Beat::Ping), pulse(proof));
         let finish = |heartbeat: &Option<(&Arc<LeaseCache>, crate::session::cache::Heartbeat)>| {

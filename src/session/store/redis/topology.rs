@@ -282,10 +282,8 @@ impl Topology {
         let one_at_a_time = self.drawing.lock();
         let before = self.map.load_full();
         let known = |address: &RedisAddress| before.primaries.iter().find(|known| known.address == *address).cloned();
-        let primaries: Vec<_> = owners
-            .iter()
-            .map(|(address, _)| known(address).unwrap_or_else(|| Primary::at(address.clone())))
-            .collect();
+        let primaries: Vec<_> =
+            owners.iter().map(|(address, _)| known(address).unwrap_or_else(|| Primary::at(address.clone()))).collect();
         let slots = has_slots.then(|| {
             let mut slots = vec![NOBODY; SLOTS].into_boxed_slice();
             for (index, (_, ranges)) in owners.iter().enumerate() {
@@ -520,7 +518,8 @@ fn field(reply: &Value, name: &str) -> Option<String> {
             text(Some(value))
         }
         Value::Array(items) => {
-            let [_, value] = items.as_chunks::<2>().0.iter().find(|[key, _]| text(Some(key)).as_deref() == Some(name))?;
+            let [_, value] =
+                items.as_chunks::<2>().0.iter().find(|[key, _]| text(Some(key)).as_deref() == Some(name))?;
             text(Some(value))
         }
         _ => None,
@@ -552,9 +551,9 @@ impl Topology {
         let mut turn: usize = rand::random_range(0..=SLOTS);
         loop {
             // Those that are known to be in trouble come last, and the others in turn.
-            let in_trouble: Vec<_> =
-                self.primaries().into_iter().filter(|primary| primary.is_in_trouble()).collect();
-            let mut candidates: Vec<_> = nodes.iter().chain(seeds.iter().filter(|seed| !nodes.contains(seed))).collect();
+            let in_trouble: Vec<_> = self.primaries().into_iter().filter(|primary| primary.is_in_trouble()).collect();
+            let mut candidates: Vec<_> =
+                nodes.iter().chain(seeds.iter().filter(|seed| !nodes.contains(seed))).collect();
             turn = turn.wrapping_add(1);
             let count = candidates.len().max(1);
             candidates.rotate_left(turn % count);
