@@ -217,7 +217,7 @@ impl Login {
         };
         let Some(visitor) = visitor else {
             let notice = asked("reason").and_then(|reason| Notice::of_label(&reason));
-            return self.login_form(request, StatusCode::OK, Say { notice, ..Say::default() }, &return_to, "");
+            return self.login_form(request, StatusCode::OK, &Say { notice, ..Say::default() }, &return_to, "");
         };
         let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
         let (prefix, title, name) = (&self.prefix, &self.title, visitor.name());
@@ -235,7 +235,7 @@ impl Login {
         let key = login_cookie.find(request.headers);
         if !key.zip(form.get("csrf")).is_some_and(|(key, token)| key.accepts(Purpose::Login, token)) {
             self.log_attempt(request, None, "stale_form");
-            return self.login_form(request, StatusCode::FORBIDDEN, Say::alert(FORM_TOO_OLD), &return_to, "");
+            return self.login_form(request, StatusCode::FORBIDDEN, &Say::alert(FORM_TOO_OLD), &return_to, "");
         }
         let name = form.get("username").and_then(UserName::parse);
         let password = form.get("password").filter(|password| password.len() <= PASSWORD_BYTES_MAX);
@@ -259,7 +259,7 @@ impl Login {
                     Started::Full(sessions) => {
                         self.log_attempt(request, Some(&identity.user), "full");
                         let say = Say::alert(full(sessions));
-                        return self.login_form(request, StatusCode::FORBIDDEN, say, &return_to, name.as_str());
+                        return self.login_form(request, StatusCode::FORBIDDEN, &say, &return_to, name.as_str());
                     }
                 };
                 self.log_attempt(request, Some(&identity.user), answer.label());
@@ -273,7 +273,7 @@ impl Login {
                 // 403 and not 401, which would have to name a scheme for a browser's own password dialog
                 // (RFC 9110, section 15.5.2).
                 let say = Say::alert(REFUSED);
-                let form = self.login_form(request, StatusCode::FORBIDDEN, say, &return_to, name.as_str());
+                let form = self.login_form(request, StatusCode::FORBIDDEN, &say, &return_to, name.as_str());
                 let mut response = form?;
                 if let Answer::Throttled(wait) = answer {
                     pages::set_retry_after(&mut response, wait);
@@ -298,7 +298,7 @@ impl Login {
         &self,
         request: &LoginRequest<'_>,
         status: StatusCode,
-        say: Say,
+        say: &Say,
         return_to: &ReturnTo,
         username: &str,
     ) -> Result<Response<Bytes>, Failure> {

@@ -365,10 +365,10 @@ impl Options {
     }
 }
 
-impl<'r> Use<'r> {
+impl Use<'_> {
     /// On behalf of one of our own pages: it counts, and only the store says who it is.
-    pub fn of_own_page(client: IpAddr) -> Use<'r> {
-        Use { client, touch: true, route: None, fallback: None }
+    pub fn of_own_page(client: IpAddr) -> Self {
+        Self { client, touch: true, route: None, fallback: None }
     }
 }
 
@@ -757,14 +757,14 @@ mod tests {
                     sessions.end(&id, None).await.unwrap_err();
                 }
                 "revoked" => assert!(sessions.revoke(&id.key(), None).await.unwrap()),
-                "all revoked" => drop(sessions.revoke_all("ann", None).await),
-                "all but this" => drop(sessions.revoke_all("ann", Some(&id.key())).await),
+                "all revoked" => _ = sessions.revoke_all("ann", None).await,
+                "all but this" => _ = sessions.revoke_all("ann", Some(&id.key())).await,
                 "gone" => {
                     *store.ending.lock() = Some(Ending::Displaced);
                     let resumed = sessions.resume(&id, &with_cookie).await.unwrap();
                     assert!(matches!(resumed, Resumed::Gone(Some(Ending::Displaced))));
                 }
-                _ => drop(begin(&sessions, newcomer("ann"), Some(&id)).await),
+                _ => _ = begin(&sessions, newcomer("ann"), Some(&id)).await,
             }
             store.is_down.store(true, Ordering::Relaxed);
             let resumed = sessions.resume(&id, &with_cookie).await;

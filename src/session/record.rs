@@ -72,9 +72,11 @@ pub struct ClientHints {
 pub struct Codec {
     ring: Option<Arc<KeyRing>>,
     sealing: SealRecords,
-    /// Which causes, and of which session where a cause concerns one alone.
-    told: Arc<Mutex<BTreeSet<(RecordError, Option<String>)>>>,
+    told: Arc<Mutex<BTreeSet<Cause>>>,
 }
+
+/// Why a record was not read, and the session, where this concerns one alone.
+type Cause = (RecordError, Option<String>);
 
 /// A record that cannot be written or read. Tells nothing of what is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -21,8 +21,10 @@ pub(super) struct Trail {
     keep: u16,
     /// From the first use to the write.
     delay: Duration,
-    unwritten: Arc<[Mutex<HashMap<SessionKey, Vec<Activity>>>]>,
+    unwritten: Arc<[Mutex<Seen>]>,
 }
+
+type Seen = HashMap<SessionKey, Vec<Activity>>;
 
 /// Locks, so that workers seldom meet.
 const SHARDS: usize = 16;
@@ -62,7 +64,7 @@ impl Trail {
         }
     }
 
-    fn shard(&self, key: &SessionKey) -> &Mutex<HashMap<SessionKey, Vec<Activity>>> {
+    fn shard(&self, key: &SessionKey) -> &Mutex<Seen> {
         &self.unwritten[key.spread() % SHARDS]
     }
 }
