@@ -51,6 +51,7 @@ pub mod session;
 pub mod login;
 pub mod identity;
 pub mod backend;
+pub mod events;
 pub mod admin;
 pub mod config;
 pub mod log;

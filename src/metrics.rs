@@ -1,6 +1,8 @@
 //! Every metric, named and helped once. Labels come from closed sets and from the configuration, never from a client.
 
-use prometheus::{Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 /// All metrics of one gateway.
 #[derive(Clone, Debug)]
@@ -19,6 +21,12 @@ pub struct Metrics {
     /// method, result
     pub logins: IntCounterVec,
     pub logouts: IntCounterVec,
+    /// ending
+    pub session_ends: IntCounterVec,
+    /// result: told, refused, away, given_up
+    pub events_delivered: IntCounterVec,
+    /// No labels; without a value except at the instance that leads.
+    pub sessions: IntGaugeVec,
     pub connections: IntGauge,
     /// 1 or 0
     pub store_up: IntGauge,
@@ -68,6 +76,23 @@ impl Metrics {
             ),
             logins: counter(&registry, "cloakroom_logins_total", "Login attempts.", &["method", "result"]),
             logouts: counter(&registry, "cloakroom_logouts_total", "Logouts.", &[]),
+            session_ends: counter(
+                &registry,
+                "cloakroom_session_ends_total",
+                "Ended sessions that were found, with [events] and at the instance that leads.",
+                &["ending"],
+            ),
+            events_delivered: counter(
+                &registry,
+                "cloakroom_events_delivered_total",
+                "Attempts to tell the webhook of an ended session.",
+                &["result"],
+            ),
+            sessions: labelled_gauge(
+                &registry,
+                "cloakroom_sessions",
+                "Sessions in the store, at the instance that leads.",
+            ),
             connections: gauge(&registry, "cloakroom_connections", "Open client connections."),
             store_up: gauge(&registry, "cloakroom_store_up", "Whether the session store answered when last asked."),
             backend_requests: counter(
@@ -103,6 +128,13 @@ impl Default for Metrics {
 
 fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     let gauge = IntGauge::new(name, help).expect("a valid name");
+    registry.register(Box::new(gauge.clone())).expect("a name used once");
+    gauge
+}
+
+/// One that can be without a value.
+fn labelled_gauge(registry: &Registry, name: &str, help: &str) -> IntGaugeVec {
+    let gauge = IntGaugeVec::new(Opts::new(name, help), &[]).expect("a valid name");
     registry.register(Box::new(gauge.clone())).expect("a name used once");
     gauge
 }

@@ -21,10 +21,11 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
-use crate::admin::{Admin, Health, Quiet};
+use crate::admin::{Admin, Health, Quiet, SessionsApi};
 use crate::backend::{balance, discover};
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
+use crate::events::{Events, Pace};
 use crate::listener::certificate::Certificate;
 use crate::listener::{self, Desk, Listener, Queue, Worker};
 use crate::log::{LineWriter, Lines};
@@ -63,6 +64,7 @@ pub struct Prepared {
     ring: Option<Arc<KeyRing>>,
     certificates: Vec<Option<Arc<Certificate>>>,
     metrics: Metrics,
+    pace: Pace,
 }
 
 /// A gateway at work.
@@ -130,7 +132,21 @@ fn prepare_all(
     let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<_, _>>()?;
     let login = build_login(&config, &sessions, &metrics)?;
     let rules = Rules::build(&config, login, None);
-    Ok(Prepared { config, rules, sessions, memory: None, ring, certificates, metrics })
+    Ok(Prepared { config, rules, sessions, memory: None, ring, certificates, metrics, pace: Pace::default() })
+}
+
+impl Prepared {
+    /// Ended sessions are found and told of at another pace than the usual one.
+    pub fn with_pace(mut self, pace: Pace) -> Self {
+        self.pace = pace;
+        self
+    }
+}
+
+/// The sessions of this configuration, for somebody who serves nobody. Connects to nothing yet.
+pub fn sessions_of(config: &Config) -> Result<Sessions, ConfigError> {
+    let (store, _) = open_store(config, read_ring(config)?)?;
+    Ok(Sessions::new(store, Lifetime::of(&config.session)))
 }
 
 fn read_ring(config: &Config) -> Result<Option<Arc<KeyRing>>, ConfigError> {
@@ -207,7 +223,7 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, memory, ring, certificates, metrics } = prepared;
+    let Prepared { config, rules, sessions, memory, ring, certificates, metrics, pace } = prepared;
     let bound =
         config.listeners.iter().zip(&certificates).map(|(listener, certificate)| bind(listener, certificate, &config));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
@@ -217,6 +233,10 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     }
     let (access_log, log_writer) = open_access_log(&config.log)?;
     let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
+
+    let events = Events::new(&config.events, Arc::clone(sessions.store()), metrics.clone(), pace);
+    let token = config.admin.token.as_ref().map(|token| token.get_ref().expose());
+    let sessions_api = token.map(|token| SessionsApi::new(sessions.clone(), token));
 
     let (shutdown, shutting_down) = watch::channel(false);
     let (ended, _) = watch::channel(false);
@@ -287,6 +307,8 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     running.acceptor = Some(thread("accept".to_owned(), accept)?);
     let background = Background {
         admin,
+        sessions_api,
+        events,
         sessions,
         metrics,
         rules: Arc::clone(&running.rules),
@@ -419,6 +441,8 @@ impl WorkerPlan {
 /// What goes on beside the requests.
 struct Background {
     admin: Option<Listener>,
+    sessions_api: Option<SessionsApi>,
+    events: Events,
     sessions: Sessions,
     metrics: Metrics,
     rules: Arc<ArcSwap<Rules>>,
@@ -429,13 +453,18 @@ struct Background {
 
 impl Background {
     fn run(self) {
-        let Self { admin, sessions, metrics, rules, resolve, shutdown, mut ended } = self;
+        let Self { admin, sessions_api, events, sessions, metrics, rules, resolve, shutdown, mut ended } = self;
         on_own_runtime(async move {
             let health = Arc::new(Health::default());
             if let Some(listener) = admin {
                 let (desk, queue) = listener::desk();
                 let worker = Worker {
-                    app: Arc::new(Admin { metrics: metrics.clone(), health: Arc::clone(&health), shutdown }),
+                    app: Arc::new(Admin {
+                        metrics: metrics.clone(),
+                        health: Arc::clone(&health),
+                        sessions: sessions_api,
+                        shutdown,
+                    }),
                     refusals: Arc::new(Quiet),
                     head_rules: Arc::new(ADMIN_HEADS),
                     write_timeout: ADMIN_WRITE_TIMEOUT,
@@ -459,6 +488,7 @@ impl Background {
             tokio::select! {
                 () = watched => {}
                 () = resolved => {}
+                () = events.run() => {}
                 _ = ended.wait_for(|ended| *ended) => {}
             }
         });
@@ -580,6 +610,7 @@ fn restart_needed(running: &Config, new: &Config) -> Vec<&'static str> {
         ("limits", running.limits != model::Limits { body_bytes: running.limits.body_bytes, ..new.limits.clone() }),
         ("store", running.store != new.store),
         ("session", running.session != new.session),
+        ("events", running.events != new.events),
         ("admin", running.admin != new.admin),
         ("log", running.log != new.log),
     ];

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 pub mod run;
 pub mod check;
+pub mod sessions;
 pub mod demo;
 pub mod demo_backend;
 pub mod hash_password;
@@ -39,6 +40,8 @@ pub enum Command {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// See, count and end sessions.
+    Sessions(sessions::Arguments),
     /// Show it: two backends and a gateway with a user, on loopback.
     Demo {
         /// Keep the sessions in this Redis; a restart then keeps you logged in.
@@ -132,6 +135,7 @@ fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
     match command {
         Command::Run { config } => run::run(&config, terminal),
         Command::Check { files } => check::check(&files, terminal),
+        Command::Sessions(arguments) => sessions::run(&arguments, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
         Command::DemoBackend { name } => demo_backend::run(&name, terminal),
         Command::HashPassword => match hash_password::hash_password() {

@@ -102,8 +102,8 @@ pub(super) fn start_log(config: &Log) -> std::io::Result<LineWriter> {
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
-    // The level is for our own lines. At the finer ones, libraries print whole requests with their cookies.
-    let filter = EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level}"));
+    // The level is for our own lines; what the audit asks for is always said. At the finer ones, libraries print whole requests with their cookies.
+    let filter = EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level},audit=info"));
     let (lines, writer) = Lines::to("log", std::io::stderr())?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || lines.clone());
     // A second start in one process keeps the first log.

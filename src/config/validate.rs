@@ -1,7 +1,7 @@
 //! Do the keys make sense together? Every rule that no single value can keep, all of them told at once.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::{Range, RangeInclusive};
 
 use toml::Spanned;
@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use super::error::Problems;
 use super::model::{Access, Config, Listener, RedisStore, Scheme, SealRecords};
 use super::redis_url::RedisUrl;
-use super::value::{Bytes, Duration, is_sample_secret};
+use super::value::{Bytes, Duration, Secret, is_sample_secret};
 
 /// `tree` is what `config` was read from: it knows where each key stands.
 pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems<'_>) {
@@ -24,6 +24,7 @@ pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems
     check.identity();
     check.pools();
     check.routes();
+    check.events();
     check.admin();
 }
 
@@ -407,8 +408,50 @@ impl Check<'_, '_> {
         }
     }
 
+    fn events(&mut self) {
+        let events = &self.config.events;
+        if let Some(webhook) = &events.webhook
+            && let Err(fault) = webhook_url(webhook.get_ref())
+        {
+            // Without the URL itself, which may hold a secret.
+            self.problems
+                .add(webhook.span(), format!("events.webhook: {fault}"))
+                .hint("expected e.g. \"https://example.org/session-ended\"; http:// only to this machine itself");
+        }
+        if let Some(secret) = &events.webhook_secret {
+            if events.webhook.is_none() {
+                self.problems
+                    .add(secret.span(), "events.webhook_secret without events.webhook: there is nothing to sign")
+                    .hint("add webhook = \"https://...\", or remove it");
+            }
+            self.strong("events.webhook_secret", secret);
+        }
+    }
+
+    /// A secret that is only ever compared with itself can be as long as it must be to be no guess.
+    fn strong(&mut self, key: &str, secret: &Spanned<Secret>) {
+        let text = secret.get_ref().expose();
+        let fault = if text.is_empty() {
+            return; // told of when it was resolved
+        } else if is_sample_secret(text) {
+            "is a sample, which everybody knows"
+        } else if text.chars().count() < SECRET_CHARS_MIN {
+            "is shorter than 32 characters"
+        } else if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            "holds more than visible ASCII characters"
+        } else {
+            return;
+        };
+        self.problems
+            .add(secret.span(), format!("{key} {fault}"))
+            .hint("make one with `openssl rand -base64 32`, and refer to it by { file = ... } or { env = ... }");
+    }
+
     fn admin(&mut self) {
         let admin = &self.config.admin;
+        if let Some(token) = &admin.token {
+            self.strong("admin.token", token);
+        }
         if !admin.enabled {
             return;
         }
@@ -461,6 +504,40 @@ fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
     let has_wildcard = one.ip().is_unspecified() || other.ip().is_unspecified();
     // The kernel gives each port 0 a port of its own.
     one.port() == other.port() && one.port() != 0 && (one.ip() == other.ip() || same_family && has_wildcard)
+}
+
+const SECRET_CHARS_MIN: usize = 32;
+
+/// Where session ends may be sent: over TLS, or to this machine itself.
+fn webhook_url(text: &str) -> Result<(), &'static str> {
+    if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("white space, or more than ASCII");
+    }
+    if text.contains('#') {
+        return Err("a fragment means nothing to a server");
+    }
+    let (scheme, rest) = text.split_once("://").ok_or("no scheme")?;
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    if authority.contains('@') {
+        return Err("a user or password in a URL is easily shown; who it is from says webhook_secret");
+    }
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (authority, "443"),
+    };
+    if host.is_empty() {
+        return Err("no host");
+    }
+    host_name_or_address(host)?;
+    port_number(port)?;
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    let is_here = host == "localhost" || address.is_ok_and(|address| address.to_canonical().is_loopback());
+    match scheme {
+        "https" => Ok(()),
+        "http" if is_here => Ok(()),
+        "http" => Err("plain http:// would show to the network who has logged out"),
+        _ => Err("unknown scheme, expected https"),
+    }
 }
 
 /// A name that browsers keep and that means what it says (RFC 6265, section 4.1.1; RFC 6265bis, section 4.1.3).
@@ -638,6 +715,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::parse;
+    use super::webhook_url;
 
     const GOOD: &str = r#"[[listener]]
 address = "127.0.0.1:8080"
@@ -661,6 +739,68 @@ pool = "app"
     fn headlines(text: &str) -> Vec<String> {
         let prefix = "error: cloakroom.toml:";
         errors(text).lines().filter_map(|line| Some(line.strip_prefix(prefix)?.to_owned())).collect()
+    }
+
+    #[test]
+    fn a_webhook_is_told_over_tls_or_on_this_machine() {
+        let good = [
+            "https://example.org/ended",
+            "https://example.org",
+            "https://10.0.0.7:8443/a?key=1",
+            "http://127.0.0.1:9000/ended",
+            "http://[::1]:9000/",
+            "http://localhost:9000",
+        ];
+        for url in good {
+            assert_eq!(webhook_url(url), Ok(()), "{url}");
+        }
+        let bad = [
+            "",
+            "example.org/ended",
+            "https://",
+            "https:///ended",
+            "http://example.org/ended",
+            "http://localhost.example.org/",
+            "http://127.0.0.1.example.org/",
+            "http://10.0.0.7/",
+            "http://[::2]/",
+            "ftp://example.org/",
+            "https://user:password@example.org/",
+            "https://user@example.org/",
+            "http://127.0.0.1@example.org/",
+            "http://127.0.0.1\\@example.org/",
+            "https://example.org/#a",
+            "https://example.org/a b",
+            "https://example.org:0/",
+            "https://example.org:99999/",
+            "https://exa_mple..org/",
+        ];
+        for url in bad {
+            assert!(webhook_url(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_secret_of_the_api_or_the_webhook_is_no_guess() {
+        let headlines_of = |value: &str| {
+            let events = format!("[events]\nwebhook = \"https://a.example\"\nwebhook_secret = \"{value}\"\n");
+            headlines(&format!("{GOOD}[admin]\ntoken = \"{value}\"\n{events}"))
+        };
+        assert!(headlines_of("q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2").is_empty());
+        for (value, fault) in [
+            ("q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw", "is shorter than 32 characters"),
+            ("<openssl rand -base64 32 is the way>", "is a sample, which everybody knows"),
+            ("q7Zp Kw2 q7Zp Kw2 q7Zp Kw2 q7Zp Kw2", "holds more than visible ASCII characters"),
+        ] {
+            let found = headlines_of(value);
+            assert_eq!(found.len(), 2, "{value}: {found:?}");
+            assert!(found[0].ends_with(&format!("admin.token {fault}")), "{found:?}");
+            assert!(found[1].ends_with(&format!("events.webhook_secret {fault}")), "{found:?}");
+        }
+        let unsigned = format!("{GOOD}[events]\nwebhook_secret = \"q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2\"\n");
+        assert!(headlines(&unsigned)[0].contains("without events.webhook"));
+        let url = errors(&format!("{GOOD}[events]\nwebhook = \"https://u:q7Zp@a.example\"\n"));
+        assert!(url.contains("events.webhook: a user or password"), "{url}");
     }
 
     #[test]

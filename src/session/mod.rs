@@ -22,6 +22,7 @@ mod fallback;
 mod ended;
 pub mod cache;
 pub mod store;
+pub mod control;
 
 use ended::Ended;
 use fallback::{Fallback, unix_now};

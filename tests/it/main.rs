@@ -15,6 +15,8 @@ mod guessing;
 mod per_user;
 mod operation;
 mod memory_file;
+mod session_control;
+mod events;
 mod tidy;
 
 mod store_contract;

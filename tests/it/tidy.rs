@@ -6,10 +6,11 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["server", "login", "config", "log"]),
-    ("server", &["listener", "proxy", "admin", "login", "session", "backend", "config", "log", "metrics"]),
+    ("cli", &["server", "login", "session", "config", "log"]),
+    ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
     ("listener", &["proxy", "config", "metrics"]),
     ("admin", &["proxy", "session", "metrics"]),
+    ("events", &["session", "config", "metrics"]),
     ("proxy", &["login", "session", "identity", "backend", "config", "log", "metrics"]),
     ("login", &["session", "identity", "config", "metrics"]),
     ("session", &["identity", "config"]),

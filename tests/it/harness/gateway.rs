@@ -2,12 +2,15 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
 
 use argon2::Argon2;
 use argon2::password_hash::PasswordHasher;
 use cloakroom::config::error::ConfigError;
 use cloakroom::config::model::Config;
+use cloakroom::events::Pace;
 use cloakroom::{config, server};
 use rustls::ClientConfig;
 use tempfile::TempDir;
@@ -48,6 +51,7 @@ pub(crate) struct Setup {
     tls: bool,
     password: String,
     rest: String,
+    pace: Pace,
 }
 
 /// A running gateway, which ends with this value.
@@ -70,6 +74,7 @@ impl Gateway {
             tls: false,
             password: String::new(),
             rest: String::new(),
+            pace: Pace::default(),
         }
         .pool("app", backends, "")
     }
@@ -80,6 +85,11 @@ impl Gateway {
 
     pub(crate) fn admin_address(&self) -> SocketAddr {
         self.running.admin_address()
+    }
+
+    /// What it was started from, for commands that read it.
+    pub(crate) fn config_file(&self) -> PathBuf {
+        self.folder.path().join("cloakroom.toml")
     }
 
     /// A client without a session.
@@ -207,6 +217,13 @@ impl Setup {
         self
     }
 
+    /// Ended sessions are found within a moment, and not within a minute.
+    pub(crate) fn sweeping_quickly(mut self) -> Self {
+        self.pace =
+            Pace { round: Duration::from_millis(500), lease: Duration::from_secs(2), retry: Duration::from_millis(20) };
+        self
+    }
+
     #[track_caller]
     pub(crate) fn start(self) -> Gateway {
         self.try_start().unwrap_or_else(|problems| panic!("the gateway starts: {problems}"))
@@ -216,7 +233,7 @@ impl Setup {
     /// What start-up says is wrong.
     pub(crate) fn try_start(self) -> Result<Gateway, String> {
         let folder = TempDir::new().unwrap();
-        let running = Running::start(&self.write(&folder), &folder)?;
+        let running = Running::start(&self.write(&folder), &folder, self.pace)?;
         let address = running.address();
         let trust = self.tls.then(tls::trust);
         Ok(Gateway { setup: Mutex::new(self), folder, address, running, trust })
@@ -325,9 +342,9 @@ fn attribute(tag: &str, name: &str) -> Option<String> {
 struct Running(Option<server::Running>);
 
 impl Running {
-    fn start(text: &str, folder: &TempDir) -> Result<Self, String> {
+    fn start(text: &str, folder: &TempDir, pace: Pace) -> Result<Self, String> {
         let prepared = read(text, folder).and_then(server::prepare).map_err(|problems| problems.to_string())?;
-        let running = server::start(prepared).map_err(|error| error.to_string())?;
+        let running = server::start(prepared.with_pace(pace)).map_err(|error| error.to_string())?;
         Ok(Self(Some(running)))
     }
 
