@@ -338,7 +338,7 @@ fn metrics_tell_what_happened_and_nothing_of_whom() {
     let count = |name: &str| gateway.metric(name);
     assert_eq!(count("cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"}"), 1.0);
     assert_eq!(count("cloakroom_requests_total{outcome=\"unauthenticated\",route=\"/\",status=\"401\"}"), 1.0);
-    assert_eq!(count("cloakroom_session_resolve_seconds_count{result=\"live\"}"), 1.0);
+    assert_eq!(count("cloakroom_session_resolve_seconds_count{result=\"copy\"}"), 1.0);
     assert_eq!(count("cloakroom_request_seconds_count{route=\"/\"}"), 2.0);
     assert_eq!(count("cloakroom_store_up"), 1.0);
     let text = gateway.admin("/metrics").text();
