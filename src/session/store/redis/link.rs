@@ -143,10 +143,15 @@ impl Links {
         link.copies.as_ref().map(|copies| Arc::clone(&copies.cache))
     }
 
-    /// As [`Self::cache`], with the reads that are under way; begins to connect where there is no link yet.
+    /// As [`Self::cache`], with the reads that are under way; begins to connect where there is no link yet. Who comes
+    /// while the server is known to be down is told so at once.
     pub(super) async fn copies(&self, slot: u16) -> Result<Option<Arc<Copies>>, StoreError> {
         let primary = self.topology.find(Place::Slot(slot)).await?;
-        Ok(self.link(&primary)?.copies.clone())
+        let link = self.link(&primary)?;
+        match link.known() {
+            Some(Err(failure)) => Err(failure.into()),
+            Some(Ok(_)) | None => Ok(link.copies.clone()),
+        }
     }
 
     /// Whether the primary of this slot is known not to be reached.
