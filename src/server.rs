@@ -44,11 +44,14 @@ use crate::session::record::Codec;
 use crate::session::seal::KeyRing;
 use crate::session::store::memory::{FileError, Loaded, MemoryStore};
 use crate::session::store::redis::RedisStore;
-use crate::session::store::{SessionStore, StoreOptions};
+use crate::session::store::{Gravity, Risk, SessionStore, StoreOptions};
 use crate::session::{Lifetime, Options, Sessions};
 
 /// Idle connections to backends that one worker keeps.
 const BACKEND_CONNECTIONS_KEPT: usize = 512;
+
+/// A store that does not answer yet is asked again after this long.
+const INSPECTION_RETRY: Duration = Duration::from_secs(1);
 
 /// Start-up waits this long for the names of backends; what is not known by then is found in the background.
 const FIRST_RESOLVE_MAX: Duration = Duration::from_secs(5);
@@ -439,6 +442,20 @@ impl WorkerPlan {
 }
 
 /// What goes on beside the requests.
+/// Says what is risky about the place where sessions are kept, when it first answers.
+async fn inspect(store: Arc<dyn SessionStore>) {
+    while store.ping().await.is_err() {
+        tokio::time::sleep(INSPECTION_RETRY).await;
+    }
+    for Risk { gravity, what, remedy } in store.inspect().await {
+        match gravity {
+            Gravity::Unusable => tracing::error!(what, remedy, "the session store is of no use"),
+            Gravity::Risk => tracing::warn!(what, remedy, "a risk for sessions"),
+            Gravity::Hint => tracing::info!(what, remedy, "about the session store"),
+        }
+    }
+}
+
 struct Background {
     admin: Option<Listener>,
     sessions_api: Option<SessionsApi>,
@@ -477,6 +494,7 @@ impl Background {
                 tokio::spawn(listener.run(vec![desk], connections, ended.clone()));
                 tokio::spawn(worker.run(queue));
             }
+            tokio::spawn(inspect(Arc::clone(sessions.store())));
             let watched = async { health.watch(&**sessions.store(), &metrics).await };
             let resolved = async {
                 loop {

@@ -125,6 +125,23 @@ pub struct EndEvent {
     pub at: u64,
 }
 
+/// Something that will hurt one day, and how to mend it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Risk {
+    pub gravity: Gravity,
+    pub what: String,
+    pub remedy: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gravity {
+    /// It does not work with this.
+    Unusable,
+    Risk,
+    /// Good to know.
+    Hint,
+}
+
 /// A count that forgets: the login throttle's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Count {
@@ -237,6 +254,11 @@ pub trait SessionStore: Send + Sync + 'static {
 
     /// Forgets a counter.
     async fn reset(&self, counter: &str) -> Result<(), StoreError>;
+
+    /// What the operator should know of the place where sessions are kept: for the log, once, when it first answers.
+    async fn inspect(&self) -> Vec<Risk> {
+        Vec::new()
+    }
 
     /// Whether it answers: for readiness.
     async fn ping(&self) -> Result<(), StoreError>;

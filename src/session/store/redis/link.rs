@@ -164,8 +164,22 @@ impl Links {
         }
     }
 
-    pub(super) fn topology(&self) -> &Arc<Topology> {
-        &self.topology
+    /// The replies of each primary, with its address.
+    pub(super) async fn ask_each<const N: usize>(
+        &self,
+        commands: &Pipeline,
+    ) -> Result<Vec<(String, Result<[Value; N], StoreError>)>, StoreError> {
+        let dialer = &self.topology.dialer;
+        self.topology.find(Place::Anywhere).await?;
+        let mut answers = Vec::new();
+        for primary in self.topology.primaries() {
+            let answer = async {
+                let live = self.live(&primary, None, Instant::now() + dialer.connect_timeout).await?;
+                live.ask_within(dialer.response_timeout, commands).await
+            };
+            answers.push((primary.address.to_string(), answer.await.map_err(StoreError::from)));
+        }
+        Ok(answers)
     }
 
     /// The error for a reply that makes no sense; nobody trusts the connection any more that gave it.

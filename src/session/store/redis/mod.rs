@@ -21,14 +21,15 @@ mod supervise;
 mod dial;
 mod read;
 mod failure;
+mod inspect;
 
 pub use settings::SettingsError;
 
 use super::{
-    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, SessionStore, StoreError, StoreOptions,
+    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, Risk, SessionStore, StoreError, StoreOptions,
     Stored, Terms, millis,
 };
-use crate::config::model::{self, Logout, WhenFull};
+use crate::config::model::{self, Cache, Logout, WhenFull};
 use crate::session::cache::LeaseCache;
 use crate::session::id::{BUCKETS, SessionKey, UserKey};
 use crate::session::record::{Codec, Record};
@@ -43,6 +44,8 @@ pub struct RedisStore {
     links: Arc<Links>,
     keys: Arc<Keys>,
     options: StoreOptions,
+    /// Copies that one instance keeps.
+    copies_max: usize,
     logout: Logout,
     /// With [`Logout::Strict`]: after so long no instance has a copy.
     lease: Duration,
@@ -66,6 +69,10 @@ impl RedisStore {
             links: Arc::new(Links::new(settings)?),
             keys: Arc::new(Keys { prefix }),
             options,
+            copies_max: match settings.cache {
+                Cache::Coherent => settings.cache_sessions_max,
+                Cache::Off => 0,
+            },
             logout: settings.logout,
             lease: settings.lease.get_ref().get(),
             durably: Durably { replicas: settings.logout_replicas, time: settings.logout_timeout.get() },
@@ -324,6 +331,10 @@ impl SessionStore for RedisStore {
             Value::Int(0..) => Ok(()),
             _ => Err(self.links.senseless(place)),
         }
+    }
+
+    async fn inspect(&self) -> Vec<Risk> {
+        inspect::inspect(&self.links, self.copies_max).await
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

@@ -1,10 +1,11 @@
 //! Is this connection still good? One task for each runtime and primary keeps one, and proves again and again that it
 //! is alive and that what it leads to is the primary.
 //!
-//! The proof is a heartbeat. A `PING` shows that all pushes which were sent before it are here. A *write* shows
-//! besides that the server is the authority: one that was demoted, cut off from its replicas or left behind by its
-//! Cluster refuses writes while it goes on answering pings. The write is a `PEXPIRE` of a key that is never there: it
-//! changes nothing, goes into no file and to no replica, and works when the memory is full.
+//! The proof is a heartbeat, and it is a *write*. Its reply shows that all pushes which were sent before it are here, as
+//! that of any command would; and that the server is the authority, which that of a `PING` would not: one that was
+//! demoted, cut off from its replicas or left behind by its Cluster refuses writes while it goes on answering pings. The
+//! write is a `PEXPIREAT` of a key that is never there: it changes nothing, goes into no file and to no replica, and works
+//! when the memory is full.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,9 +54,6 @@ pub(super) struct Rhythm {
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// A write in every so many beats, and at least in each second.
-const BEATS_PER_WRITE: u32 = 4;
-const WRITE_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Whether the server still tracks what we read is looked at this often.
 const TRACKING_CHECK: Duration = Duration::from_secs(30);
 
@@ -269,9 +267,6 @@ impl Supervisor {
         let live = &connection.live;
         let mut beats = tokio::time::interval(self.rhythm.beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let writes_each =
-            (WRITE_INTERVAL_MAX.as_millis() / self.rhythm.beat.as_millis().max(1)).clamp(1, BEATS_PER_WRITE.into());
-        let mut until_write = 0;
         let mut tracking_checked = Instant::now();
         loop {
             tokio::select! {
@@ -280,14 +275,11 @@ impl Supervisor {
                 }
                 _ = beats.tick() => {}
             }
-            let beat = if until_write == 0 { Beat::Write } else { Beat::Ping };
-            until_write = if until_write == 0 { writes_each - 1 } else { until_write - 1 };
-            if let Err(end) = self.beat(connection, beat).await {
+            if let Err(end) = self.beat(connection).await {
                 return end;
             }
-            if beat == Beat::Write {
-                self.topology.follow();
-            }
+            // Whoever followed may have been on a runtime that has ended.
+            self.topology.follow();
             if connection.copies.is_some() && TRACKING_CHECK < tracking_checked.elapsed() {
                 tracking_checked = Instant::now();
                 if let Err(failure) = self.check_tracking(live).await {
@@ -297,16 +289,13 @@ impl Supervisor {
         }
     }
 
-    async fn beat(&mut self, connection: &Tracked, beat: Beat) -> Result<(), End> {
-        let bucket = match beat {
-            Beat::Write if self.heartbeat_is_permitted => self.topology.bucket_of(&self.primary),
-            Beat::Write | Beat::Ping => None,
-        };
+    async fn beat(&mut self, connection: &Tracked) -> Result<(), End> {
+        let bucket = if self.heartbeat_is_permitted { self.topology.bucket_of(&self.primary) } else { None };
         let mut command = redis::pipe();
         match bucket {
             Some(bucket) => {
                 let name = format!("{}hb:{{{}}}", self.rhythm.prefix, bucket_text(bucket));
-                command.cmd("PEXPIRE").arg(name).arg(1);
+                command.cmd("PEXPIREAT").arg(name).arg(1);
             }
             None => {
                 command.cmd("PING");
