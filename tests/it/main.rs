@@ -21,3 +21,5 @@ mod tidy;
 
 mod store_contract;
 mod store_redis_faults;
+mod store_sentinel;
+mod store_cluster;

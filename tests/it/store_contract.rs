@@ -868,6 +868,17 @@ async fn no_permission_that_is_asked_for_can_be_spared() {
     }
 }
 
+/// Whether a copy of a session is kept: as soon as the first heartbeat has been answered, a few reads later.
+async fn is_kept(store: &RedisStore, key: &SessionKey) -> Result<bool, StoreError> {
+    for _ in 0..100 {
+        if store.recall(key).is_some() {
+            return Ok(true);
+        }
+        store.load(key).await?;
+    }
+    Ok(false)
+}
+
 /// Something of everything that a store does.
 async fn a_short_life(store: &RedisStore) -> Result<(), StoreError> {
     fn must(is_so: bool) -> Result<(), StoreError> {
@@ -877,6 +888,7 @@ async fn a_short_life(store: &RedisStore) -> Result<(), StoreError> {
     let key = id_of(&user).key();
     store.create(&key, session_of(&user), &terms(LONG, None)).await?;
     let stored = store.load(&key).await?.live().ok_or(StoreError::Unreadable)?;
+    must(is_kept(store, &key).await?)?;
     must(store.touch(&key, Duration::from_secs(1_200), stored.record.ends).await?)?;
     must(LONG.idle < store.load(&key).await?.live().ok_or(StoreError::Unreadable)?.time_to_live)?;
     let seen = Activity { at: 1, address: [192, 0, 2, 7].into(), route: "/".to_owned() };

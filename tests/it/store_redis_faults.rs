@@ -8,13 +8,14 @@ use cloakroom::config::model;
 use cloakroom::config::value::Duration as ConfigDuration;
 use cloakroom::session::id::SessionKey;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{Ending, SessionStore, StoreError, StoreOptions};
+use cloakroom::session::store::{Ending, Gravity, SessionStore, StoreError, StoreOptions};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 
+use crate::harness::fault::FaultProxy;
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
 use crate::harness::{DEADLINE, eventually};
 use crate::store_contract::{LONG, id_of, session_of, settings, terms};
@@ -37,7 +38,7 @@ fn patient_store(server: &RedisServer) -> Arc<RedisStore> {
 }
 
 /// Tried again when the machine is too busy for an impatient store.
-async fn create(store: &RedisStore, user: &str) -> SessionKey {
+pub(crate) async fn create(store: &RedisStore, user: &str) -> SessionKey {
     eventually("a session is created", async || {
         let key = id_of(user).key();
         store.create(&key, session_of(user), &terms(LONG, None)).await.ok().map(|_| key)
@@ -46,12 +47,12 @@ async fn create(store: &RedisStore, user: &str) -> SessionKey {
 }
 
 /// The user of a session, where an answer comes; that one comes in the end, good or bad, is part of every promise.
-async fn load(store: &RedisStore, key: &SessionKey) -> Result<Option<String>, StoreError> {
+pub(crate) async fn load(store: &RedisStore, key: &SessionKey) -> Result<Option<String>, StoreError> {
     let answer = timeout(DEADLINE, store.load(key)).await.expect("nobody waits for ever");
     answer.map(|found| found.live().map(|stored| stored.record.identity.user.clone()))
 }
 
-async fn until_down(store: &RedisStore, key: &SessionKey) {
+pub(crate) async fn until_down(store: &RedisStore, key: &SessionKey) {
     eventually("the store is seen to be down", async || match load(store, key).await {
         Err(StoreError::Unavailable(_)) => Some(()),
         Err(StoreError::Refused(cause)) => panic!("being down is no refusal: {cause}"),
@@ -69,14 +70,14 @@ async fn until_back(store: &RedisStore, key: &SessionKey) -> Option<String> {
 }
 
 /// Users who come all the time, as long as this lives; each answer that comes is his own or nothing.
-struct Traffic {
+pub(crate) struct Traffic {
     tasks: tokio::task::JoinSet<()>,
     answers: Arc<AtomicUsize>,
     failures: Arc<AtomicUsize>,
 }
 
 impl Traffic {
-    async fn on(store: &Arc<RedisStore>) -> Self {
+    pub(crate) async fn on(store: &Arc<RedisStore>) -> Self {
         let (answers, failures) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let mut tasks = tokio::task::JoinSet::new();
         for n in 0..16 {
@@ -103,12 +104,12 @@ impl Traffic {
     }
 
     /// Every one of them goes on to be answered.
-    async fn flows(&self) {
+    pub(crate) async fn flows(&self) {
         let before = self.answers.load(Ordering::Relaxed);
         eventually("traffic flows", async || (before + 200 < self.answers.load(Ordering::Relaxed)).then_some(())).await;
     }
 
-    async fn stop(mut self) -> usize {
+    pub(crate) async fn stop(mut self) -> usize {
         self.tasks.abort_all();
         while let Some(ended) = self.tasks.join_next().await {
             assert!(ended.is_err_and(|error| error.is_cancelled()), "a user met a panic");
@@ -401,4 +402,151 @@ async fn ten_thousand_cancelled_loads_never_give_a_user_the_session_of_another()
     }
     let list: String = redis::cmd("CLIENT").arg("LIST").query(&mut server.client()).unwrap();
     assert_eq!(list.lines().count(), 2, "cancelling costs no connection");
+}
+
+#[tokio::test]
+async fn what_was_read_is_answered_from_here_and_taken_back_at_once() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let recalled = async |key: &SessionKey| {
+        eventually("a copy is kept", async || {
+            load(&store, key).await.ok()?;
+            store.recall(key)
+        })
+        .await
+    };
+    assert_eq!(recalled(&key).await.record.identity.user, "ann");
+    let elsewhere = self::store(&server);
+    assert!(eventually("it ends elsewhere", async || elsewhere.destroy(&key, None, Ending::LoggedOut).await.ok()).await);
+    eventually("the copy is taken back", async || store.recall(&key).is_none().then_some(())).await;
+
+    let again = create(&store, "ann").await;
+    recalled(&again).await;
+    let () = server.ask("FLUSHALL");
+    eventually("all copies are taken back", async || store.recall(&again).is_none().then_some(())).await;
+
+    let own = create(&store, "ann").await;
+    recalled(&own).await;
+    store.destroy(&own, None, Ending::LoggedOut).await.unwrap();
+    assert!(store.recall(&own).is_none(), "who logs somebody out knows it first");
+}
+
+#[tokio::test]
+async fn no_copy_is_used_when_the_connection_is_lost_or_the_server_freezes_or_is_demoted() {
+    let mut server = RedisServer::with(KEEPS_ITS_DATA);
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let kept = async || {
+        eventually("a copy is kept", async || {
+            load(&store, &key).await.ok()?;
+            store.recall(&key)
+        })
+        .await;
+    };
+    let gone = async |why: &str| eventually(why, async || store.recall(&key).is_none().then_some(())).await;
+    kept().await;
+    server.pause();
+    gone("a frozen server's lease ends").await;
+    server.resume();
+    kept().await;
+    let () = server.ask("REPLICAOF 127.0.0.1 1");
+    gone("a replica is no authority").await;
+    let () = server.ask("REPLICAOF NO ONE");
+    kept().await;
+    server.kill();
+    gone("nobody is there").await;
+    server.restart();
+    kept().await;
+}
+
+#[tokio::test]
+async fn with_the_cache_off_nothing_is_kept() {
+    let server = RedisServer::start();
+    let settings = model::RedisStore { cache: model::Cache::Off, ..settings(&server.url()) };
+    let store = RedisStore::new(&settings, StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    for _ in 0..20 {
+        assert_eq!(load(&store, &key).await.unwrap().as_deref(), Some("ann"));
+        assert!(store.recall(&key).is_none());
+    }
+}
+
+#[tokio::test]
+async fn a_durable_logout_needs_its_replica_and_is_not_told_as_done_without() {
+    let server = RedisServer::start();
+    let durable = model::RedisStore {
+        logout: model::Logout::Durable,
+        logout_replicas: 1,
+        logout_timeout: ConfigDuration::from_millis(100),
+        ..settings(&server.url())
+    };
+    let store = RedisStore::new(&durable, StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    let error = store.destroy(&key, None, Ending::LoggedOut).await.unwrap_err();
+    assert!(matches!(&error, StoreError::Unavailable(cause) if cause.to_string().contains("0 of 1 replicas")), "{error:?}");
+
+    let replica = RedisServer::with(&format!("replicaof 127.0.0.1 {}\nrepl-diskless-sync-delay 0", server.port()));
+    server.ask_with_replicas("SET test:synced 1", 1);
+    let key = create(&store, "ann").await;
+    eventually("the replica has it", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
+    drop(replica);
+}
+
+#[tokio::test]
+async fn with_the_shipped_settings_a_server_starts_and_people_log_in() {
+    let shipped = include_str!("../../conf/redis.conf");
+    let server = RedisServer::with(shipped);
+    let store = patient_store(&server);
+    let key = create(&store, "ann").await;
+    assert_eq!(load(&store, &key).await.unwrap().as_deref(), Some("ann"));
+    let risks: Vec<_> = store.inspect().await.into_iter().filter(|risk| risk.gravity != Gravity::Hint).collect();
+    assert!(risks.is_empty(), "what we ship is not risky: {risks:?}");
+
+    let bare = RedisServer::with("maxmemory-policy allkeys-lru\nappendonly no");
+    let risks = patient_store(&bare).inspect().await;
+    for word in ["maxmemory-policy is allkeys-lru", "a restart loses the sessions"] {
+        assert!(risks.iter().any(|risk| risk.what.contains(word)), "{word}: {risks:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_wants_a_certificate_gets_ours_and_an_expired_one_is_refused() {
+    let server = RedisServer::with_mutual_tls();
+    let (cert, key) = server.client_certificate();
+    let spanned = |path: std::path::PathBuf| Some(toml::Spanned::new(0..0, path));
+    let trusting = model::RedisStore { ca: spanned(server.authority()), ..settings(&server.tls_url()) };
+    let unknown = RedisStore::new(&trusting, StoreOptions::default()).unwrap();
+    assert!(unknown.ping().await.is_err(), "without a certificate nobody gets in");
+    let trusting = model::RedisStore {
+        ca: spanned(server.authority()),
+        cert: spanned(cert),
+        key: spanned(key),
+        ..settings(&server.tls_url())
+    };
+    let store = RedisStore::new(&trusting, StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    assert_eq!(load(&store, &key).await.unwrap().as_deref(), Some("ann"));
+
+    let expired = RedisServer::with_expired_tls();
+    let trusting = model::RedisStore { ca: spanned(expired.authority()), ..settings(&expired.tls_url()) };
+    let refused = RedisStore::new(&trusting, StoreOptions::default()).unwrap().ping().await.unwrap_err();
+    assert!(matches!(&refused, StoreError::Unavailable(cause) if cause.to_string().contains("xpired")), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_host_that_vanishes_is_down_and_found_again() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::to(server.port());
+    let store = Arc::new(RedisStore::new(&impatient(&proxy.url()), StoreOptions::default()).unwrap());
+    let key = create(&store, "ann").await;
+    proxy.vanish();
+    until_down(&store, &key).await;
+    assert!(store.recall(&key).is_none());
+    proxy.heal();
+    assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"));
+    for _ in 0..5 {
+        proxy.cut();
+        assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"));
+    }
 }
