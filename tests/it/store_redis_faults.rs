@@ -418,7 +418,9 @@ async fn what_was_read_is_answered_from_here_and_taken_back_at_once() {
     };
     assert_eq!(recalled(&key).await.record.identity.user, "ann");
     let elsewhere = self::store(&server);
-    assert!(eventually("it ends elsewhere", async || elsewhere.destroy(&key, None, Ending::LoggedOut).await.ok()).await);
+    assert!(
+        eventually("it ends elsewhere", async || elsewhere.destroy(&key, None, Ending::LoggedOut).await.ok()).await
+    );
     eventually("the copy is taken back", async || store.recall(&key).is_none().then_some(())).await;
 
     let again = create(&store, "ann").await;
@@ -484,7 +486,10 @@ async fn a_durable_logout_needs_its_replica_and_is_not_told_as_done_without() {
     let store = RedisStore::new(&durable, StoreOptions::default()).unwrap();
     let key = create(&store, "ann").await;
     let error = store.destroy(&key, None, Ending::LoggedOut).await.unwrap_err();
-    assert!(matches!(&error, StoreError::Unavailable(cause) if cause.to_string().contains("0 of 1 replicas")), "{error:?}");
+    assert!(
+        matches!(&error, StoreError::Unavailable(cause) if cause.to_string().contains("0 of 1 replicas")),
+        "{error:?}"
+    );
 
     let replica = RedisServer::with(&format!("replicaof 127.0.0.1 {}\nrepl-diskless-sync-delay 0", server.port()));
     server.ask_with_replicas("SET test:synced 1", 1);

@@ -27,7 +27,7 @@ fn store(world: &Sentinels) -> Arc<RedisStore> {
 async fn known_to_all(world: &Sentinels, store: &RedisStore, user: &str) -> SessionKey {
     let key = create(store, user).await;
     let primary = world.named_primary().expect("there is one");
-    world.servers[primary].ask_with_replicas("SET test:everybody has what was before 1", 2);
+    world.servers[primary].ask_with_replicas("SET test:synced 1", 2);
     key
 }
 
@@ -51,6 +51,11 @@ async fn until_followed(world: &Sentinels, store: &RedisStore, key: &SessionKey,
         .await
     };
     let (followed, promoted) = tokio::join!(asked, promoted);
+    tell_delay(promoted, followed);
+}
+
+#[expect(clippy::print_stdout, reason = "a figure for the book, with --nocapture")]
+pub(crate) fn tell_delay(promoted: Instant, followed: Instant) {
     println!("followed {} ms after the promotion", followed.saturating_duration_since(promoted).as_millis());
 }
 

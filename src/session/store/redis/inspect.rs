@@ -71,7 +71,8 @@ fn risks_of([about, settings]: &[Value; 2], copies_max: usize) -> Vec<Risk> {
         }
         _ => add(
             Gravity::Hint,
-            "tracking-table-max-keys and cluster-require-full-coverage may not be looked at, as it should be".to_owned(),
+            "tracking-table-max-keys and cluster-require-full-coverage may not be looked at, as it should be"
+                .to_owned(),
             "check them yourself: docs/redis.md",
         ),
     }
@@ -92,7 +93,9 @@ fn report_risks(facts: &HashMap<&str, &str>, add: &mut impl FnMut(Gravity, Strin
     if let Some(policy) = facts.get("maxmemory_policy").filter(|policy| **policy != "noeviction") {
         add(
             Gravity::Risk,
-            format!("maxmemory-policy is {policy}: when memory is short, users are logged out, and logouts are forgotten"),
+            format!(
+                "maxmemory-policy is {policy}: when memory is short, users are logged out, and logouts are forgotten"
+            ),
             "set maxmemory-policy noeviction",
         );
     }
@@ -153,7 +156,8 @@ mod tests {
 
     #[test]
     fn what_is_risky_is_found_and_nothing_else() {
-        let good = "# Server\r\nredis_version:7.0.15\r\nmaxmemory_policy:noeviction\r\naof_enabled:1\r\nrole:master\r\n";
+        let good =
+            "# Server\r\nredis_version:7.0.15\r\nmaxmemory_policy:noeviction\r\naof_enabled:1\r\nrole:master\r\n";
         assert_eq!(risks(&format!("{good}connected_slaves:0\r\n"), &[]), []);
         assert_eq!(risks(&format!("{good}connected_slaves:1\r\nmin_slaves_good_slaves:1\r\n"), &[]), []);
         let cases = [

@@ -26,8 +26,8 @@ mod inspect;
 pub use settings::SettingsError;
 
 use super::{
-    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, Risk, SessionStore, StoreError, StoreOptions,
-    Stored, Terms, millis,
+    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, Risk, SessionStore, StoreError,
+    StoreOptions, Stored, Terms, millis,
 };
 use crate::config::model::{self, Cache, Logout, WhenFull};
 use crate::session::cache::LeaseCache;

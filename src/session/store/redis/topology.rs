@@ -32,6 +32,8 @@ pub(super) struct Topology {
     troubles: AtomicUsize,
     /// When a majority of the sentinels last named the primary.
     confirmed: Mutex<Instant>,
+    /// The newest agreement that is known, and since when nobody has confirmed it.
+    agreement: Mutex<(u64, Instant)>,
     follower: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -78,6 +80,8 @@ const CLUSTER_INTERVAL_IN_TROUBLE: Duration = Duration::from_millis(100);
 const SENTINEL_INTERVAL_IN_TROUBLE: Duration = Duration::from_millis(50);
 /// What a sentinel said is believed for so long.
 const REPORT_AGE_MAX: Duration = Duration::from_secs(3);
+/// Sentinels that know only of an older agreement are not believed for so long; then they have been set up anew.
+const AGREEMENT_AGE_MAX: Duration = Duration::from_secs(10);
 
 impl Topology {
     pub(super) fn new(place: RedisPlace, dialer: Dialer) -> Self {
@@ -94,6 +98,7 @@ impl Topology {
             wanted: watch::Sender::new(0),
             troubles: AtomicUsize::new(0),
             confirmed: Mutex::new(Instant::now()),
+            agreement: Mutex::new((0, Instant::now())),
             follower: Mutex::default(),
         }
     }
@@ -386,7 +391,7 @@ impl Topology {
         if latest.len() / 2 < votes {
             *self.confirmed.lock() = Instant::now();
         }
-        let Some(best) = named.iter().max_by_key(|named| named.epoch) else {
+        let Some(best) = named.iter().max_by_key(|named| named.epoch).copied() else {
             // Each had its chance to say something.
             if latest.iter().all(Option::is_some) {
                 let failure = latest.iter().flatten().find_map(|report| report.said.as_ref().err());
@@ -394,23 +399,42 @@ impl Topology {
             }
             return;
         };
+        // Who has not heard of the last failover yet would send us back, and the old primary may not know better either.
+        let is_stale = {
+            let mut agreement = self.agreement.lock();
+            if agreement.0 <= best.epoch || AGREEMENT_AGE_MAX < agreement.1.elapsed() {
+                *agreement = (best.epoch, Instant::now());
+            }
+            best.epoch < agreement.0
+        };
+        if !is_stale && current.as_ref() != Some(&best.address) && self.appoint(&best.address).await {
+            return;
+        }
         // The leader of a failover has told a replica to take over; when that one says itself that it has, the leader
         // will say so, too, but only after its next look, up to a second later.
-        let promoted = named.iter().filter_map(|named| named.promoted.as_ref());
-        for candidate in std::iter::once(&best.address).chain(promoted) {
-            if current.as_ref() == Some(candidate) {
-                continue;
+        let promoted = named.iter().find_map(|named| named.promoted.as_ref());
+        if let Some(promoted) = promoted.filter(|promoted| current.as_ref() != Some(promoted))
+            && self.appoint(promoted).await
+        {
+            *self.agreement.lock() = (best.epoch + 1, Instant::now());
+        }
+    }
+
+    /// Whether it says itself that it is a primary; then it is ours.
+    async fn appoint(&self, candidate: &RedisAddress) -> bool {
+        let verified = async {
+            let live = self.dialer.dial(candidate, Role::Server, |_| {}).await?;
+            self.verify(&live).await
+        };
+        match verified.await {
+            Ok(()) => {
+                self.publish(&[(candidate.clone(), Vec::new())], false);
+                *self.confirmed.lock() = Instant::now();
+                true
             }
-            match self.dialer.dial(candidate, Role::Server, |_| {}).await {
-                Ok(live) => match self.verify(&live).await {
-                    Ok(()) => {
-                        self.publish(&[(candidate.clone(), Vec::new())], false);
-                        *self.confirmed.lock() = Instant::now();
-                        return;
-                    }
-                    Err(failure) => self.unknown(failure),
-                },
-                Err(failure) => self.unknown(failure),
+            Err(failure) => {
+                self.unknown(failure);
+                false
             }
         }
     }
@@ -671,4 +695,112 @@ pub(super) fn redirection(details: &str, asked: &RedisAddress) -> Option<(u16, R
     let (host, port) = place.rsplit_once(':')?;
     let slot = slot.parse().ok().filter(|slot| usize::from(*slot) < SLOTS)?;
     Some((slot, beside(asked, host, &Value::SimpleString(port.to_owned()))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> RedisAddress {
+        RedisAddress::Tcp { host: host.to_owned(), port }
+    }
+
+    fn value(resp: &str) -> Value {
+        redis::parse_redis_value(resp.replace(' ', "\r\n").as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_redirection_leads_to_a_named_node_or_stays_at_the_host_that_was_asked() {
+        let asked = tcp("asked", 7000);
+        let cases = [
+            ("3999 127.0.0.1:6381", Some((3999, tcp("127.0.0.1", 6381)))),
+            ("0 node.example:6381", Some((0, tcp("node.example", 6381)))),
+            ("1 ::1:6381", Some((1, tcp("::1", 6381)))),
+            ("1 :6381", Some((1, tcp("asked", 6381)))),
+            ("1 ?:6381", None),
+            ("16384 127.0.0.1:6381", None),
+            ("-1 127.0.0.1:6381", None),
+            ("1 127.0.0.1:0", None),
+            ("1 127.0.0.1:65536", None),
+            ("1 127.0.0.1", None),
+            ("1", None),
+            ("", None),
+        ];
+        for (details, expected) in cases {
+            assert_eq!(redirection(details, &asked), expected, "{details:?}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_is_read_as_a_node_sees_it() {
+        let asked = tcp("asked", 7000);
+        let about = value("$16 cluster_state:ok ");
+        let slots = value(
+            "*3 *4 :0 :99 *3 $1 a :1 $1 x *3 $1 b :2 $1 y *3 :100 :100 *3 $-1 :1 $1 z *3 :101 :16383 *3 $1 a :1 $1 x ",
+        );
+        let view = View::read(&[about.clone(), slots.clone()], &asked).unwrap();
+        assert!(view.is_whole);
+        assert_eq!(view.owners, [(tcp("a", 1), vec![(0, 99), (101, 16383)]), (tcp("asked", 1), vec![(100, 100)])]);
+        assert_eq!(view.nodes, [tcp("a", 1), tcp("b", 2), tcp("asked", 1)]);
+        assert!(!View::read(&[value("$18 cluster_state:fail "), slots.clone()], &asked).unwrap().is_whole);
+        assert!(View::read(&[value("-NOPERM "), slots], &asked).unwrap().is_whole, "who may not ask believes");
+        for wrong in [
+            "*0 ",
+            "-ERR ",
+            ":1 ",
+            "*1 :1 ",
+            "*1 *1 :1 ",
+            "*1 *3 :5 :4 *2 $1 a :1 ",
+            "*1 *3 :0 :16384 *2 $1 a :1 ",
+            "*1 *3 :-1 :1 *2 $1 a :1 ",
+            "*1 *3 :0 :1 *2 $1 ? :1 ",
+            "*1 *3 :0 :1 *2 $1 a :0 ",
+            "*1 *3 :0 :1 *1 $1 a ",
+        ] {
+            assert!(View::read(&[about.clone(), value(wrong)], &asked).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_sentinel_names_a_primary_and_in_a_failover_whom_it_has_promoted() {
+        let address = "*2 $1 a $1 1 ";
+        let about = |flags: &str| format!("%2 $5 flags ${} {flags} $12 config-epoch $1 7 ", flags.len());
+        let replicas =
+            "*2 %3 $2 ip $1 b $4 port $1 2 $5 flags $5 slave %3 $2 ip $1 c $4 port $1 3 $5 flags $14 slave,promoted ";
+        let read = |address: &str, about: &str| Named::read(&[value(address), value(about), value(replicas)], "m");
+        let named = read(address, &about("master")).unwrap();
+        assert_eq!(named, Named { address: tcp("a", 1), epoch: 7, promoted: None }, "there is no failover");
+        let named = read(address, &about("master,o_down,failover_in_progress")).unwrap();
+        assert_eq!(named.promoted, Some(tcp("c", 3)));
+        for (address, about) in [("*-1 ", "-ERR "), ("$-1 ", "%0 "), ("*0 ", "%0 "), ("*2 $1 a $1 0 ", "%0 ")] {
+            assert!(read(address, about).is_err(), "{address}{about}");
+        }
+    }
+
+    #[test]
+    fn a_map_keeps_the_primaries_that_stay_and_retires_the_others() {
+        let settings = toml::from_str("url = 'redis+cluster://h'").unwrap();
+        let url = super::super::settings::url(&settings).unwrap();
+        let topology = Topology::new(url.place.clone(), Dialer::new(&settings, &url).unwrap());
+        assert!(topology.primary(Place::Slot(0)).is_none() && topology.primary(Place::Anywhere).is_none());
+        let (a, b) = (tcp("a", 1), tcp("b", 1));
+        topology.publish(&[(a.clone(), vec![(0, 8191)]), (b.clone(), vec![(8192, 16382)])], true);
+        let at = |slot| topology.primary(Place::Slot(slot)).map(|primary| primary.address.clone());
+        assert_eq!([at(0), at(8191), at(8192), at(16383)], [Some(a.clone()), Some(a.clone()), Some(b.clone()), None]);
+
+        let (first, second) = (topology.primary(Place::Slot(0)).unwrap(), topology.primary(Place::Slot(8192)).unwrap());
+        let moved = topology.moved(0, &b);
+        assert!(Arc::ptr_eq(&moved, &second) && at(0) == Some(b.clone()) && at(1) == Some(a.clone()));
+        let new = topology.moved(1, &tcp("c", 1));
+        assert_eq!(at(1), Some(tcp("c", 1)));
+        for primary in [&first, &second] {
+            let bucket = topology.bucket_of(primary).unwrap();
+            assert!(Arc::ptr_eq(&topology.primary(Place::Slot(bucket_slot(bucket))).unwrap(), primary));
+        }
+
+        topology.publish(&[(b.clone(), vec![(0, 16383)])], true);
+        assert!(first.is_retired() && new.is_retired() && !second.is_retired());
+        assert!(topology.bucket_of(&first).is_none());
+        assert!(Arc::ptr_eq(&topology.primary(Place::Slot(1)).unwrap(), &second), "its connections are kept");
+    }
 }
