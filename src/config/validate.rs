@@ -972,7 +972,7 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (redis("redis://h") + "\nca = \"ca.pem\"", "12:6", "ca is for TLS"),
             (redis("redis+sentinel://h"), "11:7", "the name by which the sentinels know"),
             (redis("redis+sentinel://h/m?sentinel_pass=changeme"), "11:7", "holds a sample password"),
-            (redis("redis+cluster://h") + "\nkey = \"key.pem\"", "12:7", "key without cert"),
+            (redis("rediss+cluster://h") + "\nkey = \"key.pem\"", "12:7", "key without cert"),
             (redis("rediss+cluster://h") + "\ncert = \"cert.pem\"", "12:8", "cert without key"),
             (redis("redis://h") + "\nlease = \"100ms\"", "12:9", "must be between 200ms and 1m"),
             (redis("redis://h") + "\ncache_sessions_max = 0", "12:22", "cache_sessions_max is 0: must be between 1"),
