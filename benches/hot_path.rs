@@ -4,6 +4,7 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cloakroom::config::model::{self, Access, Config};
 use cloakroom::config::value::Bytes;
@@ -13,17 +14,21 @@ use cloakroom::login::csrf::login_cookie_name;
 use cloakroom::proxy::admit::{Who, admit};
 use cloakroom::proxy::guard::{self, HeadLimits};
 use cloakroom::proxy::route::Routes;
+use cloakroom::session::cache::{Beat, LeaseCache, Limits};
 use cloakroom::session::cookie::{ReservedCookies, SessionCookie};
 use cloakroom::session::id::SessionId;
 use cloakroom::session::record::{ClientHints, LoginMethod, Record};
+use cloakroom::session::store::Stored;
 use criterion::{Criterion, criterion_group, criterion_main};
 use http::HeaderMap;
 use http::header::COOKIE;
 
 /// The routes of a middling installation.
 const ROUTES: usize = 200;
+/// Sessions in use, as many as a worker may well have.
+const COPIES: usize = 10_000;
 
-criterion_group!(hot_path, guarding, routing, cookies, ids, records, admission, identities);
+criterion_group!(hot_path, guarding, routing, cookies, ids, records, copies, admission, identities);
 criterion_main!(hot_path);
 
 fn guarding(criterion: &mut Criterion) {
@@ -87,18 +92,29 @@ fn ids(criterion: &mut Criterion) {
 }
 
 fn records(criterion: &mut Criterion) {
-    let record = Record {
-        identity: ann(),
-        attributes: [("cart".to_owned(), "3 things".to_owned())].into(),
-        created: 1_760_000_000_000,
-        ends: 1_760_043_200_000,
-        method: LoginMethod::Password,
-        client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Mozilla/5.0 (X11; Linux)".into() },
-        secrets: None,
-    };
+    let record = record();
     let bytes = record.encode().unwrap();
     criterion.bench_function("record/encode", |bencher| bencher.iter(|| black_box(&record).encode()));
     criterion.bench_function("record/decode", |bencher| bencher.iter(|| Record::decode(black_box(&bytes))));
+}
+
+fn copies(criterion: &mut Criterion) {
+    // A lease that outlasts the measurement: the server's part is not measured here.
+    let long = Duration::from_secs(3600);
+    let cache = LeaseCache::new(Limits { lease: long, role_lease: long, age_max: long, ..Limits::default() });
+    assert!(cache.connected(cache.connecting()));
+    cache.finish_heartbeat(&cache.begin_heartbeat(Beat::Write));
+    let keys: Vec<_> = (0..COPIES).map(|_| id().key()).collect();
+    for key in &keys {
+        let stored = Stored { record: Arc::new(record()), time_to_live: long };
+        cache.finish_read(&cache.begin_read(key), Some(&stored));
+    }
+    assert!(keys.iter().all(|key| cache.get(key).is_some()), "all are hits");
+    let stranger = id().key();
+
+    let mut next = keys.iter().cycle();
+    criterion.bench_function("cache/hit", |bencher| bencher.iter(|| cache.get(black_box(next.next().unwrap()))));
+    criterion.bench_function("cache/miss", |bencher| bencher.iter(|| cache.get(black_box(&stranger))));
 }
 
 fn admission(criterion: &mut Criterion) {
@@ -119,6 +135,18 @@ fn identities(criterion: &mut Criterion) {
     criterion.bench_function("identity/is_reserved, 8 fields", |bencher| {
         bencher.iter(|| black_box(&sent).iter().filter(|name| headers.is_reserved(name)).count());
     });
+}
+
+fn record() -> Record {
+    Record {
+        identity: ann(),
+        attributes: [("cart".to_owned(), "3 things".to_owned())].into(),
+        created: 1_760_000_000_000,
+        ends: 1_760_043_200_000,
+        method: LoginMethod::Password,
+        client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Mozilla/5.0 (X11; Linux)".into() },
+        secrets: None,
+    }
 }
 
 fn ann() -> Identity {

@@ -165,6 +165,16 @@ pub struct Touch {
     sent: Moment,
 }
 
+/// What a touch found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// A live session, whose life is longer now.
+    Extended,
+    /// A live session, whose life could not grow; nothing was written. Also where that cannot be told apart.
+    Unchanged,
+    Gone,
+}
+
 /// Time since the machine was started, suspended or not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(Duration);
@@ -206,14 +216,14 @@ struct Kept {
     read: Moment,
     /// When its session ends if nobody uses it.
     deadline: Moment,
-    touch: Touched,
+    echo: Echo,
     weight: u64,
 }
 
-/// Our own touch of a session is a write, and takes our own copy back. It says nothing against the session.
+/// Our own touch of a session is a write, and takes our own copy back. That echo says nothing against the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Touched {
-    No,
+enum Echo {
+    None,
     /// A touch was sent. The next push may be its echo.
     Sent(Moment),
     /// A push came, and the touch is not answered yet.
@@ -268,7 +278,7 @@ impl LeaseCache {
             return None;
         }
         let copy = state.copies.get(key)?;
-        let tracked = matches!(copy.touch, Touched::No | Touched::Sent(_));
+        let tracked = matches!(copy.echo, Echo::None | Echo::Sent(_));
         let valid = copy.epoch == state.epoch && tracked && now < copy.read + self.limits.age_max;
         if valid { copy.stored(now) } else { None }
     }
@@ -284,13 +294,13 @@ impl LeaseCache {
         if copy.epoch < state.good.epoch {
             return None;
         }
-        let known_true = match copy.touch {
-            Touched::Pushed(_) => return None,
-            Touched::Alive(touched) => touched,
-            Touched::No | Touched::Sent(_) if copy.epoch == state.good.epoch => {
+        let known_true = match copy.echo {
+            Echo::Pushed(_) => return None,
+            Echo::Alive(touched) => touched,
+            Echo::None | Echo::Sent(_) if copy.epoch == state.good.epoch => {
                 state.good.until.min(copy.read + self.limits.age_max).max(copy.read)
             }
-            Touched::No | Touched::Sent(_) => copy.read,
+            Echo::None | Echo::Sent(_) => copy.read,
         };
         if now < known_true + grace { copy.stored(now) } else { None }
     }
@@ -367,7 +377,7 @@ impl LeaseCache {
             epoch: ticket.stamp.epoch,
             read: ticket.sent,
             deadline: ticket.sent + stored.time_to_live,
-            touch: Touched::No,
+            echo: Echo::None,
             weight: (heap_bytes(stored) as u64).max(least),
         };
         state.copies.insert(ticket.key.clone(), copy);
@@ -377,12 +387,14 @@ impl LeaseCache {
     pub fn invalidate(&self, key: &SessionKey) {
         let now = (self.clock)();
         let mut state = self.state.lock();
-        let echo = state.copies.peek_mut(key).is_some_and(|mut copy| match copy.touch {
-            Touched::Sent(touched) => {
-                copy.touch = Touched::Pushed(touched);
+        let epoch = state.epoch;
+        let echo = state.copies.peek_mut(key).is_some_and(|mut copy| match copy.echo {
+            // Only a copy that this connection read has an echo on it.
+            Echo::Sent(touched) if copy.epoch == epoch => {
+                copy.echo = Echo::Pushed(touched);
                 true
             }
-            Touched::No | Touched::Pushed(_) | Touched::Alive(_) => false,
+            Echo::None | Echo::Sent(_) | Echo::Pushed(_) | Echo::Alive(_) => false,
         });
         if echo {
             state.bump(key);
@@ -410,35 +422,37 @@ impl LeaseCache {
     /// Before a touch of ours is sent.
     pub fn begin_touch(&self, key: &SessionKey) -> Touch {
         let sent = (self.clock)();
-        if let Some(mut copy) = self.state.lock().copies.peek_mut(key)
-            && copy.touch == Touched::No
+        let mut state = self.state.lock();
+        let epoch = state.epoch;
+        if let Some(mut copy) = state.copies.peek_mut(key)
+            && copy.echo == Echo::None
+            && copy.epoch == epoch
         {
-            copy.touch = Touched::Sent(sent);
+            copy.echo = Echo::Sent(sent);
         }
         Touch { key: key.clone(), sent }
     }
 
     /// It was answered. A touch that failed is not finished: nobody knows.
-    pub fn finish_touch(&self, touch: &Touch, lives: bool) {
+    pub fn finish_touch(&self, touch: &Touch, touched: Touched) {
         let now = (self.clock)();
         let mut state = self.state.lock();
-        if !lives {
-            return state.forget(&touch.key, now);
-        }
-        let explained = state.copies.peek_mut(&touch.key).is_some_and(|mut copy| match copy.touch {
-            Touched::Pushed(sent) if sent == touch.sent => {
-                copy.touch = Touched::Alive(sent);
-                true
+        let echo = state.copies.peek(&touch.key).map_or(Echo::None, |copy| copy.echo);
+        let echo = match (touched, echo) {
+            (Touched::Extended, Echo::Pushed(sent)) if sent == touch.sent => {
+                state.doubts.clear(&touch.key);
+                Echo::Alive(sent)
             }
-            // It was alive as long as it could be: nothing was written, no push comes.
-            Touched::Sent(sent) if sent == touch.sent => {
-                copy.touch = Touched::No;
-                false
+            // A push that comes now is somebody else's, for all we know.
+            (Touched::Extended | Touched::Unchanged, Echo::Sent(sent)) if sent == touch.sent => Echo::None,
+            (Touched::Extended | Touched::Unchanged, Echo::None | Echo::Sent(_) | Echo::Alive(_)) => return,
+            // The push was no echo.
+            (Touched::Unchanged | Touched::Extended, Echo::Pushed(_)) | (Touched::Gone, _) => {
+                return state.forget(&touch.key, now);
             }
-            Touched::No | Touched::Sent(_) | Touched::Pushed(_) | Touched::Alive(_) => false,
-        });
-        if explained {
-            state.doubts.clear(&touch.key);
+        };
+        if let Some(mut copy) = state.copies.peek_mut(&touch.key) {
+            copy.echo = echo;
         }
     }
 
@@ -560,7 +574,7 @@ impl Hasher for KeyHasher {
 }
 
 impl Moment {
-    /// `CLOCK_BOOTTIME`; the page before this says why.
+    /// `CLOCK_BOOTTIME`; the front page says why.
     pub fn now() -> Self {
         let time = clock_gettime(ClockId::Boottime);
         let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
@@ -602,5 +616,504 @@ impl Default for Limits {
 impl fmt::Debug for LeaseCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LeaseCache").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use super::*;
+    use crate::identity::Identity;
+    use crate::session::id::SessionId;
+    use crate::session::record::{ClientHints, LoginMethod};
+
+    const GRACE: Duration = Duration::from_secs(300);
+    const LIFE: Duration = Duration::from_secs(30 * 60);
+
+    /// A worker's cache whose time stands still unless it is told.
+    struct Worker {
+        cache: LeaseCache,
+        now: Arc<AtomicU64>,
+        key: SessionKey,
+    }
+
+    impl Worker {
+        fn new(limits: Limits) -> Self {
+            let now = Arc::new(AtomicU64::new(1_000_000));
+            let clock = Arc::clone(&now);
+            let moment = move || Moment::after_start(Duration::from_millis(clock.load(Relaxed)));
+            Self { cache: LeaseCache::with_clock(limits, moment), now, key: key() }
+        }
+
+        /// Connected, its heart beats, and it has a copy of the session.
+        fn with_copy() -> Self {
+            let worker = Self::new(Limits::default());
+            worker.connect();
+            worker.beat(Beat::Write);
+            worker.read();
+            assert!(worker.hits(), "a copy that was read under a lease is a hit");
+            worker
+        }
+
+        fn connect(&self) -> Connection {
+            let connection = self.cache.connecting();
+            assert!(self.cache.connected(connection));
+            connection
+        }
+
+        fn lose(&self) {
+            let connection = self.cache.state.lock().connection;
+            self.cache.disconnected(connection.unwrap());
+        }
+
+        fn beat(&self, beat: Beat) {
+            self.cache.finish_heartbeat(&self.cache.begin_heartbeat(beat));
+        }
+
+        fn read(&self) {
+            self.cache.finish_read(&self.cache.begin_read(&self.key), Some(&stored()));
+        }
+
+        fn pass(&self, milliseconds: u64) {
+            self.now.fetch_add(milliseconds, Relaxed);
+        }
+
+        /// Time passes, and the heart goes on beating.
+        fn live(&self, milliseconds: u64) {
+            for _ in 0..milliseconds / 250 {
+                self.pass(250);
+                self.beat(Beat::Write);
+            }
+        }
+
+        fn hits(&self) -> bool {
+            self.cache.get(&self.key).is_some()
+        }
+
+        fn in_grace(&self) -> bool {
+            self.cache.get_within(&self.key, GRACE).is_some()
+        }
+
+        fn doubts(&self) -> bool {
+            self.cache.doubts(&self.key)
+        }
+    }
+
+    pub(super) fn key() -> SessionKey {
+        SessionId::generate("ann").unwrap().key()
+    }
+
+    pub(super) fn stored() -> Stored {
+        let record = Record {
+            identity: Identity { user: "ann".into(), ..Identity::default() },
+            attributes: BTreeMap::new(),
+            created: 0,
+            ends: u64::MAX,
+            method: LoginMethod::Password,
+            client: ClientHints { address: None, user_agent: String::new() },
+            secrets: None,
+        };
+        Stored { record: Arc::new(record), time_to_live: LIFE }
+    }
+
+    #[test]
+    fn invariant_1_a_hit_needs_the_lease_of_the_stream_and_of_the_role() {
+        let worker = Worker::new(Limits::default());
+        worker.connect();
+        worker.read();
+        assert!(!worker.hits(), "no heartbeat was answered yet");
+        worker.beat(Beat::Ping);
+        assert!(!worker.hits(), "a ping does not show that this is the primary");
+        worker.beat(Beat::Write);
+        assert!(worker.hits());
+        worker.pass(999);
+        assert!(worker.hits());
+        worker.pass(1);
+        assert!(!worker.hits(), "one lease after the last sign of life");
+        worker.beat(Beat::Ping);
+        assert!(worker.hits(), "the stream was never broken: the copy was true all the time");
+        worker.pass(999);
+        worker.beat(Beat::Ping);
+        worker.pass(999);
+        worker.beat(Beat::Ping);
+        assert!(worker.hits(), "2998 ms after the last write");
+        worker.pass(2);
+        assert!(!worker.hits(), "the role lease is over");
+    }
+
+    #[test]
+    fn invariant_1_a_copy_is_not_used_beyond_its_own_end_or_age() {
+        let worker = Worker::with_copy();
+        worker.live(59_750);
+        assert!(worker.hits());
+        worker.live(250);
+        assert!(!worker.hits(), "a minute is the age limit, should the store have stopped to track");
+
+        let short = Stored { time_to_live: Duration::from_millis(300), ..stored() };
+        worker.cache.finish_read(&worker.cache.begin_read(&worker.key), Some(&short));
+        worker.pass(299);
+        assert_eq!(worker.cache.get(&worker.key).unwrap().time_to_live, Duration::from_millis(1));
+        worker.pass(1);
+        assert!(!worker.hits(), "the store would not have it any more");
+        assert!(!worker.in_grace(), "in an outage it ends when it would have ended");
+    }
+
+    #[test]
+    fn invariant_2_what_was_pushed_since_a_read_was_sent_keeps_its_reply_out() {
+        type Meanwhile = fn(&Worker);
+        let cases: [(&str, Meanwhile, bool); 6] = [
+            ("nothing", |_| {}, true),
+            ("the key was pushed", |worker| worker.cache.invalidate(&worker.key), false),
+            ("everything was flushed", |worker| worker.cache.flush(), false),
+            ("a logout here", |worker| worker.cache.forget_own(&worker.key), false),
+            (
+                "a new connection",
+                |worker| {
+                    worker.connect();
+                    worker.beat(Beat::Write);
+                },
+                false,
+            ),
+            ("another read", |worker| worker.read(), true),
+        ];
+        for (what, meanwhile, kept) in cases {
+            let worker = Worker::new(Limits::default());
+            worker.connect();
+            worker.beat(Beat::Write);
+            let ticket = worker.cache.begin_read(&worker.key);
+            meanwhile(&worker);
+            worker.cache.finish_read(&ticket, Some(&stored()));
+            assert_eq!(worker.hits(), kept, "{what}");
+            worker.read();
+            assert!(worker.hits(), "{what}: the next read is kept");
+        }
+    }
+
+    #[test]
+    fn a_push_after_the_reply_takes_the_copy_back() {
+        let worker = Worker::with_copy();
+        worker.cache.invalidate(&worker.key);
+        assert!(!worker.hits());
+        assert!(!worker.in_grace(), "what was taken back is not served in an outage either");
+    }
+
+    #[test]
+    fn invariant_3_a_change_of_connection_voids_all_older_copies() {
+        let worker = Worker::with_copy();
+        let second = worker.connect();
+        worker.beat(Beat::Write);
+        assert!(!worker.hits(), "nobody pushed what changed in between");
+        worker.read();
+        assert!(worker.hits());
+        worker.cache.disconnected(second);
+        assert!(!worker.hits(), "a lost connection ends all hits at once");
+        worker.beat(Beat::Write);
+        assert!(!worker.hits(), "nothing can be answered while there is none");
+    }
+
+    #[test]
+    fn what_an_old_connection_still_says_changes_nothing() {
+        let worker = Worker::new(Limits::default());
+        let first = worker.connect();
+        let (ticket, heartbeat) = (worker.cache.begin_read(&worker.key), worker.cache.begin_heartbeat(Beat::Write));
+        let second = worker.connect();
+        worker.cache.finish_heartbeat(&heartbeat);
+        worker.read();
+        assert!(!worker.hits(), "the old one's heartbeat is no lease on the new one");
+        worker.beat(Beat::Write);
+        worker.cache.invalidate(&worker.key);
+        worker.cache.finish_read(&ticket, Some(&stored()));
+        assert!(!worker.hits(), "the old one's reply is not kept");
+        worker.read();
+        worker.cache.disconnected(first);
+        assert!(worker.hits(), "its end does not end the new one");
+
+        let third = worker.cache.connecting();
+        worker.cache.disconnected(third);
+        assert!(!worker.cache.connected(third), "lost before it was noted as connected");
+        assert!(!worker.cache.connected(first), "superseded");
+        assert!(worker.hits(), "the second goes on");
+        worker.cache.disconnected(second);
+        assert!(!worker.hits());
+    }
+
+    #[test]
+    fn invariant_4_a_touch_takes_the_copy_back_and_the_next_read_is_kept() {
+        let worker = Worker::with_copy();
+        let touch = worker.cache.begin_touch(&worker.key);
+        assert!(worker.hits(), "until the store says that it changed");
+        worker.cache.invalidate(&worker.key);
+        assert!(!worker.hits(), "the store does not track it any more");
+        worker.cache.finish_touch(&touch, Touched::Extended);
+        assert!(!worker.hits(), "still not");
+        worker.read();
+        assert!(worker.hits());
+    }
+
+    #[test]
+    fn invariant_5_a_life_is_counted_from_the_sending_of_its_read() {
+        let worker = Worker::new(Limits::default());
+        worker.connect();
+        let ticket = worker.cache.begin_read(&worker.key);
+        worker.pass(700);
+        worker.cache.finish_read(&ticket, Some(&stored()));
+        worker.beat(Beat::Write);
+        let left = worker.cache.get(&worker.key).unwrap().time_to_live;
+        assert_eq!(left, LIFE - Duration::from_millis(700), "the store said it up to 700 ms ago");
+    }
+
+    #[test]
+    fn invariant_6_who_ends_a_session_here_never_sees_it_again() {
+        let worker = Worker::with_copy();
+        let before = worker.cache.begin_read(&worker.key);
+        worker.cache.forget_own(&worker.key);
+        assert!(!worker.hits(), "before the command is sent");
+        worker.cache.finish_read(&before, Some(&stored()));
+        assert!(!worker.hits(), "a read from before it");
+
+        let while_it_ran = worker.cache.begin_read(&worker.key);
+        worker.read();
+        assert!(worker.hits(), "the command has not been executed: it lives");
+        worker.cache.forget_own(&worker.key);
+        worker.cache.finish_read(&while_it_ran, Some(&stored()));
+        assert!(!worker.hits() && !worker.in_grace(), "after the answer nothing brings it back");
+        assert!(worker.doubts());
+    }
+
+    #[test]
+    fn a_frozen_server_is_believed_for_one_lease_from_the_last_command_that_it_answered() {
+        let worker = Worker::with_copy();
+        let heartbeat = worker.cache.begin_heartbeat(Beat::Write);
+        worker.pass(900);
+        assert!(worker.hits());
+        worker.cache.finish_heartbeat(&heartbeat);
+        worker.pass(100);
+        assert!(!worker.hits(), "the late answer proves nothing about the time after it was asked");
+    }
+
+    #[test]
+    fn a_worker_that_was_paused_has_no_hits_when_it_wakes() {
+        let worker = Worker::with_copy();
+        let heartbeat = worker.cache.begin_heartbeat(Beat::Write);
+        worker.pass(8 * 60 * 60 * 1000);
+        assert!(!worker.hits());
+        worker.cache.finish_heartbeat(&heartbeat);
+        assert!(!worker.hits(), "nor by the answer to what it asked before");
+        assert!(!worker.in_grace(), "eight hours are no grace");
+    }
+
+    #[test]
+    fn a_demoted_or_isolated_primary_is_believed_for_one_role_lease() {
+        let worker = Worker::with_copy();
+        for _ in 0..11 {
+            worker.pass(250);
+            worker.beat(Beat::Ping);
+        }
+        assert!(worker.hits(), "2750 ms after it took a write");
+        worker.pass(250);
+        worker.beat(Beat::Ping);
+        assert!(!worker.hits(), "it answers pings and refuses writes");
+    }
+
+    #[test]
+    fn a_push_for_what_did_not_change_costs_one_read() {
+        // The tracking table of the server is full: it takes back what it forgets.
+        let worker = Worker::with_copy();
+        worker.cache.invalidate(&worker.key);
+        assert!(!worker.hits());
+        worker.read();
+        assert!(worker.hits() && !worker.doubts());
+    }
+
+    #[test]
+    fn a_flush_leaves_nothing_and_doubts_all() {
+        let worker = Worker::with_copy();
+        worker.cache.flush();
+        assert!(!worker.hits() && !worker.in_grace());
+        assert!(worker.doubts() && worker.cache.doubts(&key()), "whoever had a session has none now");
+        worker.read();
+        assert!(worker.hits(), "the connection is as good as before");
+        worker.live(300_000);
+        assert!(!worker.cache.doubts(&key()), "doubts have a time");
+    }
+
+    #[test]
+    fn in_an_outage_what_was_true_lately_is_served() {
+        let worker = Worker::with_copy();
+        worker.live(10_000);
+        worker.lose();
+        worker.pass(GRACE.as_millis() as u64 - 1);
+        assert!(worker.in_grace() && !worker.hits());
+        worker.pass(1);
+        assert!(!worker.in_grace(), "grace is counted from when it was last known true");
+    }
+
+    #[test]
+    fn grace_outlives_connections_that_come_to_nothing_and_ends_with_one_that_works() {
+        let worker = Worker::with_copy();
+        let other = key();
+        worker.lose();
+        for _ in 0..3 {
+            let connection = worker.connect();
+            worker.cache.finish_read(&worker.cache.begin_read(&other), Some(&stored()));
+            worker.cache.disconnected(connection);
+            assert!(worker.in_grace(), "a server that tracks but takes no write yet is still down");
+            assert!(worker.cache.get_within(&other, GRACE).is_some(), "what it said meanwhile was true");
+        }
+        worker.connect();
+        worker.beat(Beat::Write);
+        assert!(!worker.in_grace(), "it can be asked");
+        worker.cache.finish_read(&worker.cache.begin_read(&worker.key), None);
+        assert!(!worker.in_grace() && worker.doubts(), "it was asked, and knows of no session");
+    }
+
+    #[test]
+    fn grace_counts_from_the_age_limit_of_a_copy_that_nobody_read_again() {
+        let worker = Worker::with_copy();
+        worker.live(200_000);
+        worker.lose();
+        worker.pass(159_999);
+        assert!(worker.in_grace());
+        worker.pass(1);
+        assert!(!worker.in_grace(), "60 s age and 300 s grace after the read");
+    }
+
+    #[test]
+    fn the_echo_of_an_own_touch_says_nothing_against_the_session() {
+        type Push = bool;
+        type Reconnect = fn(&Worker) -> Touch;
+        let cases: [(&str, &[Push], Option<Touched>, bool); 6] = [
+            ("extended", &[true], Some(Touched::Extended), true),
+            ("extended, and somebody else wrote", &[true, true], Some(Touched::Extended), false),
+            ("nothing was written, yet a push came", &[true], Some(Touched::Unchanged), false),
+            ("nothing was written", &[], Some(Touched::Unchanged), true),
+            ("no answer", &[true], None, false),
+            ("gone", &[], Some(Touched::Gone), false),
+        ];
+        for (what, pushes, touched, known) in cases {
+            let worker = Worker::with_copy();
+            let touch = worker.cache.begin_touch(&worker.key);
+            worker.pass(1);
+            pushes.iter().for_each(|_| worker.cache.invalidate(&worker.key));
+            if let Some(touched) = touched {
+                worker.cache.finish_touch(&touch, touched);
+            }
+            worker.lose();
+            assert_eq!(worker.in_grace(), known, "{what}: served in an outage");
+            assert_eq!(worker.doubts(), !known, "{what}: doubted");
+        }
+        let worker = Worker::with_copy();
+        let touch = worker.cache.begin_touch(&worker.key);
+        worker.cache.invalidate(&worker.key);
+        worker.cache.finish_touch(&touch, Touched::Extended);
+        worker.cache.invalidate(&worker.key);
+        assert!(!worker.in_grace() && worker.doubts(), "the second push is no echo");
+
+        let reconnects: [(&str, Reconnect); 2] = [
+            ("before the touch", |worker| {
+                worker.connect();
+                worker.cache.begin_touch(&worker.key)
+            }),
+            ("after it", |worker| {
+                let touch = worker.cache.begin_touch(&worker.key);
+                worker.connect();
+                touch
+            }),
+        ];
+        for (when, reconnect) in reconnects {
+            let worker = Worker::with_copy();
+            let touch = reconnect(&worker);
+            worker.cache.invalidate(&worker.key);
+            worker.cache.finish_touch(&touch, Touched::Extended);
+            let known = !worker.doubts() || worker.in_grace();
+            assert!(!known, "a new connection {when}: the store has nothing to echo there");
+        }
+    }
+
+    #[test]
+    fn doubts_last_their_time_and_when_there_are_too_many_all_are_doubted() {
+        let limits = Limits { sessions_max: 3, ..Limits::default() };
+        let (worker, stranger) = (Worker::new(limits), key());
+        assert!(!worker.doubts());
+        worker.cache.invalidate(&worker.key);
+        assert!(worker.doubts() && !worker.cache.doubts(&stranger));
+        worker.pass(299_999);
+        assert!(worker.doubts());
+        worker.pass(300_001);
+        assert!(!worker.doubts(), "after twice its time at the latest");
+
+        for _ in 0..4 {
+            worker.cache.invalidate(&key());
+        }
+        assert!(worker.cache.doubts(&stranger), "the fourth does not fit: nobody can say any more who is meant");
+        worker.pass(300_000);
+        assert!(!worker.cache.doubts(&stranger));
+    }
+
+    #[test]
+    fn copies_are_bounded_in_number_and_in_bytes() {
+        let one = heap_bytes(&stored()) as u64;
+        for (sessions_max, bytes_max, kept) in
+            [(10, 1_000_000, 8..=10), (1_000, 20 * one, 15..=20), (0, 1_000_000, 0..=0), (10, one / 2, 0..=0)]
+        {
+            let worker = Worker::new(Limits { sessions_max, bytes_max, ..Limits::default() });
+            worker.connect();
+            worker.beat(Beat::Write);
+            for _ in 0..100 {
+                worker.cache.finish_read(&worker.cache.begin_read(&key()), Some(&stored()));
+                assert!(worker.cache.bytes() <= bytes_max);
+            }
+            assert!(kept.contains(&worker.cache.sessions()), "{} of {sessions_max}", worker.cache.sessions());
+        }
+    }
+
+    /// In a process of its own, where nobody else allocates.
+    #[test]
+    fn the_estimate_of_a_copy_is_about_what_it_takes() {
+        const ALONE: &str = "CLOAKROOM_TEST_ALONE";
+        const COPIES: usize = 20_000;
+        if std::env::var_os(ALONE).is_none() {
+            let name = "session::cache::tests::the_estimate_of_a_copy_is_about_what_it_takes";
+            let program = std::env::current_exe().unwrap();
+            let run = Command::new(program).args(["--exact", name, "--nocapture"]).env(ALONE, "1").output().unwrap();
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            return;
+        }
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+        };
+        let pairs = |count: usize| (0..count).map(|n| (format!("claim-{n}"), "x".repeat(20 + n))).collect();
+        let full = || {
+            let Stored { record, time_to_live } = stored();
+            let mut record = Arc::unwrap_or_clone(record);
+            record.identity.name = Some("Ann Archer".into());
+            record.identity.email = Some("ann@example.org".into());
+            record.identity.groups = vec!["staff".into(), "editors".into(), "a group with a long name".into()];
+            record.identity.claims = pairs(20);
+            record.attributes = pairs(3);
+            record.client.user_agent = "x".repeat(120);
+            Stored { record: Arc::new(record), time_to_live }
+        };
+        for make in [&stored as &dyn Fn() -> Stored, &full] {
+            let worker = Worker::new(Limits { sessions_max: COPIES * 2, bytes_max: 1 << 30, ..Limits::default() });
+            let before = resident();
+            for _ in 0..COPIES {
+                worker.cache.finish_read(&worker.cache.begin_read(&key()), Some(&make()));
+            }
+            let (taken, estimate) = ((resident() - before) / COPIES, heap_bytes(&make()));
+            assert!((taken / 2..=taken * 3 / 2).contains(&estimate), "{taken} are taken, {estimate} are estimated");
+        }
+    }
+
+    #[test]
+    fn time_goes_on_as_the_kernel_counts_it() {
+        let (before, after) = (Moment::now(), Moment::now());
+        assert!(Moment::default() < before && before <= after);
+        assert_eq!((before + LIFE).since(before), LIFE);
+        assert_eq!(before.since(before + LIFE), Duration::ZERO);
     }
 }

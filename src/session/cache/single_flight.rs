@@ -94,3 +94,158 @@ impl<V> fmt::Debug for SingleFlight<V> {
         f.debug_struct("SingleFlight").field("join_within", &self.join_within).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use tokio::sync::Semaphore;
+
+    use super::super::tests::{key, stored};
+    use super::super::{LeaseCache, Limits};
+    use super::*;
+
+    /// What the tests share: a store that answers when it is let.
+    struct Bench {
+        cache: LeaseCache,
+        flights: SingleFlight<Result<usize, &'static str>>,
+        loads: Arc<AtomicUsize>,
+        answers: Arc<Semaphore>,
+    }
+
+    impl Bench {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                cache: LeaseCache::new(Limits::default()),
+                flights: SingleFlight::new(Duration::from_secs(60)),
+                loads: Arc::default(),
+                answers: Arc::new(Semaphore::new(0)),
+            })
+        }
+
+        /// The how-manieth load answered.
+        async fn ask(self: Arc<Self>, key: SessionKey) -> Option<Result<usize, &'static str>> {
+            let ticket = self.cache.begin_read(&key);
+            let number = Arc::clone(&self.loads);
+            let answers = Arc::clone(&self.answers);
+            let load = |_| async move {
+                let number = number.fetch_add(1, Relaxed);
+                answers.acquire().await.map_err(|_| "closed")?.forget();
+                Ok(number)
+            };
+            self.flights.read(ticket, load).await
+        }
+
+        fn spawn(self: &Arc<Self>, key: &SessionKey) -> tokio::task::JoinHandle<Option<Result<usize, &'static str>>> {
+            tokio::spawn(Arc::clone(self).ask(key.clone()))
+        }
+
+        fn pending(&self) -> usize {
+            self.flights.flights.lock().len()
+        }
+    }
+
+    /// Until everything waits for an answer: there is one thread, and it takes turns.
+    async fn all_wait() {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hundred_misses_of_one_session_are_one_read() {
+        let (bench, key) = (Bench::new(), key());
+        let askers: Vec<_> = (0..100).map(|_| bench.spawn(&key)).collect();
+        let stranger = bench.spawn(&super::super::tests::key());
+        all_wait().await;
+        assert_eq!(bench.loads.load(Relaxed), 2, "one for each session");
+        bench.answers.add_permits(2);
+        for asker in askers {
+            assert_eq!(asker.await.unwrap(), Some(Ok(0)));
+        }
+        assert_eq!(stranger.await.unwrap(), Some(Ok(1)));
+        all_wait().await;
+        assert_eq!(bench.pending(), 0);
+        bench.answers.add_permits(1);
+        assert_eq!(bench.spawn(&key).await.unwrap(), Some(Ok(2)), "later ones read again");
+    }
+
+    #[tokio::test]
+    async fn a_first_asker_that_hangs_up_fails_nobody() {
+        let (bench, key) = (Bench::new(), key());
+        let first = bench.spawn(&key);
+        all_wait().await;
+        let second = bench.spawn(&key);
+        all_wait().await;
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        bench.answers.add_permits(1);
+        assert_eq!(second.await.unwrap(), Some(Ok(0)), "the same read went on");
+    }
+
+    #[tokio::test]
+    async fn an_error_is_shared_and_not_kept() {
+        let (bench, key) = (Bench::new(), key());
+        let askers = [bench.spawn(&key), bench.spawn(&key)];
+        all_wait().await;
+        bench.answers.close();
+        for asker in askers {
+            assert_eq!(asker.await.unwrap(), Some(Err("closed")));
+        }
+        all_wait().await;
+        assert_eq!(bench.pending(), 0);
+    }
+
+    #[tokio::test]
+    async fn nobody_joins_a_read_from_before_something_changed() {
+        let (bench, key) = (Bench::new(), key());
+        let before = bench.spawn(&key);
+        all_wait().await;
+        bench.cache.forget_own(&key);
+        let after = bench.spawn(&key);
+        all_wait().await;
+        assert_eq!(bench.loads.load(Relaxed), 2, "a logout was answered between them");
+        bench.answers.add_permits(1);
+        assert_eq!(before.await.unwrap(), Some(Ok(0)));
+        let joined = bench.spawn(&key);
+        all_wait().await;
+        assert_eq!(bench.loads.load(Relaxed), 2, "the end of the first leaves the second to be joined");
+        bench.answers.add_permits(1);
+        assert_eq!((after.await.unwrap(), joined.await.unwrap()), (Some(Ok(1)), Some(Ok(1))));
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_read_that_is_older_than_a_lease() {
+        let bench =
+            Arc::new(Bench { flights: SingleFlight::new(Duration::ZERO), ..Arc::into_inner(Bench::new()).unwrap() });
+        let key = key();
+        let askers = [bench.spawn(&key), bench.spawn(&key)];
+        all_wait().await;
+        assert_eq!(bench.loads.load(Relaxed), 2);
+        bench.answers.add_permits(2);
+        for asker in askers {
+            assert!(asker.await.unwrap().is_some());
+        }
+        all_wait().await;
+        assert_eq!(bench.pending(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_read_that_panics_is_told_and_forgotten() {
+        let (cache, flights) = (LeaseCache::new(Limits::default()), SingleFlight::<u8>::new(Duration::from_secs(1)));
+        let key = key();
+        let found = flights.read(cache.begin_read(&key), |_| async { panic!("on purpose") }).await;
+        assert_eq!(found, None);
+        assert!(flights.flights.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_read_may_be_kept() {
+        let cache = Arc::new(LeaseCache::new(Limits::default()));
+        let (key, flights) = (key(), SingleFlight::new(Duration::from_secs(1)));
+        let copies = Arc::clone(&cache);
+        let load = |ticket: Ticket| async move { copies.finish_read(&ticket, Some(&stored())) };
+        assert_eq!(flights.read(cache.begin_read(&key), load).await, Some(()));
+        assert_eq!(cache.sessions(), 1);
+    }
+}
