@@ -28,11 +28,13 @@ local function lives(member)
   return value and (type(value) == 'table' or string.byte(value) ~= 0)
 end
 
--- A key that is there stays at least until then.
+-- A key that is there stays at least until then; whether that is longer than it would have.
 local function keep(key, moment)
-  if redis.call('PTTL', key) < moment - now then
+  local longer = redis.call('PTTL', key) < moment - now
+  if longer then
     redis.call('PEXPIREAT', key, moment)
   end
+  return longer
 end
 
 -- For whoever wants to know of ends: there is a user in the hash only then.

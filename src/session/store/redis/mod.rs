@@ -30,7 +30,7 @@ use super::{
     StoreOptions, Stored, Terms, millis,
 };
 use crate::config::model::{self, Cache, Logout, WhenFull};
-use crate::session::cache::LeaseCache;
+use crate::session::cache::{LeaseCache, Touched};
 use crate::session::id::{BUCKETS, SessionKey, UserKey};
 use crate::session::record::{Codec, Record};
 use failure::store_error;
@@ -164,12 +164,17 @@ impl SessionStore for RedisStore {
             .with(key.member())
             .with_number(millis(idle))
             .with_number(ends);
-        let touched = self.cache(key).map(|cache| (cache.begin_touch(key), cache));
-        let lives = self.yes_or_no(&touching, None).await?;
-        if let Some((touch, cache)) = touched {
-            cache.finish_touch(&touch, lives);
+        let noted = self.cache(key).map(|cache| (cache.begin_touch(key), cache));
+        let touched = match touching.run(&self.links, None).await?[..] {
+            [Value::Int(0)] => Touched::Gone,
+            [Value::Int(1)] => Touched::Unchanged,
+            [Value::Int(2)] => Touched::Extended,
+            _ => return Err(self.links.senseless(touching.place())),
+        };
+        if let Some((touch, cache)) = noted {
+            cache.finish_touch(&touch, touched);
         }
-        Ok(lives)
+        Ok(touched != Touched::Gone)
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
