@@ -1,9 +1,11 @@
 -- What the scripts of one bucket have in common.
 --
--- KEYS 1 registry  2 users  3 outbox
+-- KEYS 1 registry  2 users  3 outbox  4 one that is never there
 -- ARGV 1 what the name of a session begins with  2 the same of a trail
 --
--- Members stand in KEYS only by what their names begin with: they are of the same slot. Times are Unix ms.
+-- Sessions and trails are named here and not in KEYS: they are of the same slot. While a Cluster moves that slot, some of
+-- them are on one node and some on the other. Because KEYS 4 is on neither, both nodes answer TRYAGAIN until all is
+-- moved, and no script ever runs on half of a bucket. Times are Unix ms.
 
 local registry, users, outbox = KEYS[1], KEYS[2], KEYS[3]
 
@@ -25,7 +27,10 @@ end
 -- A tombstone, which begins with byte 0, does not. What is no string is no session of ours, but it is there.
 local function lives(member)
   local value = redis.pcall('GET', session(member))
-  return value and (type(value) == 'table' or string.byte(value) ~= 0)
+  if type(value) == 'table' then
+    return string.find(value.err, '^WRONGTYPE') or error(value)
+  end
+  return value and string.byte(value) ~= 0
 end
 
 -- A key that is there stays at least until then; whether that is longer than it would have.

@@ -1,11 +1,11 @@
 -- Begins a session.
 --
--- KEYS 4 index of its user
+-- KEYS 5 index of its user
 -- ARGV 3 member  4 record  5 idle time  6 absolute end  7 user, or nothing where nobody wants to know of its end
 --      8 how many the user may have, 0 = any number  9 'evict_oldest' or 'refuse'  10 member that it replaces, or nothing
 -- Replies how many made room, or -1: the user has as many as they may have.
 
-local index, member, ends, limit, replaced = KEYS[4], ARGV[3], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[10]
+local index, member, ends, limit, replaced = KEYS[5], ARGV[3], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[10]
 local displaced = 0
 
 if limit == 0 then

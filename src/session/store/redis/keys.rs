@@ -10,6 +10,7 @@
 //! | `<prefix>a:{<bb>}:<member>` | list   | a session's activity trail, the latest last                                 |
 //! | `<prefix>c:<counter>`       | string | a counter                                                                   |
 //! | `<prefix>lead`              | string | which instance sweeps                                                       |
+//! | `<prefix>hb:{<bb>}`         |        | never there: the heartbeat's, and what no script may run without            |
 //!
 //! Times are Unix ms by the server's clock. Every key has a time to live: nothing of ours stays for ever.
 
@@ -42,6 +43,11 @@ impl Keys {
 
     pub(super) fn outbox(&self, bucket: u16) -> String {
         self.in_bucket("e", bucket)
+    }
+
+    /// It is never there.
+    pub(super) fn heartbeat(&self, bucket: u16) -> String {
+        self.in_bucket("hb", bucket)
     }
 
     pub(super) fn trail(&self, key: &SessionKey) -> String {
@@ -88,6 +94,7 @@ mod tests {
             keys.registry(bucket),
             keys.users(bucket),
             keys.outbox(bucket),
+            keys.heartbeat(bucket),
             keys.trail(&key),
         ];
         for (at, name) in names.iter().enumerate() {

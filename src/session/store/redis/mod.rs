@@ -367,11 +367,12 @@ impl RedisStore {
         }
     }
 
-    /// What every script of a bucket is told; `of`: the fourth key.
+    /// What every script of a bucket is told; `of`: the fifth key.
     fn on_bucket(&self, script: &'static Script, bucket: u16, of: Option<String>) -> Call {
-        let mut keys = vec![self.keys.registry(bucket), self.keys.users(bucket), self.keys.outbox(bucket)];
-        keys.extend(of);
-        script.on(keys).with(self.keys.sessions(bucket)).with(self.keys.trails(bucket))
+        let keys = &self.keys;
+        let mut named = vec![keys.registry(bucket), keys.users(bucket), keys.outbox(bucket), keys.heartbeat(bucket)];
+        named.extend(of);
+        script.on(named).with(keys.sessions(bucket)).with(keys.trails(bucket))
     }
 
     fn destroying(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Call {
