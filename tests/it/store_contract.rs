@@ -885,11 +885,13 @@ async fn no_permission_that_is_asked_for_can_be_spared() {
 
 /// Whether a copy of a session is kept: as soon as the first heartbeat has been answered, a few reads later.
 async fn is_kept(store: &RedisStore, key: &SessionKey) -> Result<bool, StoreError> {
-    for _ in 0..100 {
+    for _ in 0..1_000 {
         if store.recall(key).is_some() {
             return Ok(true);
         }
         store.load(key).await?;
+        // The pace of a user.
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(false)
 }

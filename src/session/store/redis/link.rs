@@ -108,7 +108,11 @@ impl Links {
         Ok(Self {
             address: url.to_string(),
             topology: Arc::new(Topology::new(url.place, dialer)),
-            rhythm: Rhythm { prefix: settings.prefix.get_ref().as_str().into(), beat },
+            rhythm: Rhythm {
+                prefix: settings.prefix.get_ref().as_str().into(),
+                beat,
+                patience: beat * BEATS_PER_LEASE / 2,
+            },
             cache_limits,
             runtimes: ArcSwap::default(),
             linking: Mutex::default(),

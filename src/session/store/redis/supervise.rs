@@ -50,6 +50,8 @@ pub(super) struct Rhythm {
     pub(super) prefix: Arc<str>,
     /// From one sign of life to the next.
     pub(super) beat: Duration,
+    /// For one sign of life, at least.
+    pub(super) patience: Duration,
 }
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
@@ -265,16 +267,10 @@ impl Supervisor {
     /// Returns when the connection is not to be used any more, and why.
     async fn watch(&mut self, connection: &Tracked) -> End {
         let live = &connection.live;
-        let mut beats = tokio::time::interval(self.rhythm.beat);
+        let mut beats = tokio::time::interval_at(Instant::now() + self.rhythm.beat, self.rhythm.beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut tracking_checked = Instant::now();
         loop {
-            tokio::select! {
-                () = live.lost.notified() => {
-                    return End::Lost(Failure::not_now("the connection was lost or stopped answering"));
-                }
-                _ = beats.tick() => {}
-            }
             if let Err(end) = self.beat(connection).await {
                 return end;
             }
@@ -285,6 +281,12 @@ impl Supervisor {
                 if let Err(failure) = self.check_tracking(live).await {
                     return End::Lost(failure);
                 }
+            }
+            tokio::select! {
+                () = live.lost.notified() => {
+                    return End::Lost(Failure::not_now("the connection was lost or stopped answering"));
+                }
+                _ = beats.tick() => {}
             }
         }
     }
@@ -311,7 +313,8 @@ impl Supervisor {
                 cache.finish_heartbeat(heartbeat);
             }
         };
-        let limit = self.topology.dialer.response_timeout;
+        // On a machine that has too much to do a beat comes late; before the lease ends nothing depends on it.
+        let limit = self.topology.dialer.response_timeout.max(self.rhythm.patience);
         let answered = tokio::select! {
             () = connection.live.lost.notified() => {
                 return Err(End::Lost(Failure::not_now("the connection was lost or stopped answering")));
