@@ -141,6 +141,32 @@ async fn a_killed_redis_is_unavailable_and_its_sessions_come_back_with_its_data(
 }
 
 #[tokio::test]
+async fn an_outage_spares_whom_this_instance_touched_and_not_whom_another_ended() {
+    const GRACE: Duration = Duration::from_secs(60);
+    let server = RedisServer::start();
+    let (here, elsewhere) = (patient_store(&server), patient_store(&server));
+    for round in 0..50 {
+        let (kept, ended) = (create(&here, "ann").await, create(&here, "bob").await);
+        for key in [&kept, &ended] {
+            eventually("it is a copy", async || {
+                let stored = here.load(key).await.ok()?.live()?;
+                here.recall(key).map(|_| stored)
+            })
+            .await;
+        }
+        let ends = here.recall(&kept).map_or(u64::MAX, |stored| stored.record.ends);
+        assert!(here.touch(&kept, LONG.idle * 2, ends).await.unwrap());
+        assert!(elsewhere.destroy(&ended, None, Ending::LoggedOut).await.unwrap());
+        for key in [&kept, &ended] {
+            eventually("the copy is taken back", async || here.recall(key).is_none().then_some(())).await;
+        }
+        assert!(here.recall_within(GRACE, &kept).is_some(), "round {round}: our touch found it alive");
+        assert!(!here.doubts(&kept), "round {round}: what took the copy back was our own touch");
+        assert!(here.recall_within(GRACE, &ended).is_none() && here.doubts(&ended), "round {round}: a known end");
+    }
+}
+
+#[tokio::test]
 async fn a_redis_that_comes_back_empty_knows_nobody() {
     let mut server = RedisServer::with(KEEPS_ITS_DATA);
     let store = store(&server);
