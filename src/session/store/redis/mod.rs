@@ -290,10 +290,7 @@ impl SessionStore for RedisStore {
         let place = Place::Slot(key_slot(name.as_bytes()));
         let mut asked = command("LRANGE", &name);
         asked.arg(0).arg(-1);
-        let entries = match self.one(place, asked).await? {
-            Value::Array(entries) => entries,
-            _ => return Err(self.links.senseless(place)),
-        };
+        let Value::Array(entries) = self.one(place, asked).await? else { return Err(self.links.senseless(place)) };
         // What another version wrote is left out.
         let activity = entries.iter().rev().filter_map(|entry| match entry {
             Value::BulkString(bytes) => rmp_serde::from_slice(bytes).ok(),
