@@ -127,7 +127,16 @@ impl Links {
     /// The replies, one for each command; what the server says against a single command is among them, but where
     /// another node has the slot, that one was asked.
     pub(super) async fn ask(&self, batch: Batch) -> Result<Vec<Value>, StoreError> {
-        self.answer(batch, None).await.map_err(Into::into)
+        Ok(self.answer(batch, None).await?.replies)
+    }
+
+    /// As [`Self::ask`], and whether all of it was read on the connection of these copies. What was read elsewhere, of
+    /// a slot on its way from one node to another, must not be among them: they are not told when it changes.
+    pub(super) async fn read_for(&self, copies: &Copies, batch: Batch) -> Result<(Vec<Value>, bool), StoreError> {
+        let Answer { replies, read_on } = self.answer(batch, None).await?;
+        let link = read_on.and_then(|primary| self.known_link(&primary));
+        let is_tracked = link.and_then(|link| link.copies.clone()).is_some_and(|of| std::ptr::eq(&*of, copies));
+        Ok((replies, is_tracked))
     }
 
     /// As [`Self::ask`], and then so many replicas have it, or the answer is an error. On a connection of its own, for
@@ -138,7 +147,7 @@ impl Links {
         replicas: u16,
         time: Duration,
     ) -> Result<Vec<Value>, StoreError> {
-        self.answer(batch, Some(Patience { replicas, time })).await.map_err(Into::into)
+        Ok(self.answer(batch, Some(Patience { replicas, time })).await?.replies)
     }
 
     /// What this runtime keeps of the sessions in this slot.
@@ -196,7 +205,7 @@ impl Links {
     }
 
     /// Follows a batch to wherever it is answered.
-    async fn answer(&self, batch: Batch, patience: Option<Patience>) -> Result<Vec<Value>, Failure> {
+    async fn answer(&self, batch: Batch, patience: Option<Patience>) -> Result<Answer, Failure> {
         let dialer = &self.topology.dialer;
         let first_connection = Instant::now() + dialer.connect_timeout;
         let mut primary = self.topology.find(batch.place).await?;
@@ -205,6 +214,7 @@ impl Links {
         let deadline = Instant::now() + limit;
         let mut answers: Vec<Option<Value>> = batch.commands.iter().map(|_| None).collect();
         let mut is_asking = false;
+        let mut was_led_on = false;
         let mut tried_again = false;
         for hop in 0..=HOPS_MAX {
             let open: Vec<usize> = (0..answers.len()).filter(|index| answers[*index].is_none()).collect();
@@ -246,9 +256,12 @@ impl Links {
                         .map_or(Ok(()), |count| patience.map_or(Ok(()), |patience| patience.judge(count)))?;
                     break;
                 }
-                Some(Next::Moved(slot, address)) => primary = self.topology.moved(slot, &address),
+                Some(Next::Moved(slot, address)) => {
+                    was_led_on = true;
+                    primary = self.topology.moved(slot, &address);
+                }
                 Some(Next::Asked(address)) => {
-                    is_asking = true;
+                    (is_asking, was_led_on) = (true, true);
                     primary = self.topology.at(&address);
                 }
                 Some(Next::Later) if tried_again => {
@@ -262,7 +275,8 @@ impl Links {
             }
             live = self.live(&primary, patience, deadline).await?;
         }
-        answers.into_iter().map(|answer| answer.ok_or_else(|| Failure::of(&senseless()))).collect()
+        let replies = answers.into_iter().map(|answer| answer.ok_or_else(|| Failure::of(&senseless())));
+        Ok(Answer { replies: replies.collect::<Result<_, _>>()?, read_on: (!was_led_on).then_some(primary) })
     }
 
     async fn live(
@@ -381,6 +395,14 @@ impl Patience {
     }
 }
 
+/// To a whole batch.
+struct Answer {
+    replies: Vec<Value>,
+    /// The one that gave all of them, and was the first to be asked.
+    read_on: Option<Arc<Primary>>,
+}
+
+/// From one server.
 struct Replies {
     answers: Vec<Value>,
     /// The replicas that have it.

@@ -25,16 +25,20 @@ where
     D: FnOnce([Value; 2]) -> Result<Found, StoreError> + Send + 'static,
 {
     let slot = key_slot(name.as_bytes());
-    let Some(copies) = links.copies(slot).await? else { return read(links, slot, name, decode).await };
+    let Some(copies) = links.copies(slot).await? else {
+        return links.ask(question(slot, &name)).await.and_then(pair).and_then(decode);
+    };
     // Before a connection is chosen: what is read on one that is gone by then must not be kept.
     let ticket = copies.cache.begin_read(key);
     let found = copies.flights.read(ticket, |ticket| {
-        let (links, cache) = (Arc::clone(links), Arc::clone(&copies.cache));
+        let (links, copies) = (Arc::clone(links), Arc::clone(&copies));
         async move {
-            let found = read(&links, slot, name, decode).await.map_err(Arc::new)?;
+            let (replies, is_tracked) = links.read_for(&copies, question(slot, &name)).await.map_err(Arc::new)?;
+            let found = pair(replies).and_then(decode).map_err(Arc::new)?;
             match &found {
-                Found::Live(stored) => cache.finish_read(&ticket, Some(stored)),
-                Found::Ended(_) | Found::Nothing => cache.finish_read(&ticket, None),
+                Found::Live(stored) if is_tracked => copies.cache.finish_read(&ticket, Some(stored)),
+                Found::Live(_) => {}
+                Found::Ended(_) | Found::Nothing => copies.cache.finish_read(&ticket, None),
             }
             Ok(found)
         }
@@ -46,19 +50,16 @@ where
     }
 }
 
-async fn read(
-    links: &Links,
-    slot: u16,
-    name: String,
-    decode: impl FnOnce([Value; 2]) -> Result<Found, StoreError>,
-) -> Result<Found, StoreError> {
+fn question(slot: u16, name: &str) -> Batch {
     let mut value = redis::cmd("GET");
-    value.arg(&name);
+    value.arg(name);
     let mut time_to_live = redis::cmd("PTTL");
-    time_to_live.arg(&name);
-    let replies = links.ask(Batch { place: Place::Slot(slot), commands: vec![value, time_to_live] }).await?;
-    let replies = <[Value; 2]>::try_from(replies);
-    decode(replies.map_err(|_| StoreError::Unavailable("the reply makes no sense".into()))?)
+    time_to_live.arg(name);
+    Batch { place: Place::Slot(slot), commands: vec![value, time_to_live] }
+}
+
+fn pair(replies: Vec<Value>) -> Result<[Value; 2], StoreError> {
+    replies.try_into().map_err(|_| StoreError::Unavailable("the reply makes no sense".into()))
 }
 
 /// For each of those who shared a read.

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::{PushInfo, PushKind, Value};
+use redis::{Pipeline, PushInfo, PushKind, RedisError, Value};
 use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 
@@ -247,6 +247,9 @@ impl Supervisor {
         let dialer = &self.topology.dialer;
         let live = Arc::new(dialer.dial(&self.primary.address, Role::Server, on_push).await?);
         self.topology.verify(&live).await?;
+        if !self.topology.is_confirmed() {
+            self.verify_authority(&live).await?;
+        }
         let Some((copies, connection)) = copies else { return Ok(Tracked { live, copies: None }) };
         // Default mode, and no NOLOOP: that would hide others' changes after one of ours.
         let mut tracking = redis::pipe();
@@ -262,6 +265,24 @@ impl Supervisor {
             }
             [_] => Err(Failure::of(&senseless())),
         }
+    }
+
+    /// No sentinel tells us who is the primary now: it may be alone with us. Before anything is read from it, it must
+    /// show that it takes writes.
+    async fn verify_authority(&self, live: &Live) -> Result<(), Failure> {
+        let bucket = self.topology.bucket_of(&self.primary).unwrap_or_default();
+        match live.ask_within(self.topology.dialer.response_timeout, &self.heartbeat(bucket)).await? {
+            [Value::Int(_)] => Ok(()),
+            [Value::ServerError(error)] => Err(Failure::not_now(RedisError::from(error))),
+            [_] => Err(Failure::of(&senseless())),
+        }
+    }
+
+    fn heartbeat(&self, bucket: u16) -> Pipeline {
+        let mut write = redis::pipe();
+        let name = format!("{}hb:{{{}}}", self.rhythm.prefix, bucket_text(bucket));
+        write.cmd("PEXPIREAT").arg(name).arg(1);
+        write
     }
 
     /// Returns when the connection is not to be used any more, and why.
@@ -293,16 +314,10 @@ impl Supervisor {
 
     async fn beat(&mut self, connection: &Tracked) -> Result<(), End> {
         let bucket = if self.heartbeat_is_permitted { self.topology.bucket_of(&self.primary) } else { None };
-        let mut command = redis::pipe();
-        match bucket {
-            Some(bucket) => {
-                let name = format!("{}hb:{{{}}}", self.rhythm.prefix, bucket_text(bucket));
-                command.cmd("PEXPIREAT").arg(name).arg(1);
-            }
-            None => {
-                command.cmd("PING");
-            }
-        }
+        let command = match bucket {
+            Some(bucket) => self.heartbeat(bucket),
+            None => redis::pipe().cmd("PING").clone(),
+        };
         let proof = if bucket.is_some() { Beat::Write } else { Beat::Ping };
         let pulse =
             |beat| connection.copies.as_ref().map(|(copies, _)| (&copies.cache, copies.cache.begin_heartbeat(beat)));
