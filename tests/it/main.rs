@@ -23,3 +23,5 @@ mod store_contract;
 mod store_redis_faults;
 mod store_sentinel;
 mod store_cluster;
+mod cache_coherence;
+mod store_matrix;

@@ -1,7 +1,8 @@
 //! What do users see in the night that Redis dies? (invariant 4) With a real server, under traffic.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Connection};
@@ -40,23 +41,27 @@ fn assert_it_is_a_bad_night(gateway: &Gateway, ann: &Client) {
 }
 
 /// Requests that go on all the while, in threads, and must each be right: the user's own page, or 503.
-struct Traffic {
+pub(crate) struct Traffic {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicUsize>,
     refused: Arc<AtomicUsize>,
+    /// When the last request came that was.
+    last_refused: Arc<Mutex<Option<Instant>>>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Traffic {
-    fn of(gateway: &Gateway, users: &[&str]) -> Self {
-        let (stop, served, refused) = (Arc::default(), Arc::default(), Arc::default());
-        let mut traffic = Self { stop, served, refused, threads: Vec::new() };
+    pub(crate) fn of(gateway: &Gateway, users: &[&str]) -> Self {
+        let (stop, served, refused, last_refused) = Default::default();
+        let mut traffic = Self { stop, served, refused, last_refused, threads: Vec::new() };
         for user in users {
             let (client, user) = (gateway.log_in(user), (*user).to_owned());
             let (stop, served, refused) =
                 (Arc::clone(&traffic.stop), Arc::clone(&traffic.served), Arc::clone(&traffic.refused));
+            let last_refused = Arc::clone(&traffic.last_refused);
             traffic.threads.push(std::thread::spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
+                    let asked = Instant::now();
                     let response = client.get("/").send();
                     match response.status {
                         200 => {
@@ -64,6 +69,7 @@ impl Traffic {
                             served.fetch_add(1, Ordering::SeqCst);
                         }
                         503 => {
+                            *last_refused.lock().unwrap() = Some(asked);
                             refused.fetch_add(1, Ordering::SeqCst);
                         }
                         status => panic!("{user} got {status}: {}", response.text()),
@@ -75,19 +81,24 @@ impl Traffic {
     }
 
     #[track_caller]
-    fn is_served(&self) {
+    pub(crate) fn is_served(&self) {
         let before = self.served.load(Ordering::SeqCst);
         wait_until("users are served", || before + 20 < self.served.load(Ordering::SeqCst));
     }
 
     #[track_caller]
-    fn is_refused(&self) {
+    pub(crate) fn is_refused(&self) {
         let before = self.refused.load(Ordering::SeqCst);
         wait_until("users are told to come back", || before + 5 < self.refused.load(Ordering::SeqCst));
     }
 
+    /// When the last request came that was told to come back, if there was one.
+    pub(crate) fn last_refused(&self) -> Option<Instant> {
+        *self.last_refused.lock().unwrap()
+    }
+
     #[track_caller]
-    fn end(self) {
+    pub(crate) fn end(self) {
         self.stop.store(true, Ordering::SeqCst);
         for thread in self.threads {
             thread.join().unwrap();

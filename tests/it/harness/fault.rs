@@ -98,8 +98,22 @@ struct Seen {
 /// By which an open connection is led from outside.
 #[derive(Debug)]
 struct Reins {
+    questions: mpsc::UnboundedSender<Piece>,
     answers: mpsc::UnboundedSender<Piece>,
     cut: watch::Sender<bool>,
+}
+
+/// One way of a connection.
+struct Queue {
+    sender: mpsc::UnboundedSender<Piece>,
+    receiver: mpsc::UnboundedReceiver<Piece>,
+}
+
+impl Queue {
+    fn new() -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        Self { sender, receiver }
+    }
 }
 
 /// Bytes on their way, or the end after them.
@@ -195,6 +209,13 @@ impl FaultProxy {
         }
     }
 
+    /// Says this to the server on every open connection, as if its client had, between two things that it said.
+    pub(crate) fn inject_there(&self, bytes: &[u8]) {
+        for reins in self.seen.open.lock().unwrap().values() {
+            drop(reins.questions.send(Piece { due: Instant::now(), bytes: Some(bytes.to_vec()) }));
+        }
+    }
+
     /// Connections ever made.
     pub(crate) fn connections(&self) -> u64 {
         self.seen.accepted.load(Ordering::SeqCst)
@@ -257,12 +278,12 @@ async fn serve(address: SocketAddr, mut rules: watch::Receiver<Rules>, seen: Arc
                 accepted = accept(listener.as_ref(), door) => {
                     let (client, from) = accepted?;
                     let number = 1 + seen.accepted.fetch_add(1, Ordering::SeqCst);
-                    let (answers, queue) = mpsc::unbounded_channel();
+                    let (questions, answers) = (Queue::new(), Queue::new());
                     let (cut, is_cut) = watch::channel(false);
-                    seen.open.lock().unwrap().insert(number, Reins { answers: answers.clone(), cut });
-                    let connection = Connection {
-                        client, from: from.ip(), answers, queue, is_cut, rules: rules.clone(), seen: Arc::clone(&seen),
-                    };
+                    let reins = Reins { questions: questions.sender.clone(), answers: answers.sender.clone(), cut };
+                    seen.open.lock().unwrap().insert(number, reins);
+                    let (from, rules, seen) = (from.ip(), rules.clone(), Arc::clone(&seen));
+                    let connection = Connection { client, from, questions, answers, is_cut, rules, seen };
                     tokio::spawn(async move {
                         let seen = Arc::clone(&connection.seen);
                         connection.run().await;
@@ -300,8 +321,8 @@ async fn fill(listener: &TcpListener) -> io::Result<Option<TcpStream>> {
 struct Connection {
     client: TcpStream,
     from: IpAddr,
-    answers: mpsc::UnboundedSender<Piece>,
-    queue: mpsc::UnboundedReceiver<Piece>,
+    questions: Queue,
+    answers: Queue,
     is_cut: watch::Receiver<bool>,
     rules: watch::Receiver<Rules>,
     seen: Arc<Seen>,
@@ -331,13 +352,12 @@ impl Connection {
         server.set_nodelay(true)?;
         let (asks, is_told) = self.client.split();
         let (answers, is_asked) = server.split();
-        let (asked, mut questions) = mpsc::unbounded_channel();
         let (rules, seen) = (&self.rules, &self.seen);
         tokio::try_join!(
-            take(asks, asked, &seen.there, || rules.borrow().fault(from).there),
-            give(is_asked, &mut questions, rules.clone(), from),
-            take(answers, self.answers.clone(), &seen.back, || rules.borrow().fault(from).back),
-            give(is_told, &mut self.queue, rules.clone(), from),
+            take(asks, self.questions.sender.clone(), &seen.there, || rules.borrow().fault(from).there),
+            give(is_asked, &mut self.questions.receiver, rules.clone(), from),
+            take(answers, self.answers.sender.clone(), &seen.back, || rules.borrow().fault(from).back),
+            give(is_told, &mut self.answers.receiver, rules.clone(), from),
         )?;
         Ok(())
     }

@@ -15,6 +15,7 @@ pub(crate) mod redis;
 pub(crate) mod fault;
 pub(crate) mod tls;
 
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,20 @@ pub(crate) async fn eventually<T>(what: &str, mut fact: impl AsyncFnMut() -> Opt
         assert!(started.elapsed() < DEADLINE, "still not so after {DEADLINE:?}: {what}");
         tokio::time::sleep(LOOK_AGAIN).await;
     }
+}
+
+/// Figures that somebody wants to read when the test has passed, too. They are told, and nothing depends on them.
+pub(crate) fn tell(figures: &str) {
+    // Not captured, as what is printed is.
+    let _ = writeln!(std::io::stderr(), "{figures}");
+}
+
+/// p50, p99 and the longest.
+pub(crate) fn distribution(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let at = |share: usize| times.get((times.len() * share / 100).min(times.len().saturating_sub(1))).copied();
+    let [p50, p99, max] = [at(50), at(99), times.last().copied()].map(Option::unwrap_or_default);
+    format!("p50 {p50:?}, p99 {p99:?}, max {max:?} of {}", times.len())
 }
 
 /// A port of loopback that nothing listens on at this moment.

@@ -31,6 +31,8 @@ pub(crate) struct RedisServer {
     program: Program,
     port: Port,
     tls_port: Option<Port>,
+    /// By so many seconds its clock is wrong.
+    clock_ahead: i64,
     child: Option<Child>,
 }
 
@@ -88,13 +90,28 @@ impl RedisServer {
         Self::begin(Program::Valkey, "", Tls::Off)
     }
 
+    /// Its clock is so many seconds ahead of everybody else's, or behind.
+    pub(crate) fn with_clock_ahead(seconds: i64) -> Self {
+        let mut server = Self::prepare(Program::Redis, "", Tls::Off);
+        server.clock_ahead = seconds;
+        server.begun()
+    }
+
     fn begin(program: Program, conf: &str, tls: Tls) -> Self {
+        Self::prepare(program, conf, tls).begun()
+    }
+
+    fn prepare(program: Program, conf: &str, tls: Tls) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let tls_port = (tls != Tls::Off).then(Port::reserve);
-        let mut server = Self { directory, program, port: Port::reserve(), tls_port, child: None };
+        let server = Self { directory, program, port: Port::reserve(), tls_port, clock_ahead: 0, child: None };
         server.write_conf(conf, tls);
-        assert!(server.try_start(), "a server does not start: {}", server.log());
         server
+    }
+
+    fn begun(mut self) -> Self {
+        assert!(self.try_start(), "a server does not start: {}", self.log());
+        self
     }
 
     fn write_conf(&self, conf: &str, tls: Tls) {
@@ -132,6 +149,9 @@ impl RedisServer {
         if self.program == Program::Sentinel {
             command.arg("--sentinel");
         }
+        if self.clock_ahead != 0 {
+            command.env("LD_PRELOAD", self.wrong_clock()).env("CLOCK_AHEAD", self.clock_ahead.to_string());
+        }
         let mut child = command.stdout(Stdio::null()).spawn().expect("redis-server is installed: see scripts/setup");
         let mut has_left = false;
         wait_until("redis-server answers, or leaves", || {
@@ -140,6 +160,41 @@ impl RedisServer {
         });
         self.child = Some(child).filter(|_| !has_left);
         !has_left
+    }
+
+    /// A library that stands before the C library where a program asks for the time of day (ld.so(8), `LD_PRELOAD`).
+    fn wrong_clock(&self) -> PathBuf {
+        const SOURCE: &str = r#"
+            #include <stdlib.h>
+            #include <sys/syscall.h>
+            #include <sys/time.h>
+            #include <time.h>
+            #include <unistd.h>
+            int clock_gettime(clockid_t clock, struct timespec *now) {
+                int failed = syscall(SYS_clock_gettime, clock, now);
+                if (!failed && clock == CLOCK_REALTIME) now->tv_sec += atol(getenv("CLOCK_AHEAD"));
+                return failed;
+            }
+            int gettimeofday(struct timeval *now, void *zone) {
+                struct timespec precise;
+                int failed = clock_gettime(CLOCK_REALTIME, &precise);
+                now->tv_sec = precise.tv_sec;
+                now->tv_usec = precise.tv_nsec / 1000;
+                return failed;
+            }
+            time_t time(time_t *copy) {
+                struct timespec precise;
+                clock_gettime(CLOCK_REALTIME, &precise);
+                if (copy) *copy = precise.tv_sec;
+                return precise.tv_sec;
+            }
+        "#;
+        let (source, library) = (self.path("wrong_clock.c"), self.path("wrong_clock.so"));
+        std::fs::write(&source, SOURCE).unwrap();
+        // The compiler that links this test.
+        let compiled = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).status();
+        assert!(compiled.unwrap().success());
+        library
     }
 
     /// Any answer but that it still loads its data; a wish for a password is one.
@@ -430,6 +485,14 @@ mod tests {
         proxy.inject(b"-ERR a lie\r\n");
         let replies: Vec<_> = (0..3).map(|_| redis::cmd("PING").query::<String>(&mut client)).collect();
         assert!(replies.iter().any(Result::is_err), "the lie takes the place of an answer: {replies:?}");
+    }
+
+    #[test]
+    fn a_clock_can_be_wrong() {
+        let server = RedisServer::with_clock_ahead(-86_400);
+        let (seconds, _): (u64, u64) = server.ask("TIME");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert!((now - 86_400 - 60..=now - 86_400).contains(&seconds), "{seconds} at {now}");
     }
 
     #[test]
