@@ -446,6 +446,14 @@ impl Shard {
         }
     }
 
+    fn unreadable(&self) -> impl Iterator<Item = &SessionKey> {
+        let unreadable = |(key, remains)| match remains {
+            &Remains { what: What::Unreadable, .. } => Some(key),
+            Remains { what: What::Ended(_), .. } => None,
+        };
+        self.remains.iter().filter_map(unreadable)
+    }
+
     /// Of these, those that live.
     fn list<'a>(&self, keys: impl Iterator<Item = &'a SessionKey>, now: u64) -> Vec<Listed> {
         keys.filter_map(|key| Some(Listed { key: key.clone(), stored: self.live(key, now)? })).collect()
@@ -549,7 +557,9 @@ impl SessionStore for MemoryStore {
         if SHARDS <= usize::from(part) {
             return Ok(0);
         }
-        let ended = self.end_all(usize::from(part), |shard| shard.sessions.keys().cloned().collect(), ending);
+        // Those that cannot be read as well, lest they come back with the key that opens them.
+        let all = |shard: &Shard| shard.sessions.keys().chain(shard.unreadable()).cloned().collect();
+        let ended = self.end_all(usize::from(part), all, ending);
         self.settle().await?;
         Ok(ended)
     }
@@ -1234,6 +1244,26 @@ mod tests {
         drop(store);
         let (store, _) = self::store(100);
         assert_eq!(store.open_file(&path).unwrap(), Loaded { sessions: 1, expired: 0, unreadable: 0 });
+    }
+
+    #[tokio::test]
+    async fn who_ends_everybodys_sessions_ends_those_that_cannot_be_read_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sessions.redb");
+        let bad = key();
+        {
+            let file = SessionFile::open(&path, |_| {}).unwrap();
+            file.notes().begun(&bad, 1_000_100, vec![255, 1, 2, 3]);
+        }
+        let (store, _) = on_file(&path, 1_000_000);
+        assert!(matches!(store.load(&bad).await, Err(StoreError::Unreadable)));
+        for part in 0..store.parts() {
+            store.destroy_part(part, Ending::Revoked).await.unwrap();
+        }
+        drop(store);
+        let (store, clock) = self::store(100);
+        clock.store(1_000_000, Ordering::Relaxed);
+        assert_eq!(store.open_file(&path).unwrap(), Loaded::default(), "nothing is there for whoever could read it");
     }
 
     #[tokio::test]
