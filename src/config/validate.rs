@@ -8,7 +8,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
-use super::model::{Access, Config, Listener, RedisStore, Scheme, SealRecords};
+use super::model::{Access, Cache, Config, Listener, RedisStore, Scheme, SealRecords};
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
 
@@ -130,6 +130,11 @@ impl Check<'_, '_> {
                     .add(grace.span(), "grace is for a store that can be down, and [store.memory] cannot")
                     .hint("remove grace, or add [store.redis]");
             }
+            if store.redis.as_ref().is_some_and(|redis| redis.get_ref().cache == Cache::Off) {
+                self.problems
+                    .add(grace.span(), "grace serves copies, and with cache = \"off\" there are none")
+                    .hint("remove grace, or cache = \"off\"; [session.fallback] needs no copies");
+            }
             self.no_longer_than(grace, "store.grace", BRIDGED_MAX);
         }
     }
@@ -228,6 +233,11 @@ impl Check<'_, '_> {
         if let Some(fallback) = &session.fallback {
             if session.keys_file.is_none() {
                 self.problems.add(fallback.span(), "[session.fallback] without keys_file").hint(needs_keys);
+            }
+            if self.config.store.redis.is_none() {
+                self.problems
+                    .add(fallback.span(), "[session.fallback] is for a store that can be down, and memory cannot")
+                    .hint("remove [session.fallback], or add [store.redis]");
             }
             self.no_longer_than(&fallback.get_ref().lifetime, "session.fallback.lifetime", BRIDGED_MAX);
         }
@@ -993,13 +1003,20 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             ("[session]\nsilent_header = \"Cookie\"".into(), "11:17", "cookies are Cloakroom's own matter"),
             ("[session]\nseal_records = \"on\"".into(), "11:16", "seal_records without keys_file"),
             ("[session]\nseal_records = true".into(), "11:16", "wanted string"),
-            ("[session.fallback]".into(), "10:1", "[session.fallback] without keys_file"),
+            ("[session.fallback]\n[store.redis]\nurl = \"redis://h\"".into(), "10:1", "without keys_file"),
+            ("[session]\nkeys_file = \"k\"\n[session.fallback]".into(), "12:1", "and memory cannot"),
             (
-                "[session]\nkeys_file = \"k\"\n[session.fallback]\nlifetime = \"2h\"".into(),
+                "[session]\nkeys_file = \"k\"\n[session.fallback]\nlifetime = \"2h\"\n[store.redis]\nurl = \"redis://h\""
+                    .into(),
                 "13:12",
                 "session.fallback.lifetime is 2h: at most 1h",
             ),
             ("[store]\ngrace = \"5m\"".into(), "11:9", "[store.memory] cannot"),
+            (
+                "[store]\ngrace = \"5m\"\n[store.redis]\nurl = \"redis://h\"\ncache = \"off\"".into(),
+                "11:9",
+                "with cache = \"off\" there are none",
+            ),
             (
                 "[store]\ngrace = \"2h\"\n[store.redis]\nurl = \"redis://h\"".into(),
                 "11:9",
@@ -1097,7 +1114,8 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             "[store.redis]\nurl = \"rediss://user:p%40ss-7@[::1]:6380/3\"\nca = \"ca.pem\"",
             "[store.redis]\nurl = \"redis://[fd00::1]\"",
             "[session]\ncookie = \"sid\"",
-            "[session]\nkeys_file = \"k\"\nseal_records = \"only\"\n[session.fallback]\nlifetime = \"1h\"",
+            "[session]\nkeys_file = \"k\"\nseal_records = \"only\"",
+            "[session]\nkeys_file = \"k\"\n[session.fallback]\nlifetime = \"1h\"\n[store.redis]\nurl = \"redis://h\"",
             "[store]\ngrace = \"5m\"\n[store.redis]\nurl = \"redis://h\"",
             "[session]\nsilent_header = \"X-Session-Silent\"\nmax_per_user = 3\nwhen_full = \"refuse\"",
             "[session]\nidle_timeout = \"1h\"\nabsolute_timeout = \"1h\"",
