@@ -30,7 +30,7 @@ impl Login {
             return self.ask_to_log_out(request, StatusCode::FORBIDDEN).await;
         }
         // Looked up for the log's sake, which should say who left. One that cannot be read is ended all the same.
-        let session = match self.sessions.resume(&id, &Use::of_own_page(request.client)).await {
+        let session = match self.sessions.resume(&id, &Use::of_own_page(request.client, !request.is_silent)).await {
             Ok(Resumed::Live(session, _)) => Some(session),
             Ok(Resumed::Gone(_)) | Err(StoreError::Unreadable) => None,
             Ok(Resumed::TooManyGuesses(wait)) => return Err(Failure::TooManyGuesses(wait)),

@@ -45,7 +45,7 @@ use crate::metrics::Metrics;
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
 use crate::session::record::{ClientHints, LoginMethod};
-use crate::session::store::StoreError;
+use crate::session::store::{Ending, StoreError};
 use crate::session::{Newcomer, Resumed, Sessions, Started, Use};
 use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
@@ -78,6 +78,8 @@ pub struct LoginRequest<'a> {
     /// Read in full for a POST, at most [`Login::FORM_BYTES_MAX`]; else empty.
     pub body: Bytes,
     pub client: IpAddr,
+    /// It is nobody's use of the session: `session.silent_header`.
+    pub is_silent: bool,
     /// Our own origin as the browser sees it, `https://host` or `https://host:port`.
     pub origin: &'a str,
     /// The listener's.
@@ -210,14 +212,19 @@ impl Login {
             pairs.find(|(name, _)| name == wanted).map(|(_, value)| value)
         };
         let return_to = self.return_to(asked("return_to").as_deref());
-        let visitor = match self.visitor(request).await {
+        let known = match self.known(request).await {
             // Whoever else guesses in this network, its users can log in.
-            Err(Failure::TooManyGuesses(_)) => None,
+            Err(Failure::TooManyGuesses(_)) => Err(None),
             known => known?,
         };
-        let Some(visitor) = visitor else {
-            let notice = asked("reason").and_then(|reason| Notice::of_label(&reason));
-            return self.login_form(request, StatusCode::OK, &Say { notice, ..Say::default() }, &return_to, "");
+        let visitor = match known {
+            Ok(visitor) => visitor,
+            Err(ending) => {
+                // A page of the application may have led here by itself: then the cookie still says it.
+                let told = ending.and_then(|ending| Notice::of(Some(ending)));
+                let notice = told.or_else(|| asked("reason").and_then(|reason| Notice::of_label(&reason)));
+                return self.login_form(request, StatusCode::OK, &Say { notice, ..Say::default() }, &return_to, "");
+            }
         };
         let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
         let (prefix, title, name) = (&self.prefix, &self.title, visitor.name());
@@ -347,18 +354,24 @@ impl Login {
 
     /// Who has a live session and is still welcome.
     async fn visitor(&self, request: &LoginRequest<'_>) -> Result<Option<Visitor>, Failure> {
-        let Some(id) = request.cookie.find(request.headers) else { return Ok(None) };
-        let record = match self.sessions.resume(&id, &Use::of_own_page(request.client)).await {
+        Ok(self.known(request).await?.ok())
+    }
+
+    /// As [`Self::visitor`], or why there is none, where the store remembers it.
+    async fn known(&self, request: &LoginRequest<'_>) -> Result<Result<Visitor, Option<Ending>>, Failure> {
+        let Some(id) = request.cookie.find(request.headers) else { return Ok(Err(None)) };
+        let record = match self.sessions.resume(&id, &Use::of_own_page(request.client, !request.is_silent)).await {
             Ok(Resumed::Live(session, _)) => session.record,
-            // Of what cannot be read the cookie stays, since nobody said that the session is gone.
-            Ok(Resumed::Gone(_)) | Err(StoreError::Unreadable) => return Ok(None),
+            Ok(Resumed::Gone(ending)) => return Ok(Err(ending)),
+            // The cookie stays, since nobody said that the session is gone.
+            Err(StoreError::Unreadable) => return Ok(Err(None)),
             Ok(Resumed::TooManyGuesses(wait)) => return Err(Failure::TooManyGuesses(wait)),
             Err(error) => return Err(error.into()),
         };
         let identity = match record.method {
             LoginMethod::Password => self.users.current(&record.identity.user).map(Arc::clone),
         };
-        Ok(identity.map(|identity| Visitor { id, identity, ends: record.ends }))
+        Ok(identity.map(|identity| Visitor { id, identity, ends: record.ends }).ok_or(None))
     }
 
     /// Where a login leads: where the visitor came from, when that is a page of this origin, else the configured page.

@@ -26,6 +26,9 @@ struct Kept {
     /// The call with this number fails, and no other.
     fails_at: Option<usize>,
     unreadable: bool,
+    /// Of each session that is not there.
+    ending: Option<Ending>,
+    touches: usize,
 }
 
 impl FakeStore {
@@ -42,6 +45,14 @@ impl FakeStore {
     /// As if they were long ago.
     fn forget_known_networks(&self) {
         self.0.lock().counters.retain(|name, _| !name.starts_with("login:known-network:"));
+    }
+
+    fn set_ending(&self, ending: Ending) {
+        self.0.lock().ending = Some(ending);
+    }
+
+    fn touches(&self) -> usize {
+        self.0.lock().touches
     }
 
     fn set_unreadable(&self, unreadable: bool) {
@@ -71,11 +82,12 @@ impl FakeStore {
 #[async_trait]
 impl SessionStore for FakeStore {
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
-        let time_to_live = Duration::from_secs(60);
+        // Half of its idle time is over.
+        let time_to_live = Duration::from_secs(30);
         self.with(|kept| match kept.sessions.get(key) {
             Some(_) if kept.unreadable => Err(StoreError::Unreadable),
             Some(record) => Ok(Found::Live(Stored { record: record.clone().into(), time_to_live })),
-            None => Ok(Found::Nothing),
+            None => Ok(kept.ending.map_or(Found::Nothing, Found::Ended)),
         })?
     }
 
@@ -100,7 +112,10 @@ impl SessionStore for FakeStore {
     }
 
     async fn touch(&self, key: &SessionKey, _: Duration, _: u64) -> Result<bool, StoreError> {
-        self.with(|kept| kept.sessions.contains_key(key))
+        self.with(|kept| {
+            kept.touches += 1;
+            kept.sessions.contains_key(key)
+        })
     }
 
     async fn destroy(&self, key: &SessionKey, _: Option<&str>, _: Ending) -> Result<bool, StoreError> {
@@ -203,6 +218,7 @@ impl Browser {
             headers: &headers,
             body: Bytes::copy_from_slice(body.as_bytes()),
             client: self.client,
+            is_silent: headers.contains_key("x-silent"),
             origin: ORIGIN,
             cookie: &self.cookie,
             secure: true,
@@ -351,6 +367,34 @@ async fn the_login_page_says_why_one_is_there() {
         assert_eq!(said.is_some(), expected.is_some(), "{query}");
         assert!(expected.is_none_or(|text| said.unwrap().contains(text)), "{query}: {said:?}");
         assert!(!page.html().contains("won"), "the sentences are ours alone");
+    }
+}
+
+#[tokio::test]
+async fn who_comes_to_the_login_page_with_a_session_that_was_ended_is_told_why() {
+    for (ending, expected) in
+        [(Ending::Displaced, "because you logged in elsewhere"), (Ending::Revoked, "from another device")]
+    {
+        let mut browser = Browser::new();
+        let id = crate::session::id::SessionId::generate("alice").unwrap();
+        browser.cookies.insert("__Host-session".to_owned(), id.to_cookie_value());
+        browser.store.set_ending(ending);
+        let page = browser.get("/.cloakroom/login?return_to=%2Fa").await;
+        assert!(page.html().contains(expected), "{}", page.html());
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_asks_silently_who_is_there_is_no_use_of_the_session() {
+    let mut browser = Browser::new();
+    assert_eq!(browser.log_in("alice", PASSWORD).await.status(), 303);
+    for (fields, touches) in [(&[("x-silent", "1")][..], 0), (&[], 1)] {
+        let answer = browser.send(Method::GET, "/.cloakroom/session", fields, "").await;
+        assert_eq!(answer.status(), 200);
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(browser.store.touches(), touches, "{fields:?}");
     }
 }
 

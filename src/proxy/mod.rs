@@ -407,11 +407,10 @@ impl Gateway {
     ) -> Who {
         let cookie = &connection.listener.cookie;
         let Some(id) = cookie.find(&request.headers) else { return Who::Nobody };
-        let is_silent = self.silent_header.as_ref().is_some_and(|name| request.headers.contains_key(name));
         let has_fallback = route.fallback && self.sessions.has_fallback();
         let usage = Use {
             client: context.client,
-            touch: route.touch && !is_silent,
+            touch: route.touch && !self.is_silent(request),
             route: Some(&route.name),
             fallback: if has_fallback { cookie.find_fallback(&request.headers) } else { None },
         };
@@ -484,6 +483,7 @@ impl Gateway {
                 headers: &request.headers,
                 body,
                 client: context.client,
+                is_silent: self.is_silent(request),
                 origin: &origin,
                 cookie: &connection.listener.cookie,
                 secure: connection.listener.scheme == "https",
@@ -491,6 +491,11 @@ impl Gateway {
             })
             .await;
         Decision::Reply { response, outcome: Outcome::Answered }
+    }
+
+    /// Whether the page that asks says that nobody is there.
+    fn is_silent(&self, request: &RequestHeader) -> bool {
+        self.silent_header.as_ref().is_some_and(|name| request.headers.contains_key(name))
     }
 
     /// The body of a form, whole, capped in size and in time.

@@ -158,8 +158,8 @@ impl Sessions {
     }
 
     pub fn with(self, options: Options) -> Self {
+        let bridged = options.bridged();
         let Options { limit, grace, fallback, activity, ring } = options;
-        let bridged = grace.max(fallback).unwrap_or_default();
         let fallback = ring.clone().zip(fallback).map(|(ring, lifetime)| Fallback::new(ring, lifetime));
         let trail = (0 < activity).then(|| Trail::new(activity, self.touch_interval()));
         Self { limit, grace, ring, fallback, trail, ended: Arc::new(Ended::new(bridged)), ..self }
@@ -364,12 +364,17 @@ impl Options {
             ring,
         }
     }
+
+    /// The longest that anybody is served without a word of the store.
+    pub fn bridged(&self) -> Duration {
+        self.grace.max(self.fallback).unwrap_or_default()
+    }
 }
 
 impl Use<'_> {
-    /// On behalf of one of our own pages: it counts, and only the store says who it is.
-    pub fn of_own_page(client: IpAddr) -> Self {
-        Self { client, touch: true, route: None, fallback: None }
+    /// On behalf of one of our own pages: the fallback cookie does not count there.
+    pub fn of_own_page(client: IpAddr, touch: bool) -> Self {
+        Self { client, touch, route: None, fallback: None }
     }
 }
 
