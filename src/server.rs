@@ -165,7 +165,7 @@ fn open_store(
 ) -> Result<(Arc<dyn SessionStore>, Option<Arc<MemoryStore>>), ConfigError> {
     let events = config.events.audit || config.events.webhook.is_some();
     let codec = Codec::new(ring, *config.session.seal_records.get_ref());
-    let options = StoreOptions { codec, events };
+    let options = StoreOptions { codec, events, bridged: Options::of(&config.session, &config.store, None).bridged() };
     let refused = |message: &str, hint: &str| ConfigError::of_file(&config.file, message, hint);
     if let Some(redis) = &config.store.redis {
         return match RedisStore::new(redis.get_ref(), options) {

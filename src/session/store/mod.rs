@@ -26,6 +26,8 @@ pub struct StoreOptions {
     pub codec: Codec,
     /// Whether somebody wants to be told of ends; else they are not collected.
     pub events: bool,
+    /// Whoever is known may be served for so long without the store: so long it is remembered who may have ended.
+    pub bridged: Duration,
 }
 
 /// What a new record is made of; the store adds the times, by its own clock.

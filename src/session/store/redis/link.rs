@@ -87,8 +87,8 @@ pub(super) fn bucket_slot(bucket: u16) -> u16 {
 }
 
 impl Links {
-    /// Checks the settings; connects to nothing and needs no runtime.
-    pub(super) fn new(settings: &model::RedisStore) -> Result<Self, SettingsError> {
+    /// Checks the settings; connects to nothing and needs no runtime. `bridged`: see [`super::super::StoreOptions`].
+    pub(super) fn new(settings: &model::RedisStore, bridged: Duration) -> Result<Self, SettingsError> {
         let url = settings::url(settings)?;
         let dialer = Dialer::new(settings, &url)?;
         let lease = settings.lease.get_ref().get();
@@ -100,6 +100,7 @@ impl Links {
                     bytes_max: settings.cache_bytes.0,
                     lease,
                     role_lease: ROLE_LEASE.max(lease),
+                    doubt: Limits::default().doubt.max(bridged),
                     ..Limits::default()
                 };
                 (Some(limits), (lease / BEATS_PER_LEASE).min(BEAT_MAX))
@@ -469,14 +470,24 @@ mod tests {
 
     #[test]
     fn without_a_runtime_the_store_is_unavailable_and_nothing_panics() {
-        let links = Links::new(&toml::from_str("url = 'redis://127.0.0.1'").unwrap()).unwrap();
+        let links = Links::new(&toml::from_str("url = 'redis://127.0.0.1'").unwrap(), Duration::ZERO).unwrap();
         let primary = links.topology.primary(Place::Anywhere).unwrap();
         assert!(links.link(&primary).is_err_and(|failure| !failure.is_refusal));
         assert!(links.cache(0).is_none() && !links.is_down(0));
         for url in ["redis+sentinel://127.0.0.1/m", "redis+cluster://127.0.0.1"] {
-            let links = Links::new(&toml::from_str(&format!("url = '{url}'")).unwrap()).unwrap();
+            let links = Links::new(&toml::from_str(&format!("url = '{url}'")).unwrap(), Duration::ZERO).unwrap();
             assert!(links.cache(0).is_none() && !links.is_down(0));
             links.topology.follow();
+        }
+    }
+
+    #[test]
+    fn an_ending_is_remembered_for_as_long_as_anybody_may_be_served_without_the_store() {
+        let settings: model::RedisStore = toml::from_str("url = 'redis://127.0.0.1'").unwrap();
+        for minutes in [0, 5, 60] {
+            let bridged = Duration::from_secs(minutes * 60);
+            let limits = Links::new(&settings, bridged).unwrap().cache_limits.unwrap();
+            assert!(bridged <= limits.doubt, "{minutes} min");
         }
     }
 

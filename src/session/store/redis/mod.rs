@@ -66,7 +66,7 @@ impl RedisStore {
         let prefix = settings.prefix.get_ref().clone();
         settings::check_prefix(&prefix)?;
         Ok(Self {
-            links: Arc::new(Links::new(settings)?),
+            links: Arc::new(Links::new(settings, options.bridged)?),
             keys: Arc::new(Keys { prefix }),
             options,
             copies_max: match settings.cache {
