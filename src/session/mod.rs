@@ -266,7 +266,10 @@ impl Sessions {
             Answer::TooMany(wait) => return Ok(Resumed::TooManyGuesses(wait)),
         }
         match self.store.load(&key).await {
-            Ok(Found::Live(stored)) => Ok(Resumed::Live(self.used(key, stored, usage), Source::Store)),
+            Ok(Found::Live(stored)) => {
+                self.guesses.note_life(&key);
+                Ok(Resumed::Live(self.used(key, stored, usage), Source::Store))
+            }
             Ok(Found::Ended(ending)) => Ok(self.gone(&key, usage, Some(ending))),
             Ok(Found::Nothing) => Ok(self.gone(&key, usage, None)),
             Err(error @ StoreError::Unavailable(_)) => {
@@ -790,9 +793,12 @@ mod tests {
             refused += u32::from(matches!(resumed, Resumed::TooManyGuesses(_)));
         }
         assert!(store.loads.load(Ordering::Relaxed) < 400 && 600 < refused, "{refused} of 1000 were refused");
-        assert!(matches!(sessions.resume(&id, &usage()).await.unwrap(), Resumed::TooManyGuesses(_)));
+        assert!(sessions.resume(&id, &usage()).await.unwrap().live().is_some(), "nor who is known to have one");
+        let elsewhere = Sessions::new(Arc::clone(&store) as _, sessions.lifetime);
+        let unknown = start(&elsewhere).await;
+        assert!(matches!(sessions.resume(&unknown, &usage()).await.unwrap(), Resumed::TooManyGuesses(_)));
         let elsewhere = Use { client: [192, 0, 2, 2].into(), ..usage() };
-        assert!(sessions.resume(&id, &elsewhere).await.unwrap().live().is_some());
+        assert!(sessions.resume(&unknown, &elsewhere).await.unwrap().live().is_some());
         *store.copy.lock() = Some((id.key(), store.store.load(&id.key()).await.unwrap().live().unwrap()));
         assert!(sessions.resume(&id, &usage()).await.unwrap().live().is_some(), "what is known here costs no question");
     }
