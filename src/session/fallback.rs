@@ -48,17 +48,18 @@ impl Fallback {
         self.lifetime
     }
 
-    /// A value for this session, unless the browser's has more than half of its life before it. None also for an
-    /// identity that fits into no cookie.
+    /// A value for this session, which ends at `ends` (Unix time in ms) if nobody uses it, unless the browser's has more
+    /// than half of its life before it. None also for an identity that fits into no cookie.
     pub(super) fn renewed(
         &self,
         key: &SessionKey,
         record: &Record,
+        ends: u64,
         current: Option<&[u8]>,
         now: u64,
     ) -> Option<String> {
-        let half = millis(self.lifetime) / 2;
-        let is_fresh = |carried: &Carried| now < carried.issued.saturating_add(half);
+        let half = |carried: &Carried| self.lives_until(carried).saturating_sub(carried.issued) / 2;
+        let is_fresh = |carried: &Carried| now < carried.issued.saturating_add(half(carried));
         if current.and_then(|value| self.carried(key, value, now)).is_some_and(|carried| is_fresh(&carried)) {
             return None;
         }
@@ -66,7 +67,7 @@ impl Fallback {
             // The users file says the rest.
             LoginMethod::Password => Identity { user: record.identity.user.clone(), ..Identity::default() },
         };
-        let expires = now.saturating_add(millis(self.lifetime)).min(record.ends);
+        let expires = now.saturating_add(millis(self.lifetime)).min(ends);
         let plain = rmp_serde::to_vec(&Carried { identity, method: record.method, issued: now, expires }).ok()?;
         let sealed = self.ring.seal(Purpose::Fallback, key, &plain).ok()?;
         Some(URL_SAFE_NO_PAD.encode(sealed)).filter(|value| value.len() <= VALUE_BYTES_MAX)
@@ -93,10 +94,13 @@ impl Fallback {
         let sealed = URL_SAFE_NO_PAD.decode(value).ok()?;
         let plain = self.ring.open(Purpose::Fallback, key, &sealed).ok()?;
         let carried: Carried = rmp_serde::from_slice(&plain).ok()?;
-        // The lifetime is the one of now: when it was made shorter, that counts for what is out there, too.
-        let lives_until = carried.expires.min(carried.issued.saturating_add(millis(self.lifetime)));
         let is_of_the_future = now.saturating_add(millis(SKEW)) < carried.issued;
-        (now < lives_until && !is_of_the_future).then_some(carried)
+        (now < self.lives_until(&carried) && !is_of_the_future).then_some(carried)
+    }
+
+    /// By the lifetime of now: when it was made shorter, that counts for what is out there, too.
+    fn lives_until(&self, carried: &Carried) -> u64 {
+        carried.expires.min(carried.issued.saturating_add(millis(self.lifetime)))
     }
 }
 
@@ -105,7 +109,7 @@ pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(millis).unwrap_or_default()
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -126,12 +130,12 @@ mod tests {
         SessionId::generate("ann").unwrap().key()
     }
 
-    fn record(ends: u64) -> Record {
+    fn record() -> Record {
         Record {
             identity: Identity { user: "ann".into(), groups: vec!["staff".into()], ..Identity::default() },
             attributes: BTreeMap::new(),
             created: START,
-            ends,
+            ends: u64::MAX,
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
@@ -141,7 +145,7 @@ mod tests {
     #[test]
     fn it_says_who_has_a_session_for_its_life_and_for_that_session_alone() {
         let (fallback, mine) = (fallback(&[ONE], 5), key());
-        let value = fallback.renewed(&mine, &record(u64::MAX), None, START).unwrap();
+        let value = fallback.renewed(&mine, &record(), u64::MAX, None, START).unwrap();
         let user = |fallback: &Fallback, key: &SessionKey, value: &str, now| {
             fallback.open(key, value.as_bytes(), now).map(|record| record.identity.user)
         };
@@ -171,25 +175,27 @@ mod tests {
 
     #[test]
     fn it_is_renewed_when_half_of_its_life_is_over() {
-        let (fallback, mine, session) = (fallback(&[ONE], 5), key(), record(u64::MAX));
-        let value = fallback.renewed(&mine, &session, None, START).unwrap();
-        let due = |value: &str, now| fallback.renewed(&mine, &session, Some(value.as_bytes()), now).is_some();
+        let (fallback, mine, session) = (fallback(&[ONE], 5), key(), record());
+        let value = fallback.renewed(&mine, &session, u64::MAX, None, START).unwrap();
+        let due = |value: &str, now| fallback.renewed(&mine, &session, u64::MAX, Some(value.as_bytes()), now).is_some();
         assert!(!due(&value, START + 150_000 - 1));
         assert!(due(&value, START + 150_000));
         assert!(due(&value, START + 20 * MINUTE));
         assert!(due("nonsense", START));
-        let other = fallback.renewed(&key(), &session, None, START).unwrap();
+        let short = fallback.renewed(&mine, &session, START + MINUTE, None, START).unwrap();
+        assert!(!due(&short, START + MINUTE / 2 - 1) && due(&short, START + MINUTE / 2), "of its own life");
+        let other = fallback.renewed(&key(), &session, u64::MAX, None, START).unwrap();
         assert!(due(&other, START), "another session's is none");
     }
 
     #[test]
     fn it_never_outlives_its_session_and_fits_into_a_cookie() {
         let (fallback, mine) = (fallback(&[ONE], 5), key());
-        let value = fallback.renewed(&mine, &record(START + MINUTE), None, START).unwrap();
+        let value = fallback.renewed(&mine, &record(), START + MINUTE, None, START).unwrap();
         assert!(fallback.open(&mine, value.as_bytes(), START + MINUTE - 1).is_some());
         assert!(fallback.open(&mine, value.as_bytes(), START + MINUTE).is_none());
-        let mut long = record(u64::MAX);
+        let mut long = record();
         long.identity.user = "a".repeat(VALUE_BYTES_MAX);
-        assert_eq!(fallback.renewed(&mine, &long, None, START), None);
+        assert_eq!(fallback.renewed(&mine, &long, u64::MAX, None, START), None);
     }
 }

@@ -63,6 +63,8 @@ pub struct Session {
     /// What it is stored under; the id itself goes no further than the cookie.
     pub key: SessionKey,
     pub record: Arc<Record>,
+    /// If nobody uses it; as it was before this use, which is written later.
+    pub time_to_live: Duration,
 }
 
 /// How a request uses the session that it comes with.
@@ -188,12 +190,19 @@ impl Sessions {
         client.user_agent.truncate(at.unwrap_or_default());
         let sealed = (!secrets.is_empty()).then(|| seal::seal_secrets(&id, self.ring.as_deref(), &secrets));
         let secrets = sealed.transpose().map_err(|error| StoreError::Unavailable(error.into()))?;
+        let user = identity.user.clone();
         let session = NewSession { identity, method, client, secrets };
         let replaces = replaces.map(SessionId::key);
         let terms = Terms { lifetime: self.lifetime, limit: self.limit, replaces: replaces.clone() };
         match self.store.create(&id.key(), session, &terms).await? {
             Creation::Begun { displaced } => {
-                replaces.inspect(|old| self.ended.note(old, Instant::now()));
+                let now = Instant::now();
+                self.guesses.note_life(&id.key());
+                replaces.inspect(|old| self.ended.note(old, now));
+                if displaced != 0 {
+                    // The store does not say which: to be on the safe side, any but this one.
+                    self.ended.note_all_of(&user, Some(&id.key()), now);
+                }
                 Ok(Started::Begun { id, displaced })
             }
             Creation::Full => Ok(Started::Full(self.limit.map_or(0, |limit| limit.sessions))),
@@ -246,7 +255,10 @@ impl Sessions {
     /// `current` one is absent, another session's, or half over.
     pub fn renewed_fallback(&self, session: &Session, current: Option<&[u8]>) -> Option<(String, Duration)> {
         let fallback = self.fallback.as_ref()?;
-        let value = fallback.renewed(&session.key, &session.record, current, unix_now())?;
+        let now = unix_now();
+        // It does not outlive the session: where polling counts as no use, the store has it end before.
+        let ends = now.saturating_add(fallback::millis(session.time_to_live)).min(session.record.ends);
+        let value = fallback.renewed(&session.key, &session.record, ends, current, now)?;
         Some((value, fallback.lifetime()))
     }
 
@@ -292,16 +304,18 @@ impl Sessions {
     fn known_without_store(&self, key: SessionKey, usage: &Use<'_>, was_down: bool) -> Option<(Session, Source)> {
         let copy = || {
             let stored = self.store.recall_within(self.grace?, &key).filter(|_| self.store.is_down(&key))?;
-            Some((stored.record, Source::Grace))
+            Some((stored, Source::Grace))
         };
         let carried = || {
             let fallback = self.fallback.as_ref().filter(|_| was_down)?;
-            let record = fallback.open(&key, usage.fallback?, unix_now())?;
-            Some((Arc::new(record), Source::Fallback))
+            let now = unix_now();
+            let record = fallback.open(&key, usage.fallback?, now)?;
+            let time_to_live = Duration::from_millis(record.ends.saturating_sub(now));
+            Some((Stored { record: Arc::new(record), time_to_live }, Source::Fallback))
         };
-        let (record, source) = copy().or_else(carried)?;
+        let (Stored { record, time_to_live }, source) = copy().or_else(carried)?;
         let is_doubtful = self.store.doubts(&key) || self.ended.doubts(&key, &record.identity.user, Instant::now());
-        (!is_doubtful).then_some((Session { key, record }, source))
+        (!is_doubtful).then_some((Session { key, record, time_to_live }, source))
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
@@ -325,7 +339,7 @@ impl Sessions {
                 tokio::spawn(trail.clone().write(Arc::clone(&self.store), key.clone()));
             }
         }
-        Session { key, record }
+        Session { key, record, time_to_live }
     }
 
     fn touch_interval(&self) -> Duration {
@@ -754,10 +768,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_sealed_cookie_does_not_outlive_the_idle_time_of_its_session() {
+        let (sessions, store, id, _) = bridged(Options { fallback: FIVE_MINUTES, ..Options::default() }).await;
+        let session = resume(&sessions, &id).await.unwrap();
+        let record = Arc::new(Record { ends: u64::MAX, ..(*session.record).clone() });
+        let session = Session { record, time_to_live: Duration::from_millis(50), ..session };
+        let (cookie, _) = sessions.renewed_fallback(&session, None).unwrap();
+        *store.copy.lock() = None;
+        store.is_down.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
+        assert_eq!(source(&sessions, &id, &with_cookie).await, None, "nobody had used it any more");
+    }
+
+    #[tokio::test]
     async fn what_ended_here_is_not_served_in_an_outage() {
         let options = || Options { grace: FIVE_MINUTES, fallback: FIVE_MINUTES, ..Options::default() };
-        for case in ["logout", "failed logout", "revoked", "all revoked", "all but this", "gone", "replaced"] {
-            let (sessions, store, id, cookie) = bridged(options()).await;
+        let limit = Some(Limit { sessions: 1, when_full: WhenFull::EvictOldest });
+        for case in
+            ["logout", "failed logout", "revoked", "all revoked", "all but this", "gone", "replaced", "displaced"]
+        {
+            let (sessions, store, id, cookie) = bridged(Options { limit, ..options() }).await;
             let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
             match case {
                 "logout" => assert!(sessions.end(&id, None).await.unwrap()),
@@ -773,6 +804,7 @@ mod tests {
                     let resumed = sessions.resume(&id, &with_cookie).await.unwrap();
                     assert!(matches!(resumed, Resumed::Gone(Some(Ending::Displaced))));
                 }
+                "displaced" => _ = begin(&sessions, newcomer("ann"), None).await,
                 _ => _ = begin(&sessions, newcomer("ann"), Some(&id)).await,
             }
             store.is_down.store(true, Ordering::Relaxed);
