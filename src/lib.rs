@@ -11,7 +11,7 @@
 //! connection   reads the head, whole, under one deadline and one limit      proxy/connection.rs
 //! guard        refuses what two readers could read differently: 400         proxy/guard.rs
 //! route        host + path -> Route, or 404                                 proxy/route.rs
-//! session      cookie -> SessionId -> store      (none | live | unreadable | down)       session/
+//! session      cookie -> SessionId -> copy -> store      (none | live | unreadable | down)   session/
 //! admit        access and groups -> forward, or: login page, 401, 403, 503  proxy/admit.rs
 //! balance      next backend in turn; another one where that is safe         backend/balance.rs
 //! forward      look-alikes and our cookies out, identity in                 proxy/forward.rs
@@ -31,12 +31,15 @@
 //!    The store holds only a hash of it.
 //! 3. A session id is made only by [`session::id::SessionId::generate`], at login, and never taken from the client.
 //!    A login gives a new id and ends the old one.
-//! 4. A store failure is 503 with `Retry-After`: never a logout, never a let-in. The cookie is deleted only when the
-//!    store said "no such session" or the user logged out.
-//! 5. A logout is seen by every instance at once: there is no local copy of a session that could outlive it. (It does
-//!    not yet end the WebSockets that the session has opened.)
+//! 4. A store failure is 503 with `Retry-After`, or the grace or fallback cookie that the operator asked for, each for a
+//!    bounded time and for who was known before: never a logout, never a let-in. The cookie is deleted only when the store
+//!    said "no such session" or the user logged out.
+//! 5. A logout is seen by every instance, also by requests that are answered from its local copies, within
+//!    `store.redis.lease` at the latest. (Not through an outage that is bridged: invariant 4. And it does not yet end the
+//!    WebSockets that the session has opened.)
 //! 6. Access is decided on exactly the path bytes that are forwarded; what is ambiguous is refused with 400.
-//! 7. Everything has a limit: heads, bodies, time per phase, attempts, pools, connections, sessions in memory.
+//! 7. Everything has a limit: heads, bodies, time per phase, attempts, pools, connections, sessions in memory, copies of
+//!    them, sessions of a user, and what is remembered of guesses and of ends.
 //! 8. A non-idempotent request is never sent twice. A failed backend costs a client nothing where a retry is safe.
 //! 9. Every request ends in exactly one access-log line and one outcome. (Lines that nobody reads are dropped and
 //!    counted.)
