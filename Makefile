@@ -13,9 +13,10 @@ test: ## Run every test; those with Redis and Valkey start servers of their own
 	@scripts/setup cmake cc redis-server valkey-server
 	cargo test --locked
 
-bench: ## Measure what Cloakroom costs beside a bare pass-through (about ten minutes)
-	@scripts/setup cmake cc redis-server
+bench: ## Measure what a session costs, beside bare pingora, nginx and HAProxy (about half an hour)
+	@scripts/setup cmake cc redis-server nginx lua-nginx-redis haproxy
 	cargo bench --locked --bench hot_path
+	cargo bench --locked --no-run --bench pingora_defaults
 	cargo bench --locked --bench side_by_side
 
 lint: ## Look for what the compiler lets pass

@@ -17,22 +17,30 @@ use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{SessionStore, StoreOptions};
 use cloakroom::session::{Lifetime, Newcomer, Sessions, Started};
 
-use super::{SESSIONS, THREADS, process};
+use super::{THREADS, process};
 
-/// `store` is `memory` or the URL of a Redis.
-pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
+/// They share the sessions.
+const USERS: usize = 10_000;
+/// Logins at a time, while the store is filled.
+const LOGINS: usize = 256;
+
+/// `store` is `memory`, or the URL of a Redis, `#`, and what its `cache` is.
+/// It begins with so many `sessions`.
+pub(crate) fn run(store: &str, sessions: usize, ready: &Path, backends: &[SocketAddr]) {
     let folder = tempfile::tempdir().unwrap();
     let users = folder.path().join("users.toml");
     let hash = Argon2::default().hash_password(b"not used by the load").unwrap();
     // A session counts only as long as its user is in the file.
-    let tables = (0..SESSIONS).map(|number| {
+    let tables = (0..USERS).map(|number| {
         let Identity { user, name, email, groups, .. } = user(number);
         let (name, email) = (name.unwrap(), email.unwrap());
         format!("[{user}]\npassword = \"{hash}\"\nname = {name:?}\nemail = {email:?}\ngroups = {groups:?}\n")
     });
     std::fs::write(&users, tables.collect::<String>()).unwrap();
-    let store_table =
-        if store == "memory" { "[store.memory]".into() } else { format!("[store.redis]\nurl = {store:?}") };
+    let store_table = match store.split_once('#') {
+        None => "[store.memory]".into(),
+        Some((url, cache)) => format!("[store.redis]\nurl = {url:?}\ncache = {cache:?}"),
+    };
     let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();
     let text = format!(
         "[server]\nthreads = {THREADS}\n[[listener]]\naddress = \"127.0.0.1:0\"\n{store_table}\n\
@@ -48,13 +56,17 @@ pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
 
     let (prepared, cookies) = match &config.store.redis {
         Some(redis) => {
-            let cookies =
-                fill(Arc::new(RedisStore::new(redis.get_ref(), StoreOptions::default()).unwrap()), &config, &cookie);
+            let cookies = fill(
+                Arc::new(RedisStore::new(redis.get_ref(), StoreOptions::default()).unwrap()),
+                sessions,
+                &config,
+                &cookie,
+            );
             (server::prepare(config), cookies)
         }
         None => {
-            let store = Arc::new(MemoryStore::new(SESSIONS * 2));
-            let cookies = fill(Arc::clone(&store) as _, &config, &cookie);
+            let store = Arc::new(MemoryStore::new(sessions * 2));
+            let cookies = fill(Arc::clone(&store) as _, sessions, &config, &cookie);
             (server::prepare_with_store(config, store), cookies)
         }
     };
@@ -65,22 +77,29 @@ pub(crate) fn run(store: &str, ready: &Path, backends: &[SocketAddr]) {
 }
 
 /// Starts the sessions that the load will use; their cookies, as a browser sends them.
-fn fill(store: Arc<dyn SessionStore>, config: &Config, cookie: &SessionCookie) -> Vec<String> {
+fn fill(store: Arc<dyn SessionStore>, count: usize, config: &Config, cookie: &SessionCookie) -> Vec<String> {
     let sessions = Sessions::new(store, Lifetime::of(&config.session));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let mut cookies = Vec::with_capacity(SESSIONS);
-        for number in 0..SESSIONS {
-            let client = ClientHints {
-                address: Some(std::net::Ipv4Addr::LOCALHOST.into()),
-                user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0".into(),
-            };
-            let (identity, method) = (user(number), LoginMethod::Password);
-            let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
-            let Started::Begun { id, .. } = sessions.start(newcomer, None).await.unwrap() else {
-                panic!("no limit is set")
-            };
-            cookies.push(format!("{}={}", cookie.name(), id.to_cookie_value()));
+        let mut cookies = Vec::with_capacity(count);
+        for first in (0..count).step_by(LOGINS) {
+            let mut logins = tokio::task::JoinSet::new();
+            for number in first..count.min(first + LOGINS) {
+                let sessions = sessions.clone();
+                logins.spawn(async move {
+                    let client = ClientHints {
+                        address: Some(std::net::Ipv4Addr::LOCALHOST.into()),
+                        user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0".into(),
+                    };
+                    let (identity, method) = (user(number % USERS), LoginMethod::Password);
+                    let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
+                    sessions.start(newcomer, None).await.unwrap()
+                });
+            }
+            for started in logins.join_all().await {
+                let Started::Begun { id, .. } = started else { panic!("no limit is set") };
+                cookies.push(format!("{}={}", cookie.name(), id.to_cookie_value()));
+            }
         }
         cookies
     })

@@ -12,9 +12,10 @@ use tokio::net::TcpStream;
 const TURN_MAX: Duration = Duration::from_secs(180);
 
 pub(crate) struct Load {
-    pub(crate) address: SocketAddr,
+    /// The connections are spread over these.
+    pub(crate) addresses: Vec<SocketAddr>,
     /// `name=value`, one for each session.
-    pub(crate) cookies: Vec<String>,
+    pub(crate) cookies: Arc<[String]>,
     pub(crate) connections: usize,
     pub(crate) requests: usize,
     /// What every response must bring.
@@ -23,17 +24,11 @@ pub(crate) struct Load {
 }
 
 pub(crate) struct Report {
-    elapsed: Duration,
     /// In order, the shortest first.
     latencies: Vec<Duration>,
 }
 
 impl Report {
-    /// Requests per second.
-    pub(crate) fn throughput(&self) -> f64 {
-        self.latencies.len() as f64 / self.elapsed.as_secs_f64()
-    }
-
     /// In milliseconds: so many percent of the requests took no longer.
     pub(crate) fn percentile(&self, percent: f64) -> f64 {
         let place = (self.latencies.len() as f64 * percent / 100.0).ceil() as usize;
@@ -47,12 +42,12 @@ impl Load {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let load = Arc::new(self);
         let begun = Arc::new(AtomicUsize::new(0));
-        let started = Instant::now();
         let requests = async {
             let mut connections = tokio::task::JoinSet::new();
             for number in 0..load.connections {
                 let random = Random::seeded(load.seed * 1_000_003 + number as u64);
-                connections.spawn(Arc::clone(&load).keep_busy(random, Arc::clone(&begun)));
+                let address = load.addresses[number % load.addresses.len()];
+                connections.spawn(Arc::clone(&load).keep_busy(address, random, Arc::clone(&begun)));
             }
             let mut latencies = Vec::with_capacity(load.requests);
             while let Some(connection) = connections.join_next().await {
@@ -62,19 +57,23 @@ impl Load {
         };
         let turn = runtime.block_on(async { tokio::time::timeout(TURN_MAX, requests).await });
         let mut latencies = turn.map_err(|_| format!("not done after {TURN_MAX:?}"))??;
-        let elapsed = started.elapsed();
         latencies.sort_unstable();
-        Ok(Report { elapsed, latencies })
+        Ok(Report { latencies })
     }
 
-    async fn keep_busy(self: Arc<Self>, mut random: Random, begun: Arc<AtomicUsize>) -> Result<Vec<Duration>, String> {
-        let mut connection = Connection::open(self.address).await?;
+    async fn keep_busy(
+        self: Arc<Self>,
+        address: SocketAddr,
+        mut random: Random,
+        begun: Arc<AtomicUsize>,
+    ) -> Result<Vec<Duration>, String> {
+        let mut connection = Connection::open(address).await?;
         let mut latencies = Vec::new();
         while begun.fetch_add(1, Ordering::Relaxed) < self.requests {
             let cookie = &self.cookies[random.below(self.cookies.len())];
             let request = format!(
-                "GET /page HTTP/1.1\r\nHost: {}\r\nUser-Agent: side-by-side\r\nAccept: */*\r\nCookie: {cookie}\r\n\r\n",
-                self.address
+                "GET /{} HTTP/1.1\r\nHost: {}\r\nUser-Agent: side-by-side\r\nAccept: */*\r\nCookie: {cookie}\r\n\r\n",
+                self.body_bytes, address
             );
             let started = Instant::now();
             let body_bytes = connection.exchange(request.as_bytes()).await?;

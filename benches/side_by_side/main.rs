@@ -1,13 +1,16 @@
-//! What does a session cost? One load through a bare pass-through and through Cloakroom, in turns, side by side.
+//! What does a session cost? One load through bare pingora, through Cloakroom and through its peers, in turns, side by
+//! side.
 //!
 //! ```text
-//! cargo bench --bench side_by_side -- --rounds 5 --requests 100000
+//! make bench      # builds pingora_defaults, installs the peers, runs this
+//! cargo bench --bench side_by_side -- --rounds 5 --requests 100000 [--only NAME,NAME] [--scenario 0]
+//! cargo bench --bench side_by_side -- scale --csv scale.csv && benches/scale/plot.py scale.csv > docs/images/scale.svg
 //! ```
 //!
-//! Each proxy is a process of its own, started from this program; backends and load live in the first process. The
-//! number that counts is the proxy's CPU time per request: on one machine throughput says as much of the load's
-//! appetite as of the proxy's. Machines are shared and clocks vary, so each round gives one ratio to the
-//! pass-through of the same round, and the table shows the medians.
+//! Each proxy is a process of its own; backends and load live in the first process. The number that counts is the
+//! proxy's CPU time per request: on one machine throughput says as much of the load's appetite as of the proxy's.
+//! Machines are shared and clocks vary, so each round gives one ratio to the bare proxy of the same round, and the
+//! table shows the medians.
 
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed, and says where")]
 #![expect(clippy::print_stdout, reason = "the table is the result")]
@@ -16,26 +19,43 @@ mod load;
 mod backend;
 mod passthrough;
 mod gateway;
+mod peers;
 mod process;
+mod table;
+mod scale;
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use load::{Load, Report};
 use process::{Proxy, Redis};
 
-/// Sessions that the load picks from, at random.
+/// What one table is of.
+#[derive(Clone, Copy)]
+pub(crate) struct Scenario {
+    /// The load picks from so many, at random.
+    pub(crate) sessions: usize,
+    /// Of a response.
+    pub(crate) body_bytes: usize,
+}
+
+const SCENARIOS: [Scenario; 3] = [
+    Scenario { sessions: SESSIONS, body_bytes: 1024 },
+    Scenario { sessions: 100, body_bytes: 1024 },
+    Scenario { sessions: SESSIONS, body_bytes: 64 * 1024 },
+];
+
+/// Sessions that there are.
 const SESSIONS: usize = 10_000;
 /// Keep-alive connections of the load.
 const CONNECTIONS: usize = 64;
 /// Worker threads of every proxy.
 const THREADS: usize = 2;
-/// Of a response.
-const BODY_BYTES: usize = 1024;
 /// Before the first round, of the requests of one turn: caches and connection pools fill.
 const WARM_UP: f64 = 0.2;
 
-/// As in the binary; for the pass-through as well, so that the comparison is of the code.
+/// As in the binary; for the bare proxy as well, so that the comparison is of the code.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -43,100 +63,139 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
-        ["passthrough", ready, backends @ ..] => passthrough::run(Path::new(ready), &addresses(backends)),
-        ["gateway", store, ready, backends @ ..] => gateway::run(store, Path::new(ready), &addresses(backends)),
-        options => measure(option(options, "--rounds", 5), option(options, "--requests", 100_000)),
+        ["bare", ready, backends @ ..] => passthrough::run(Path::new(ready), &addresses(backends)),
+        ["gateway", store, sessions, ready, backends @ ..] => {
+            gateway::run(store, sessions.parse().unwrap(), Path::new(ready), &addresses(backends));
+        }
+        ["scale", options @ ..] => scale::measure(&Options::of(options)),
+        options => measure(&Options::of(options)),
     }
+}
+
+struct Options {
+    rounds: usize,
+    requests: usize,
+    /// Where the scale's figures go, for the plot.
+    csv: Option<String>,
+    /// Names of contestants; empty = all.
+    only: Vec<String>,
+    scenarios: Vec<Scenario>,
 }
 
 /// One of the proxies, and what was seen of it.
-struct Contestant {
-    name: &'static str,
-    proxy: Proxy,
-    turns: Vec<Turn>,
+pub(crate) struct Contestant {
+    pub(crate) name: &'static str,
+    pub(crate) proxy: Proxy,
+    pub(crate) turns: Vec<Turn>,
 }
 
-struct Turn {
+pub(crate) struct Turn {
     /// CPU seconds of the proxy per 100,000 requests.
-    cpu: f64,
-    report: Report,
+    pub(crate) cpu: f64,
+    /// CPU seconds of Redis per 100,000 requests.
+    pub(crate) redis_cpu: f64,
+    /// Commands that Redis was asked, per request.
+    pub(crate) commands: f64,
+    /// Of the proxy, at the end of the turn.
+    pub(crate) resident_mib: f64,
+    pub(crate) report: Report,
 }
 
-fn measure(rounds: usize, requests: usize) {
+fn measure(options: &Options) {
     let backends = [backend::start(), backend::start()];
     let redis = Redis::start();
-    let mut contestants = [
-        ("(a) pass-through", Proxy::start(&["passthrough"], &backends)),
-        ("(b) cloakroom, memory", Proxy::start(&["gateway", "memory"], &backends)),
-        ("(c) cloakroom, redis", Proxy::start(&["gateway", &redis.url()], &backends)),
-    ]
-    .map(|(name, proxy)| Contestant { name, proxy, turns: Vec::new() });
-    // The pass-through knows no sessions: it gets the cookies of another, so that the requests are the same.
-    let foreign = contestants[1].proxy.cookies().to_vec();
-
-    println!(
-        "{rounds} rounds, {requests} requests a turn, {CONNECTIONS} connections, {SESSIONS} sessions, {BODY_BYTES} B"
-    );
-    for round in 0..=rounds {
-        for contestant in &mut contestants {
-            let own = contestant.proxy.cookies();
-            let requests = if round == 0 { (requests as f64 * WARM_UP) as usize } else { requests };
-            let load = Load {
-                address: contestant.proxy.address(),
-                cookies: if own.is_empty() { foreign.clone() } else { own.to_vec() },
-                connections: CONNECTIONS,
-                requests,
-                body_bytes: BODY_BYTES,
-                seed: round as u64 + 1,
-            };
-            let before = contestant.proxy.cpu_seconds();
-            let report = load.run().unwrap_or_else(|problem| panic!("{}: {problem}", contestant.name));
-            let cpu = (contestant.proxy.cpu_seconds() - before) * 100_000.0 / requests as f64;
-            if round != 0 {
-                println!(
-                    "round {round}  {:22} {cpu:6.2} CPU s  {:7.0} requests/s",
-                    contestant.name,
-                    report.throughput()
-                );
-                contestant.turns.push(Turn { cpu, report });
-            }
+    let gateway = |store: &str| Proxy::gateway(store, SESSIONS, &backends);
+    // The cookies of this one go to the peers that ask Redis, and to those that know no sessions: all get the same.
+    let uncached = gateway(&format!("{}#off", redis.url()));
+    let cookies = Arc::clone(uncached.cookies());
+    let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
+    let mut contestants = vec![("redis", uncached)];
+    type Start<'a> = (&'static str, Box<dyn Fn() -> Option<Proxy> + 'a>);
+    let others: [Start<'_>; 4] = [
+        ("bare", Box::new(|| Some(Proxy::start(&["bare"], &backends)))),
+        ("pingora", Box::new(|| Proxy::start_defaults(&backends))),
+        ("memory", Box::new(|| Some(gateway("memory")))),
+        ("cached", Box::new(|| Some(gateway(&format!("{}#coherent", redis.url()))))),
+    ];
+    for (name, start) in others {
+        if name == "bare" || wanted(name) {
+            contestants.extend(start().map(|proxy| (name, proxy)));
         }
     }
-    print_table(&contestants);
-}
+    for peer in peers::ALL.iter().filter(|peer| wanted(peer.name)) {
+        contestants.extend(peers::start(peer, &backends, redis.port()).map(|proxy| (peer.name, proxy)));
+    }
+    // The first is what the others are compared with.
+    contestants.sort_by_key(|(name, _)| table::ORDER.iter().position(|known| known == name));
+    let mut contestants: Vec<_> = contestants
+        .into_iter()
+        .filter(|(name, _)| *name == "bare" || wanted(name))
+        .map(|(name, proxy)| Contestant { name, proxy, turns: Vec::new() })
+        .collect();
 
-fn print_table(contestants: &[Contestant]) {
-    println!(
-        "\nmedians of {} rounds; CPU seconds of the proxy process per 100,000 requests",
-        contestants[0].turns.len()
-    );
-    println!("{:22} {:>8} {:>8} {:>11} {:>9} {:>9}", "", "CPU s", "to (a)", "requests/s", "p50 ms", "p99 ms");
-    for contestant in contestants {
-        let of = |number: fn(&Turn) -> f64| median(contestant.turns.iter().map(number));
-        let ratio = median(contestant.turns.iter().zip(&contestants[0].turns).map(|(turn, bare)| turn.cpu / bare.cpu));
-        println!(
-            "{:22} {:8.2} {ratio:7.2}x {:11.0} {:9.2} {:9.2}",
-            contestant.name,
-            of(|turn| turn.cpu),
-            of(|turn| turn.report.throughput()),
-            of(|turn| turn.report.percentile(50.0)),
-            of(|turn| turn.report.percentile(99.0)),
-        );
+    for scenario in &options.scenarios {
+        for contestant in &mut contestants {
+            contestant.turns.clear();
+        }
+        for round in 0..=options.rounds {
+            for contestant in &mut contestants {
+                let own = contestant.proxy.cookies();
+                let cookies = if own.is_empty() { &cookies } else { own };
+                let cookies: Arc<[String]> = cookies[..scenario.sessions].into();
+                let requests = if round == 0 { (options.requests as f64 * WARM_UP) as usize } else { options.requests };
+                let load = Load {
+                    addresses: vec![contestant.proxy.address()],
+                    cookies,
+                    connections: CONNECTIONS,
+                    requests,
+                    body_bytes: scenario.body_bytes,
+                    seed: round as u64 + 1,
+                };
+                let turn = turn(contestant, load, &redis);
+                if round != 0 {
+                    contestant.turns.push(turn);
+                }
+            }
+            println!("round {round} of {}", options.rounds);
+        }
+        table::print(&contestants, *scenario, options.requests);
     }
 }
 
-fn median(numbers: impl Iterator<Item = f64>) -> f64 {
-    let mut numbers: Vec<f64> = numbers.collect();
-    numbers.sort_by(f64::total_cmp);
-    let middle = numbers.len() / 2;
-    if numbers.len() % 2 == 1 { numbers[middle] } else { (numbers[middle - 1] + numbers[middle]) / 2.0 }
+fn turn(contestant: &Contestant, load: Load, redis: &Redis) -> Turn {
+    let per_100_000 = 100_000.0 / load.requests as f64;
+    let requests = load.requests as f64;
+    let (cpu, (redis_cpu, commands)) = (contestant.proxy.cpu_seconds(), (redis.cpu_seconds(), redis.commands()));
+    let report = load.run().unwrap_or_else(|problem| panic!("{}: {problem}", contestant.name));
+    Turn {
+        cpu: (contestant.proxy.cpu_seconds() - cpu) * per_100_000,
+        redis_cpu: (redis.cpu_seconds() - redis_cpu) * per_100_000,
+        commands: (redis.commands() - commands) as f64 / requests,
+        resident_mib: contestant.proxy.resident_mib(),
+        report,
+    }
 }
 
-fn option(options: &[&str], name: &str, default: usize) -> usize {
-    let place = options.iter().position(|option| *option == name);
-    let value = place.and_then(|place| options.get(place + 1)?.parse().ok());
-    assert!(place.is_none() || value.is_some_and(|value| 0 < value), "{name} takes a number");
-    value.unwrap_or(default)
+impl Options {
+    fn of(words: &[&str]) -> Self {
+        let value = |name: &str| {
+            let place = words.iter().position(|word| *word == name)?;
+            Some(*words.get(place + 1).unwrap_or_else(|| panic!("{name} takes a value")))
+        };
+        let number = |name: &str, default| {
+            value(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} takes a number")))
+        };
+        Self {
+            rounds: number("--rounds", 5).max(1),
+            requests: number("--requests", 100_000).max(100),
+            csv: value("--csv").map(ToOwned::to_owned),
+            only: value("--only").map(|names| names.split(',').map(ToOwned::to_owned).collect()).unwrap_or_default(),
+            scenarios: match value("--scenario") {
+                None => SCENARIOS.to_vec(),
+                Some(_) => vec![SCENARIOS[number("--scenario", 0)]],
+            },
+        }
+    }
 }
 
 fn addresses(texts: &[&str]) -> Vec<SocketAddr> {

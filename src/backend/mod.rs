@@ -1,11 +1,12 @@
 //! Which server answers? A pool is a named set of interchangeable backends.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use prometheus::IntCounter;
 
 use crate::config::model;
 
@@ -45,6 +46,8 @@ pub struct Backend {
     started: Instant,
     /// Milliseconds after `started` until which it is passed over.
     rests_until: AtomicU64,
+    /// Its `cloakroom_backend_requests_total`, looked up once: to find it takes longer than to count.
+    pub attempts: OnceLock<IntCounter>,
 }
 
 impl Pool {
@@ -92,6 +95,7 @@ impl Backend {
             address_turn: AtomicUsize::new(0),
             started: Instant::now(),
             rests_until: AtomicU64::new(0),
+            attempts: OnceLock::new(),
         }
     }
 

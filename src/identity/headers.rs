@@ -7,8 +7,7 @@
 
 use std::sync::LazyLock;
 
-use bytes::Bytes;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 
 use super::Identity;
 use super::presets::{self, Field, GroupList};
@@ -35,14 +34,14 @@ impl IdentityHeaders {
     /// `config` is valid already. An own header of the same name as one of the preset takes its place.
     pub fn compile(config: &model::Identity) -> Self {
         let preset = presets::preset(config.preset);
-        let own = config.headers.iter().map(|(name, template)| Header {
-            name: Bytes::from(name.get_ref().clone()),
-            parts: parts(template.get_ref()),
-        });
+        let own = config
+            .headers
+            .iter()
+            .map(|(name, template)| Header { name: field_name(name.get_ref()), parts: parts(template.get_ref()) });
         let mut headers: Vec<Header> = own.collect();
         for (name, field) in preset.headers {
-            if !headers.iter().any(|header| fold(&header.name).eq(fold(name.as_bytes()))) {
-                headers.push(Header { name: Bytes::from_static(name.as_bytes()), parts: vec![Part::Field(*field)] });
+            if !headers.iter().any(|header| fold(header.name.as_str().as_bytes()).eq(fold(name.as_bytes()))) {
+                headers.push(Header { name: field_name(name), parts: vec![Part::Field(*field)] });
             }
         }
 
@@ -71,13 +70,14 @@ impl IdentityHeaders {
     /// beginning or the end is written `%XX`, so that percent-decoding gives back the text exactly: `Alice Smith` stays
     /// as it is, `Zoë` becomes `Zo%C3%AB`. In a list of groups, the separator (and the quote, where there are some)
     /// inside a group is encoded too: split first, then decode.
-    pub fn render(&self, identity: &Identity) -> impl Iterator<Item = (Bytes, HeaderValue)> {
-        self.headers.iter().filter_map(|header| {
-            let mut text = String::with_capacity(VALUE_BYTES_USUAL);
+    pub fn render(&self, identity: &Identity) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        let mut text = String::with_capacity(VALUE_BYTES_USUAL);
+        self.headers.iter().filter_map(move |header| {
+            text.clear();
             for part in &header.parts {
                 part.write(identity, self.groups, &mut text)?;
             }
-            let mut value = HeaderValue::try_from(text).ok()?;
+            let mut value = HeaderValue::from_str(&text).ok()?;
             value.set_sensitive(true); // personal data: keeps it out of every `Debug`
             Some((header.name.clone(), value))
         })
@@ -86,7 +86,7 @@ impl IdentityHeaders {
 
 #[derive(Clone, Debug)]
 struct Header {
-    name: Bytes,
+    name: HeaderName,
     /// Written one after the other.
     parts: Vec<Part>,
 }
@@ -151,6 +151,11 @@ fn encode(text: &str, also: &[char], to: &mut String) {
             to.push_str(percent_encoding::percent_encode_byte(byte));
         }
     }
+}
+
+/// In lower case, as HTTP/2 writes names: the case of a name means nothing.
+fn field_name(name: &str) -> HeaderName {
+    HeaderName::from_bytes(name.as_bytes()).expect("names of presets are names, and validation has checked the others")
 }
 
 /// Spaces at either end are trimmed by every receiver, and so are not sent at all.
@@ -335,7 +340,7 @@ mod tests {
     }
 
     fn rendered(headers: &IdentityHeaders, identity: &Identity) -> Vec<(String, String)> {
-        let text = |name: Bytes| String::from_utf8(name.to_vec()).unwrap();
+        let text = |name: HeaderName| name.as_str().to_owned();
         headers.render(identity).map(|(name, value)| (text(name), value.to_str().unwrap().to_owned())).collect()
     }
 

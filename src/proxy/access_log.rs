@@ -3,12 +3,10 @@
 
 use std::cell::RefCell;
 use std::io::Write;
-use std::net::IpAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use crate::config::model::LogFormat;
 use crate::log::Lines;
@@ -16,9 +14,9 @@ use crate::log::Lines;
 /// What there is to say of one request.
 #[derive(Debug, Serialize)]
 pub struct Entry<'a> {
-    pub time: String,
+    pub time: Timestamp,
     pub request_id: &'a str,
-    pub client: IpAddr,
+    pub client: &'a str,
     pub method: &'a str,
     pub host: &'a str,
     pub path: &'a str,
@@ -40,8 +38,15 @@ pub struct Entry<'a> {
     pub session_source: Option<&'a str>,
     pub bytes_in: usize,
     pub bytes_out: usize,
-    pub duration_ms: f64,
+    #[serde(rename = "duration_ms", serialize_with = "as_millis")]
+    pub duration: Duration,
 }
+
+/// A moment, as log lines say it: UTC, to the millisecond, `2026-01-02T03:04:05.678Z`.
+#[derive(Clone, Copy, Debug)]
+pub struct Timestamp([u8; TIMESTAMP_BYTES]);
+
+const TIMESTAMP_BYTES: usize = "2026-01-02T03:04:05.678Z".len();
 
 /// Takes the entries.
 #[derive(Clone, Debug)]
@@ -67,21 +72,32 @@ impl AccessLog {
 
     pub fn write(&self, entry: &Entry<'_>) {
         let Some(lines) = &self.lines else { return };
-        lines.push(|line| {
+        thread_local! {
+            /// Written here first: workers wait for each other only while a line is copied.
+            static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        LINE.with_borrow_mut(|line| {
+            line.clear();
             match self.format {
                 LogFormat::Json => serde_json::to_writer(&mut *line, entry).expect("an entry is plain JSON"),
                 LogFormat::Text => entry.write_text(line),
             }
             line.push(b'\n');
+            lines.push(|lines| lines.extend_from_slice(line));
         });
     }
 }
 
 impl Entry<'_> {
     fn write_text(&self, line: &mut Vec<u8>) {
-        let _ = write!(line, "{} {} {} {}", self.time, self.client, self.method, self.host);
+        for word in [self.time.as_str(), " ", self.client, " ", self.method, " ", self.host] {
+            line.extend_from_slice(word.as_bytes());
+        }
         push_word(line, self.path);
-        let _ = write!(line, " {} {}", self.status, self.outcome);
+        line.push(b' ');
+        push_number(line, u64::from(self.status));
+        line.push(b' ');
+        line.extend_from_slice(self.outcome.as_bytes());
         let fields = [
             (" reason=", self.reason),
             (" route=", self.route),
@@ -97,7 +113,15 @@ impl Entry<'_> {
                 push_word(line, value);
             }
         }
-        let _ = write!(line, " in={} out={} ms={:.3}", self.bytes_in, self.bytes_out, self.duration_ms);
+        line.extend_from_slice(b" in=");
+        push_number(line, self.bytes_in as u64);
+        line.extend_from_slice(b" out=");
+        push_number(line, self.bytes_out as u64);
+        line.extend_from_slice(b" ms=");
+        let micros = self.duration.as_micros() as u64;
+        push_number(line, micros / 1000);
+        line.push(b'.');
+        line.extend_from_slice(&digits::<3>(micros % 1000));
     }
 }
 
@@ -117,22 +141,97 @@ fn push_word(line: &mut Vec<u8>, text: &str) {
     }
 }
 
-/// Now, as log lines say it: `2026-01-02T03:04:05.678Z`.
-pub fn timestamp() -> String {
-    thread_local! {
-        /// The text of a second, which many requests share.
-        static SECOND: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
-    }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    SECOND.with_borrow_mut(|(second, text)| {
-        if *second != now.as_secs() || text.is_empty() {
-            let time = OffsetDateTime::from_unix_timestamp(now.as_secs() as i64).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-            *text = time.format(&Rfc3339).unwrap_or_default();
-            *second = now.as_secs();
+/// In decimal. The machinery of `write!` takes several times as long, and a line has many numbers.
+fn push_number(line: &mut Vec<u8>, number: u64) {
+    let mut digits = [0; 20];
+    let mut rest = number;
+    let mut first = digits.len();
+    loop {
+        first -= 1;
+        digits[first] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
         }
-        let date_and_time = text.strip_suffix('Z').unwrap_or(text);
-        format!("{date_and_time}.{:03}Z", now.subsec_millis())
-    })
+    }
+    line.extend_from_slice(&digits[first..]);
+}
+
+/// The last `N` decimal digits, zeros in front.
+fn digits<const N: usize>(number: u64) -> [u8; N] {
+    let mut digits = [b'0'; N];
+    let mut rest = number;
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (rest % 10) as u8;
+        rest /= 10;
+    }
+    digits
+}
+
+fn as_millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(duration.as_micros() as f64 / 1e3)
+}
+
+impl Timestamp {
+    /// Of a moment just read from the steady clock, which spares a look at the other one: a thread compares the two
+    /// once per second.
+    pub fn at(moment: Instant) -> Self {
+        thread_local! {
+            static SECOND: RefCell<Second> = RefCell::new(Second::now());
+        }
+        let (mut text, millis) = SECOND.with_borrow_mut(|second| {
+            if second.millis_until(moment).is_none() {
+                *second = Second::now();
+            }
+            (second.text, second.millis_until(moment).unwrap_or_default())
+        });
+        text.0[TIMESTAMP_BYTES - 4..TIMESTAMP_BYTES - 1].copy_from_slice(&digits::<3>(millis));
+        text
+    }
+
+    /// The beginning of a second, Unix time.
+    fn of_second(second: u64) -> Self {
+        let time = i64::try_from(second).ok().and_then(|second| OffsetDateTime::from_unix_timestamp(second).ok());
+        let time = time.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        text[0..4].copy_from_slice(&digits::<4>(time.year().unsigned_abs().into()));
+        text[5..7].copy_from_slice(&digits::<2>(u8::from(time.month()).into()));
+        text[8..10].copy_from_slice(&digits::<2>(time.day().into()));
+        text[11..13].copy_from_slice(&digits::<2>(time.hour().into()));
+        text[14..16].copy_from_slice(&digits::<2>(time.minute().into()));
+        text[17..19].copy_from_slice(&digits::<2>(time.second().into()));
+        Self(text)
+    }
+
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+/// A second of the wall clock, on the steady one.
+struct Second {
+    text: Timestamp,
+    begins: Instant,
+}
+
+impl Second {
+    fn now() -> Self {
+        let (now, moment) = (SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), Instant::now());
+        let into = Duration::from_nanos(now.subsec_nanos().into());
+        Self { text: Timestamp::of_second(now.as_secs()), begins: moment.checked_sub(into).unwrap_or(moment) }
+    }
+
+    /// From its beginning; nothing when the moment lies outside.
+    fn millis_until(&self, moment: Instant) -> Option<u64> {
+        let millis = moment.checked_duration_since(self.begins)?.as_millis() as u64;
+        (millis < 1000).then_some(millis)
+    }
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
 }
 
 #[cfg(test)]
@@ -140,14 +239,15 @@ mod tests {
     use std::sync::Arc;
 
     use parking_lot::Mutex;
+    use time::format_description::well_known::Rfc3339;
 
     use super::*;
 
     fn entry(path: &str) -> Entry<'_> {
         Entry {
-            time: "2026-01-02T03:04:05.678Z".to_owned(),
+            time: Timestamp(*b"2026-01-02T03:04:05.678Z"),
             request_id: "0a",
-            client: IpAddr::from([192, 0, 2, 1]),
+            client: "192.0.2.1",
             method: "GET",
             host: "example.org",
             path,
@@ -161,7 +261,7 @@ mod tests {
             session_source: None,
             bytes_in: 0,
             bytes_out: 5,
-            duration_ms: 1.25,
+            duration: Duration::from_micros(1_250),
         }
     }
 
@@ -213,10 +313,11 @@ mod tests {
 
     #[test]
     fn the_time_is_utc_to_the_millisecond() {
-        let text = timestamp();
+        let now = Timestamp::at(Instant::now());
+        let text = now.as_str();
         let shape = text.bytes().map(|byte| if byte.is_ascii_digit() { b'0' } else { byte }).collect::<Vec<_>>();
         assert_eq!(shape, b"0000-00-00T00:00:00.000Z", "{text}");
-        let read = OffsetDateTime::parse(&text, &Rfc3339).unwrap();
+        let read = OffsetDateTime::parse(text, &Rfc3339).unwrap();
         assert!((OffsetDateTime::now_utc() - read).abs() < time::Duration::MINUTE);
     }
 

@@ -148,7 +148,7 @@ async fn read_head(
         }
     };
     let Ok(1..) = first else { return Err(NoHead::Over) };
-    let deadline = Instant::now() + rules.timeout;
+    let mut deadline = None; // most heads come whole, and need no clock
     let mut searched = 0;
     loop {
         if let Some(end) = guard::head_end(&buffer, searched) {
@@ -165,6 +165,7 @@ async fn read_head(
             return Err(NoHead::Refused(if buffer.contains(&b'\n') { TOO_LARGE } else { TARGET_TOO_LARGE }));
         }
         searched = buffer.len();
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + rules.timeout);
         match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
             Ok(Ok(1..)) => {}
             Ok(Ok(0) | Err(_)) => return Err(NoHead::Over),

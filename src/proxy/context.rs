@@ -1,5 +1,6 @@
 //! What one request gathers on its way: a phase writes what a later one reads.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,10 +17,13 @@ use crate::session::Source;
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionKey;
 
-use super::access_log::{self, AccessLog, Entry};
+use super::access_log::{AccessLog, Entry, Timestamp};
 use super::reply::{Outcome, Rejection};
 use super::route::Route;
 use super::rules::Rules;
+
+/// An id from a trusted proxy is kept when it is no longer than this.
+const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// One client connection, known to every request on it.
 #[derive(Debug)]
@@ -76,7 +80,7 @@ pub struct RequestContext {
     pub client: IpAddr,
     /// The peer is one of `server.trusted_proxies`.
     pub trusted_peer: bool,
-    pub request_id: String,
+    pub request_id: RequestId,
     pub route: Option<Arc<Route>>,
     pub pool: Option<Arc<Pool>>,
     pub identity: Option<Arc<Identity>>,
@@ -115,7 +119,7 @@ impl RequestContext {
             connection: None,
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             trusted_peer: false,
-            request_id: String::new(),
+            request_id: RequestId::none(),
             route: None,
             pool: None,
             identity: None,
@@ -139,13 +143,24 @@ impl RequestContext {
     /// One line, one count (invariant 9). Bytes are those of the bodies.
     pub fn record(&mut self, status: u16, outcome: Outcome, bytes_in: usize, bytes_out: usize) {
         self.is_recorded = true;
-        let duration = self.started.elapsed();
+        let now = Instant::now();
+        let duration = now.saturating_duration_since(self.started);
         let Observer { metrics, access_log } = &*self.observer;
         let route = self.route.as_ref().map(|route| route.name.as_str());
+        match &self.route {
+            Some(route) => {
+                let seconds = || metrics.request_seconds.with_label_values(&[&route.name]);
+                route.seconds.get_or_init(seconds).observe(duration.as_secs_f64());
+            }
+            None => metrics.request_seconds.with_label_values(&["-"]).observe(duration.as_secs_f64()),
+        }
         let status_code = StatusCode::from_u16(status);
         let status_label = status_code.as_ref().map_or("0", StatusCode::as_str);
-        metrics.requests.with_label_values(&[route.unwrap_or("-"), status_label, outcome.label()]).inc();
-        metrics.request_seconds.with_label_values(&[route.unwrap_or("-")]).observe(duration.as_secs_f64());
+        let count = || metrics.requests.with_label_values(&[route.unwrap_or("-"), status_label, outcome.label()]);
+        match &self.route {
+            Some(route) if (status, outcome) == (200, Outcome::Forwarded) => route.forwarded.get_or_init(count).inc(),
+            Some(_) | None => count().inc(),
+        }
         if access_log.is_silent() {
             return;
         }
@@ -155,10 +170,15 @@ impl RequestContext {
             Some(Source::Copy | Source::Store) | None => None,
         };
         let line = self.line.as_ref();
+        let peer = self.connection.as_ref().filter(|connection| connection.peer == self.client);
+        let client = match peer.and_then(|connection| connection.forwarded_for.to_str().ok()) {
+            Some(text) => Cow::Borrowed(text),
+            None => Cow::Owned(self.client.to_string()),
+        };
         access_log.write(&Entry {
-            time: access_log::timestamp(),
-            request_id: &self.request_id,
-            client: self.client,
+            time: Timestamp::at(now),
+            request_id: self.request_id.as_str(),
+            client: &client,
             method: line.map_or("-", |line| line.method.as_str()),
             host: line.and_then(|line| line.host.to_str().ok()).unwrap_or("-"),
             path: line.map_or("", |line| line.uri.path()),
@@ -172,7 +192,7 @@ impl RequestContext {
             session_source,
             bytes_in,
             bytes_out,
-            duration_ms: (duration.as_secs_f64() * 1e6).round() / 1e3,
+            duration,
         });
     }
 }
@@ -186,9 +206,39 @@ impl Drop for RequestContext {
     }
 }
 
-/// 32 hexadecimal digits: random per process, then counted, so that one costs no system call.
-pub fn new_request_id() -> String {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    static PROCESS: std::sync::LazyLock<u64> = std::sync::LazyLock::new(rand::random);
-    format!("{:016x}{:016x}", *PROCESS, NEXT.fetch_add(1, Ordering::Relaxed))
+/// What a request is called in the log, and to the backend and the client. Kept as the field value that it becomes.
+#[derive(Clone, Debug)]
+pub struct RequestId(HeaderValue);
+
+impl RequestId {
+    /// 32 hexadecimal digits: random per process, then counted, so that one costs no system call.
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static PROCESS: std::sync::LazyLock<u64> = std::sync::LazyLock::new(rand::random);
+        let number = (u128::from(*PROCESS) << 64) | u128::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let digit = |place: usize| b"0123456789abcdef"[(number >> (4 * (31 - place))) as usize & 0xf];
+        let text: [u8; 32] = std::array::from_fn(digit);
+        Self(HeaderValue::from_bytes(&text).expect("digits are visible ASCII"))
+    }
+
+    /// Before it is known.
+    fn none() -> Self {
+        Self(HeaderValue::from_static(""))
+    }
+
+    /// One that a trusted proxy gave; none when it is unusual.
+    pub fn given(value: &HeaderValue) -> Option<Self> {
+        let bytes = value.as_bytes();
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
+        let is_usual = (1..=REQUEST_ID_BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(is_plain);
+        is_usual.then(|| Self(value.clone()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or_default()
+    }
+
+    pub fn value(&self) -> HeaderValue {
+        self.0.clone()
+    }
 }

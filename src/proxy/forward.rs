@@ -1,7 +1,7 @@
 //! What leaves for the backend, and what comes back from it: look-alikes and our cookies out, hop-by-hop out,
 //! forwarding and identity headers in.
 
-use http::{HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, header, request};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use crate::session::cookie::{ReservedCookies, Stripped};
@@ -10,6 +10,9 @@ use super::context::RequestContext;
 
 /// In `Via` (RFC 9110, section 7.6.3).
 const PSEUDONYM: &str = "1.1 cloakroom";
+
+/// About as many fields as [`request`] adds: room for them is made once.
+const FIELDS_ADDED: usize = 10;
 
 /// Fields that concern one connection only (RFC 9110, section 7.6.1). `Connection`, `Transfer-Encoding` and
 /// `Upgrade` are pingora's to write.
@@ -26,68 +29,82 @@ const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// Leaves the names of a request in lower case (a few that old software may look for: in their usual one). Case means
+/// nothing (RFC 9110, section 5.1), and pingora keeps it in a second map, which doubles the work with every field.
+pub fn forget_case(request: &mut RequestHeader) {
+    *request = RequestHeader::from(take(request));
+}
+
+fn take(request: &mut RequestHeader) -> request::Parts {
+    let nothing = RequestHeader::from(Request::new(()).into_parts().0);
+    std::mem::replace(request, nothing).into()
+}
+
 /// Makes the request that a backend sees of the one that the client sent. Called once per attempt, always with the
 /// client's own fields: nothing of an earlier attempt is left.
-pub fn request(
-    upstream: &mut RequestHeader,
-    context: &RequestContext,
-    cookies: &ReservedCookies,
-) -> pingora::Result<()> {
+pub fn request(upstream: &mut RequestHeader, context: &RequestContext, cookies: &ReservedCookies) {
+    let mut parts = take(upstream);
+    fields(&mut parts.headers, context, cookies);
+    *upstream = RequestHeader::from(parts);
+}
+
+fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedCookies) {
     let rules = &context.rules;
-    let forwarded_for = if context.trusted_peer { readable_hops(upstream) } else { String::new() };
-    let forwarded_host = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_HOST).cloned()).flatten();
-    let forwarded_proto = context.trusted_peer.then(|| upstream.headers.get(X_FORWARDED_PROTO).cloned()).flatten();
+    let forwarded_for = if context.trusted_peer { readable_hops(headers) } else { String::new() };
+    let forwarded_host = context.trusted_peer.then(|| headers.get(X_FORWARDED_HOST).cloned()).flatten();
+    let forwarded_proto = context.trusted_peer.then(|| headers.get(X_FORWARDED_PROTO).cloned()).flatten();
 
     // Remove, then insert, on every way: an anonymous request loses its look-alikes like any other (invariant 1).
     let alien = |name: &&HeaderName| {
         rules.identity.is_reserved(name.as_str()) || crate::identity::headers::is_forwarding(name.as_str())
     };
-    let aliens: Vec<_> = upstream.headers.keys().filter(alien).cloned().collect();
+    let aliens: Vec<_> = headers.keys().filter(alien).cloned().collect();
     for name in aliens {
-        upstream.remove_header(&name);
+        headers.remove(&name);
     }
 
-    match cookies.strip(&upstream.headers) {
+    match cookies.strip(headers) {
         Stripped::Unchanged => {}
         Stripped::Removed => {
-            upstream.remove_header(&header::COOKIE);
+            headers.remove(header::COOKIE);
         }
-        Stripped::Replaced(value) => upstream.insert_header(header::COOKIE, value)?,
+        Stripped::Replaced(value) => {
+            headers.insert(header::COOKIE, value);
+        }
     }
 
     if context.continued {
-        upstream.remove_header(&header::EXPECT);
+        headers.remove(header::EXPECT);
     }
-    upstream.remove_header(&header::PROXY_AUTHORIZATION);
+    headers.remove(header::PROXY_AUTHORIZATION);
 
+    headers.reserve(FIELDS_ADDED);
     if let Some(connection) = &context.connection {
         let peer = &connection.forwarded_for;
-        if forwarded_for.is_empty() {
-            upstream.insert_header(X_FORWARDED_FOR, peer.clone())?;
-        } else {
-            let hops = format!("{forwarded_for}, {}", peer.to_str().unwrap_or_default());
-            upstream.insert_header(X_FORWARDED_FOR, hops)?;
-        }
+        let hops = match forwarded_for.as_str() {
+            "" => None,
+            hops => HeaderValue::try_from(format!("{hops}, {}", peer.to_str().unwrap_or_default())).ok(),
+        };
+        headers.insert(X_FORWARDED_FOR, hops.unwrap_or_else(|| peer.clone()));
         let scheme = || HeaderValue::from_static(connection.listener.scheme);
-        upstream.insert_header(X_FORWARDED_PROTO, forwarded_proto.unwrap_or_else(scheme))?;
+        headers.insert(X_FORWARDED_PROTO, forwarded_proto.unwrap_or_else(scheme));
     }
-    if let Some(host) = forwarded_host.or_else(|| upstream.headers.get(header::HOST).cloned()) {
-        upstream.insert_header(X_FORWARDED_HOST, host)?;
+    if let Some(host) = forwarded_host.or_else(|| headers.get(header::HOST).cloned()) {
+        headers.insert(X_FORWARDED_HOST, host);
     }
-    upstream.insert_header(X_REQUEST_ID, context.request_id.as_str())?;
-    upstream.append_header(header::VIA, HeaderValue::from_static(PSEUDONYM))?;
+    headers.insert(X_REQUEST_ID, context.request_id.value());
+    headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
     if let Some(identity) = &context.identity {
         for (name, value) in rules.identity.render(identity) {
-            upstream.insert_header(name, value)?;
+            headers.insert(name, value);
         }
     }
-    Ok(())
 }
 
 /// What a trusted proxy says of the hops. A field that cannot be read ends it: nothing before it is believed.
-fn readable_hops(upstream: &RequestHeader) -> String {
-    let fields = upstream.headers.get_all(X_FORWARDED_FOR).iter();
+fn readable_hops(headers: &HeaderMap) -> String {
+    let fields = headers.get_all(X_FORWARDED_FOR).iter();
     let mut readable: Vec<_> = fields.rev().map_while(|value| value.to_str().ok()).collect();
     readable.reverse();
     readable.join(", ")
@@ -145,7 +162,7 @@ pub fn response(
         response.append_header(header::SET_COOKIE, cookie.clone())?;
     }
     if !response.headers.contains_key(X_REQUEST_ID) {
-        response.insert_header(X_REQUEST_ID, context.request_id.as_str())?;
+        response.insert_header("X-Request-Id", context.request_id.value())?;
     }
     Ok(())
 }

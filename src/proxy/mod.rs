@@ -34,10 +34,10 @@ pub mod forward;
 pub mod reply;
 pub mod access_log;
 
-use access_log::Entry;
+use access_log::{Entry, Timestamp};
 use admit::{Step, Who, admit};
 use connection::Refusals;
-use context::{Connection, Observer, RequestContext, RequestLine};
+use context::{Connection, Observer, RequestContext, RequestId, RequestLine};
 use guard::Refusal;
 use reply::{Outcome, Rejection};
 use route::Route;
@@ -52,9 +52,6 @@ const FORWARD: bool = false;
 const REPEATS_MAX: u8 = 1;
 /// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
-
-/// An id from a trusted proxy is kept when it is no longer than this.
-const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// The application that pingora drives. One for all workers; each worker has a pingora proxy around a clone.
 #[derive(Clone, Debug)]
@@ -80,10 +77,11 @@ enum Decision {
 
 #[async_trait]
 impl ProxyHttp for Gateway {
-    type CTX = RequestContext;
+    /// Boxed, because pingora moves it from future to future.
+    type CTX = Box<RequestContext>;
 
-    fn new_ctx(&self) -> RequestContext {
-        RequestContext::new(Arc::clone(&self.observer), self.rules.load_full())
+    fn new_ctx(&self) -> Self::CTX {
+        Box::new(RequestContext::new(Arc::clone(&self.observer), self.rules.load_full()))
     }
 
     /// None: by default pingora sets up a compressor for every request, switched off.
@@ -93,7 +91,7 @@ impl ProxyHttp for Gateway {
     fn on_connection_reuse(
         &self,
         downstream: &mut HttpSession,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
         connection: Box<dyn std::any::Any + Send + Sync>,
     ) {
         if let Ok(connection) = connection.downcast::<Arc<Connection>>() {
@@ -101,7 +99,7 @@ impl ProxyHttp for Gateway {
         }
     }
 
-    async fn request_filter(&self, downstream: &mut HttpSession, context: &mut RequestContext) -> Result<bool> {
+    async fn request_filter(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<bool> {
         match self.decide(downstream, context).await {
             Decision::Forward => {
                 if is_expecting_continue(downstream.req_header()) {
@@ -114,7 +112,7 @@ impl ProxyHttp for Gateway {
             Decision::Reply { response, outcome } => {
                 context.outcome = Some(outcome);
                 let close = downstream.is_process_shutting_down();
-                let sent = reply::send(downstream, response, &context.request_id, close).await;
+                let sent = reply::send(downstream, response, context.request_id.as_str(), close).await;
                 sent.map_err(|error| {
                     context.outcome = None;
                     error.into_down()
@@ -129,7 +127,7 @@ impl ProxyHttp for Gateway {
         _: &mut HttpSession,
         body: &mut Option<Bytes>,
         is_whole: bool,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         if context.is_upgrade {
             return Ok(()); // after the upgrade these are messages without end, not a body
@@ -139,14 +137,17 @@ impl ProxyHttp for Gateway {
             return Err(Error::explain(ErrorType::HTTPStatus(413), "request body over the limit").into_down());
         }
         // A body that is here, or that is sent again to another backend, has no rate any more.
+        if is_whole {
+            return Ok(());
+        }
         let late = context.started.elapsed().saturating_sub(self.body_timeout).as_millis() as u64;
-        if !is_whole && context.body_bytes < self.body_rate_min.saturating_mul(late) / 1000 {
+        if context.body_bytes < self.body_rate_min.saturating_mul(late) / 1000 {
             return Err(Error::explain(ErrorType::ReadTimedout, "request body under the least rate").into_down());
         }
         Ok(())
     }
 
-    async fn upstream_peer(&self, _: &mut HttpSession, context: &mut RequestContext) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, _: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
         let next = context.pool.as_ref().and_then(|pool| {
             let backend = pool.next(&mut context.tried)?;
             Some((pool, backend, backend.address()?))
@@ -157,7 +158,9 @@ impl ProxyHttp for Gateway {
                 Error::explain(ErrorType::HTTPStatus(why.status().as_u16()), "no backend left to try").into_up()
             );
         };
-        self.observer.metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]).inc();
+        let metrics = &self.observer.metrics;
+        let attempts = || metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]);
+        backend.attempts.get_or_init(attempts).inc();
         let timeouts = pool.timeouts();
         let mut peer = HttpPeer::new(address, false, String::new());
         let options = &mut peer.options;
@@ -176,7 +179,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut HttpSession,
         _: &HttpPeer,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
         if let Some(backend) = &context.backend {
@@ -198,7 +201,7 @@ impl ProxyHttp for Gateway {
         _: &HttpPeer,
         _: std::os::unix::io::RawFd,
         _: Option<&Digest>,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         if let Some(backend) = &context.backend {
             backend.wake();
@@ -211,18 +214,19 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut HttpSession,
         upstream: &mut RequestHeader,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         // What of the body was sent to an earlier attempt comes by once more.
         context.body_bytes = 0;
-        forward::request(upstream, context, &self.cookies)
+        forward::request(upstream, context, &self.cookies);
+        Ok(())
     }
 
     async fn response_filter(
         &self,
         downstream: &mut HttpSession,
         response: &mut ResponseHeader,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
     ) -> Result<()> {
         if let Some(problem) = forward::problem(response, context.is_upgrade) {
             context.failure = Some(Rejection::BackendFailed);
@@ -250,7 +254,7 @@ impl ProxyHttp for Gateway {
         _: &HttpPeer,
         downstream: &mut HttpSession,
         mut error: Box<Error>,
-        context: &mut RequestContext,
+        context: &mut Self::CTX,
         was_kept: bool,
     ) -> Box<Error> {
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
@@ -276,12 +280,7 @@ impl ProxyHttp for Gateway {
         error
     }
 
-    async fn fail_to_proxy(
-        &self,
-        downstream: &mut HttpSession,
-        error: &Error,
-        context: &mut RequestContext,
-    ) -> FailToProxy {
+    async fn fail_to_proxy(&self, downstream: &mut HttpSession, error: &Error, context: &mut Self::CTX) -> FailToProxy {
         let rejection = rejection(error, context);
         let is_socket = downstream.response_written().is_some_and(is_upgraded);
         let outcome = match rejection {
@@ -295,23 +294,23 @@ impl ProxyHttp for Gateway {
         let label = outcome.label();
         // What clients do is their business, and they could fill the log with it.
         if *error.esource() == ErrorSource::Downstream || outcome == Outcome::IdleSocket {
-            tracing::debug!(request_id = context.request_id, outcome = label, cause = %error, "request ended early");
+            tracing::debug!(request_id = context.request_id.as_str(), outcome = label, cause = %error, "request ended early");
         } else {
-            tracing::warn!(request_id = context.request_id, outcome = label, backend, cause = %error, "request failed");
+            tracing::warn!(request_id = context.request_id.as_str(), outcome = label, backend, cause = %error, "request failed");
         }
         let mut error_code = 0;
         if let Outcome::Rejected(rejection) = outcome {
             error_code = rejection.status().as_u16();
             let wants_page = wants_page(downstream.req_header());
-            let response = rejection.response(wants_page, context.rules.login.prefix(), &context.request_id);
-            if let Err(error) = reply::send(downstream, response, &context.request_id, true).await {
-                tracing::debug!(request_id = context.request_id, %error, "client left before its error page");
+            let response = rejection.response(wants_page, context.rules.login.prefix(), context.request_id.as_str());
+            if let Err(error) = reply::send(downstream, response, context.request_id.as_str(), true).await {
+                tracing::debug!(request_id = context.request_id.as_str(), %error, "client left before its error page");
             }
         }
         FailToProxy { error_code, can_reuse_downstream: false }
     }
 
-    async fn logging(&self, downstream: &mut HttpSession, error: Option<&Error>, context: &mut RequestContext) {
+    async fn logging(&self, downstream: &mut HttpSession, error: Option<&Error>, context: &mut Self::CTX) {
         let status = downstream.response_written().map_or(0, |response| response.status.as_u16());
         let outcome = context.outcome.unwrap_or(match error {
             None => Outcome::Forwarded,
@@ -321,11 +320,11 @@ impl ProxyHttp for Gateway {
     }
 
     /// We log each failure once, in `fail_to_proxy`, without the request's query.
-    fn suppress_error_log(&self, _: &HttpSession, _: &RequestContext, _: &Error) -> bool {
+    fn suppress_error_log(&self, _: &HttpSession, _: &Self::CTX, _: &Error) -> bool {
         true
     }
 
-    fn suppress_proxy_warn_log(&self, _: &HttpSession, _: &RequestContext, _: &Error, _: ProxyWarnLogContext) -> bool {
+    fn suppress_proxy_warn_log(&self, _: &HttpSession, _: &Self::CTX, _: &Error, _: ProxyWarnLogContext) -> bool {
         true
     }
 }
@@ -333,6 +332,7 @@ impl ProxyHttp for Gateway {
 impl Gateway {
     /// The first facts: whose connection, what address, which id.
     fn open(&self, downstream: &mut HttpSession, context: &mut RequestContext, connection: Arc<Connection>) {
+        forward::forget_case(downstream.req_header_mut());
         let request = downstream.req_header();
         let headers = &request.headers;
         context.line = Some(RequestLine {
@@ -342,16 +342,12 @@ impl Gateway {
         });
         context.trusted_peer = self.trusts(connection.peer);
         context.client = connection.peer;
+        let mut given_id = None;
         if context.trusted_peer {
             context.client = self.client_address(headers, connection.peer);
-            if let Some(id) = headers.get("x-request-id").filter(|id| is_request_id(id)).and_then(|id| id.to_str().ok())
-            {
-                context.request_id = id.to_owned();
-            }
+            given_id = headers.get("x-request-id").and_then(RequestId::given);
         }
-        if context.request_id.is_empty() {
-            context.request_id = context::new_request_id();
-        }
+        context.request_id = given_id.unwrap_or_else(RequestId::next);
         context.connection = Some(connection);
         downstream.set_read_timeout(Some(self.body_timeout));
         downstream.set_write_timeout(Some(self.write_timeout));
@@ -415,7 +411,6 @@ impl Gateway {
             fallback: if has_fallback { cookie.find_fallback(&request.headers) } else { None },
         };
         let Observer { metrics, .. } = &*self.observer;
-        let started = Instant::now();
         let (result, who) = match self.sessions.resume(&id, &usage).await {
             Ok(Resumed::Live(session, source)) => {
                 let who = user_of(&session, &context.rules);
@@ -446,14 +441,19 @@ impl Gateway {
             Err(error) => {
                 metrics.store_errors.with_label_values(&["load"]).inc();
                 tracing::debug!(
-                    request_id = context.request_id,
+                    request_id = context.request_id.as_str(),
                     error = &error as &dyn std::error::Error,
                     "session not resolved"
                 );
                 ("unavailable", Who::Unknown)
             }
         };
-        metrics.session_resolve_seconds.with_label_values(&[result]).observe(started.elapsed().as_secs_f64());
+        let seconds = context.started.elapsed().as_secs_f64();
+        match result {
+            "copy" => metrics.session_copy_seconds.observe(seconds),
+            "store" => metrics.session_store_seconds.observe(seconds),
+            _ => metrics.session_resolve_seconds.with_label_values(&[result]).observe(seconds),
+        }
         who
     }
 
@@ -487,7 +487,7 @@ impl Gateway {
                 origin: &origin,
                 cookie: &connection.listener.cookie,
                 secure: connection.listener.scheme == "https",
-                request_id: &context.request_id,
+                request_id: context.request_id.as_str(),
             })
             .await;
         Decision::Reply { response, outcome: Outcome::Answered }
@@ -553,13 +553,13 @@ impl Gateway {
 
 impl Refusals for Gateway {
     fn refused(&self, connection: &Connection, refusal: &Refusal) -> String {
-        let request_id = context::new_request_id();
+        let request_id = RequestId::next();
         let outcome = Outcome::Refused.label();
         self.observer.metrics.requests.with_label_values(&["-", refusal.status.as_str(), outcome]).inc();
         self.observer.access_log.write(&Entry {
-            time: access_log::timestamp(),
-            request_id: &request_id,
-            client: connection.peer,
+            time: Timestamp::at(Instant::now()),
+            request_id: request_id.as_str(),
+            client: connection.forwarded_for.to_str().unwrap_or("-"),
             method: "-",
             host: "-",
             path: "",
@@ -573,9 +573,9 @@ impl Refusals for Gateway {
             session_source: None,
             bytes_in: 0,
             bytes_out: 0,
-            duration_ms: 0.0,
+            duration: Duration::ZERO,
         });
-        request_id
+        request_id.as_str().to_owned()
     }
 }
 
@@ -610,7 +610,7 @@ fn send_to_login(
 
 fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {
     let wants_page = wants_page(downstream.req_header());
-    let response = rejection.response(wants_page, context.rules.login.prefix(), &context.request_id);
+    let response = rejection.response(wants_page, context.rules.login.prefix(), context.request_id.as_str());
     Decision::Reply { response, outcome: Outcome::Rejected(rejection) }
 }
 
@@ -672,10 +672,4 @@ fn is_own_origin(request: &RequestHeader, connection: &Connection, others: &[Str
     let own = origin.strip_prefix(connection.listener.scheme).and_then(|rest| rest.strip_prefix("://"));
     let is_own = own.is_some_and(|authority| authority.eq_ignore_ascii_case(host(request)));
     further.is_none() && (is_own || others.iter().any(|other| other.eq_ignore_ascii_case(origin)))
-}
-
-fn is_request_id(id: &HeaderValue) -> bool {
-    let bytes = id.as_bytes();
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);
-    (1..=REQUEST_ID_BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(is_plain)
 }

@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use percent_encoding::percent_decode_str;
+use prometheus::{Histogram, IntCounter};
 
 use crate::config::model;
 use crate::config::value::Bytes;
@@ -25,6 +26,10 @@ pub struct Route {
     pub touch: bool,
     /// The fallback cookie counts here while the store is down.
     pub fallback: bool,
+    /// Its `cloakroom_request_seconds`, looked up once: to find it takes longer than to count.
+    pub seconds: OnceLock<Histogram>,
+    /// Its `cloakroom_requests_total` of what most requests are: forwarded, 200.
+    pub forwarded: OnceLock<IntCounter>,
 }
 
 /// All routes, ready to be searched. A search costs the same for one route and for thousands.
@@ -97,6 +102,8 @@ impl Route {
             body_bytes_max,
             touch: route.touch,
             fallback: route.fallback,
+            seconds: OnceLock::new(),
+            forwarded: OnceLock::new(),
         }
     }
 }
