@@ -378,7 +378,8 @@ mod tests {
         ];
         for (preset, expected) in cases {
             let headers = IdentityHeaders::compile(&config(preset, &[], &[]));
-            let expected: Vec<_> = expected.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            let line = |(name, value): &(&str, &str)| (name.to_ascii_lowercase(), (*value).to_owned());
+            let expected: Vec<_> = expected.iter().map(line).collect();
             assert_eq!(rendered(&headers, &alice()), expected, "{preset:?}");
         }
     }
@@ -441,7 +442,7 @@ mod tests {
         let headers = IdentityHeaders::compile(&config(model::Preset::None, &[("X-Name", "{name}")], &[]));
         for (name, expected) in cases {
             let identity = Identity { name: Some(name.to_owned()), ..alice() };
-            assert_eq!(rendered(&headers, &identity), [("X-Name".to_owned(), expected.to_owned())], "{name:?}");
+            assert_eq!(rendered(&headers, &identity), [("x-name".to_owned(), expected.to_owned())], "{name:?}");
         }
     }
 
@@ -460,7 +461,7 @@ mod tests {
         for (preset, groups, expected) in cases {
             let headers = IdentityHeaders::compile(&config(preset, &[("X-Groups", "{groups}")], &[]));
             let lines = rendered(&headers, &identity(groups));
-            let value = lines.iter().find(|(name, _)| name == "X-Groups").map(|(_, value)| value.as_str());
+            let value = lines.iter().find(|(name, _)| name == "x-groups").map(|(_, value)| value.as_str());
             assert_eq!(value, Some(expected), "{preset:?} {groups:?}");
         }
     }
@@ -490,10 +491,10 @@ mod tests {
                 assert!(value.bytes().all(|byte| matches!(byte, b' '..=b'~')), "{value:?}: no byte to stumble over");
                 assert_eq!(value.trim(), value, "{value:?}: nothing that a receiver would trim");
                 let list = presets::preset(*preset).groups;
-                match &*name {
-                    b"X-Name" => assert_eq!(Some(decode(value)), identity.name),
-                    b"X-Claim" => assert_eq!(Some(decode(value)), identity.claims.get("team").cloned()),
-                    b"X-Groups" => {
+                match name.as_str() {
+                    "x-name" => assert_eq!(Some(decode(value)), identity.name),
+                    "x-claim" => assert_eq!(Some(decode(value)), identity.claims.get("team").cloned()),
+                    "x-groups" => {
                         let unquoted = |group: &str| group.strip_prefix('"')?.strip_suffix('"').map(str::to_owned);
                         let member = |group: &str| if list.quoted { unquoted(group) } else { Some(group.to_owned()) };
                         let groups = value.split(list.separator).map(|group| decode(member(group).unwrap().trim()));

@@ -14,7 +14,7 @@ pub enum Field {
 /// A set of headers that belongs together.
 #[derive(Clone, Copy, Debug)]
 pub struct Preset {
-    /// In the case in which they go out, though no backend should care.
+    /// As applications document them; they go out in lower case, about which no backend should care.
     pub headers: &'static [(&'static str, Field)],
     pub groups: GroupList,
 }
