@@ -39,7 +39,12 @@ pub(crate) fn run(store: &str, sessions: usize, ready: &Path, backends: &[Socket
     std::fs::write(&users, tables.collect::<String>()).unwrap();
     let store_table = match store.split_once('#') {
         None => "[store.memory]".into(),
-        Some((url, cache)) => format!("[store.redis]\nurl = {url:?}\ncache = {cache:?}"),
+        // A machine that is busy with other things must not end the run.
+        Some((url, cache)) => {
+            format!(
+                "[store.redis]\nurl = {url:?}\ncache = {cache:?}\nresponse_timeout = \"10s\"\nconnect_timeout = \"10s\""
+            )
+        }
     };
     let backends: Vec<String> = backends.iter().map(ToString::to_string).collect();
     let text = format!(
