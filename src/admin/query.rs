@@ -86,7 +86,8 @@ mod tests {
     fn a_query_is_read_in_one_way_or_not_at_all() {
         let unknown = || BadQuery::Unknown { known: "user, part".into() };
         let long = format!("user={}", "a".repeat(257));
-        let cases: &[(&str, Result<&[(&str, &str)], BadQuery>)] = &[
+        type Fields = &'static [(&'static str, &'static str)];
+        let cases: &[(&str, Result<Fields, BadQuery>)] = &[
             ("", Ok(&[])),
             ("user=ann", Ok(&[("user", "ann")])),
             ("part=7&user=ann%20%2B%c3%a9", Ok(&[("part", "7"), ("user", "ann +\u{e9}")])),
