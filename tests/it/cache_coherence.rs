@@ -575,7 +575,9 @@ fn a_logout_on_one_gateway_under_load_is_seen_by_the_other_within_a_lease() {
     let logouts = std::env::var("CLOAKROOM_LOGOUTS").map_or(LOGOUTS_OVER_HTTP, |number| number.parse().unwrap());
     let (backend, server) = (Backend::echo(), RedisServer::start());
     let keys = format!("url = \"{}\"\nresponse_timeout = \"10s\"", server.url());
-    let setup = Gateway::in_front_of(&[&backend]).route("/", "").store(Store::Redis(keys));
+    // So many ended sessions of one network would be guesses: everybody comes from another one.
+    let everywhere = "[server]\nthreads = 2\ntrusted_proxies = [\"127.0.0.1/32\"]";
+    let setup = Gateway::in_front_of(&[&backend]).route("/", "").store(Store::Redis(keys)).with(everywhere);
     let (one, other) = (setup.clone().start(), setup.start());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let store = patient(&server.url());
@@ -599,15 +601,18 @@ fn a_logout_on_one_gateway_under_load_is_seen_by_the_other_within_a_lease() {
             scope.spawn(move || {
                 while !is_over.load(Ordering::SeqCst) {
                     assert_eq!(client.get("/").send().seen().headers("x-forwarded-user"), [user]);
+                    // The pace of a user, and nothing that a test waits for.
+                    std::thread::park_timeout(Duration::from_millis(1));
                 }
             });
         }
-        for _ in 0..logouts {
+        for number in 0..logouts {
+            let from = format!("10.0.{}.{}", number / 256, number % 256);
             let cookie = log_in("ann");
             let (here, there) = (with(&one, &cookie), with(&other, &cookie));
             let fields = one.log_out_form(&here);
-            assert_eq!(there.get("/").send().status, 200);
-            let looking = scope.spawn(move || until_refused(&there));
+            assert_eq!(there.get("/").header("X-Forwarded-For", &from).send().status, 200);
+            let looking = scope.spawn(move || until_refused(&there, &from));
             let fields: Vec<_> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
             assert_eq!(here.post_form("/.cloakroom/logout", &fields).send().status, 303);
             let answered = Instant::now();
@@ -628,11 +633,11 @@ impl Drop for Over<'_> {
 }
 
 /// Asks back to back: when the last request that was served was sent, and the first that was not.
-fn until_refused(client: &Client) -> (Option<Instant>, Instant) {
+fn until_refused(client: &Client, from: &str) -> (Option<Instant>, Instant) {
     let mut served = None;
     loop {
         let asked = Instant::now();
-        match client.get("/").send().status {
+        match client.get("/").header("X-Forwarded-For", from).send().status {
             200 => served = Some(asked),
             401 => return (served, asked),
             status => panic!("nothing is wrong, and yet: {status}"),

@@ -7,7 +7,7 @@
 //! | S3 | Redis is frozen | `store_down::a_frozen_redis_logs_nobody_out`, `store_redis_faults::a_frozen_redis_is_unavailable_and_answers_nobody_late` |
 //! | S4 | Redis is slow, bytes trickle | [`a_slow_redis_makes_slow_answers_and_no_wrong_ones`] |
 //! | S5 | it comes back empty | `store_down::a_redis_that_comes_back_empty_sends_people_to_the_login_once` |
-//! | S6 | it comes back with its data | `store_down::a_killed_redis_logs_nobody_out`, [`a_killed_redis_that_syncs_every_second_loses_no_answered_login`] |
+//! | S6 | it comes back with its data | `store_down::a_killed_redis_logs_nobody_out`, [`a_killed_redis_that_syncs_every_second_loses_nothing_that_is_older`] |
 //! | S7 | Sentinel failover under traffic | [`a_failover_of_sentinels_logs_nobody_out`], and [`store_sentinel`](crate::store_sentinel) |
 //! | S8 | alone with an old primary | [`a_logout_on_the_wrong_side_of_a_split_is_not_said_to_be_one`], `cache_coherence::a_primary_that_is_alone_with_us_is_not_believed_for_long` |
 //! | S9 | Cluster: a node lost, slots on their way | [`a_lost_node_of_a_cluster_logs_nobody_out_and_others_notice_nothing`], [`a_slot_on_its_way_logs_nobody_out`], and [`store_cluster`](crate::store_cluster) |
@@ -47,8 +47,9 @@ use crate::harness::{eventually, tell, wait_until};
 use crate::store_contract::{LONG, PREFIX, id_of, session_of, settings, terms};
 use crate::store_down::Traffic;
 
+/// With patience, so that only a server that is gone is seen to be down, and no machine that has too much to do.
 fn at(url: &str) -> Store {
-    Store::Redis(format!("url = \"{url}\""))
+    Store::Redis(format!("url = \"{url}\"\nresponse_timeout = \"10s\""))
 }
 
 fn setup(backend: &Backend, url: &str) -> Setup {
@@ -137,15 +138,24 @@ fn a_slow_redis_makes_slow_answers_and_no_wrong_ones() {
     wait_until("all is well again", || clients.iter().all(|(_, client)| client.get("/").send().status == 200));
 }
 
+/// What was answered in the last two seconds at most may be lost: so long a write waits for a sync that is under way.
 #[test]
-fn a_killed_redis_that_syncs_every_second_loses_no_answered_login() {
+fn a_killed_redis_that_syncs_every_second_loses_nothing_that_is_older() {
     let mut redis = RedisServer::with("appendonly yes\nappendfsync everysec");
     let desk = Desk::at(&redis.url());
-    let cookies: Vec<_> = (0..500).map(|_| desk.begin("ann")).collect();
+    let older = (0..250).map(|_| desk.begin("ann")).count();
+    wait_until("the file has it", || {
+        let state: String = redis.ask("INFO persistence");
+        ["aof_buffer_length:0\r", "aof_pending_bio_fsync:0\r"].iter().all(|fact| state.contains(fact))
+    });
+    let younger = (0..250).map(|_| desk.begin("bob")).count();
     redis.kill();
     redis.restart();
-    wait_until("the store is back", || desk.runtime.block_on(desk.store.ping()).is_ok());
-    assert_eq!(desk.sessions_of("ann"), cookies.len(), "what was answered was given to the kernel");
+    assert_eq!(desk.sessions_of("ann"), older, "nobody is logged out");
+    tell(&format!(
+        "killed with appendfsync everysec: {} of {younger} new logins lost",
+        younger - desk.sessions_of("bob")
+    ));
 }
 
 /// Logins that go on all the while, each of a user of its own.
