@@ -306,6 +306,27 @@ async fn a_replica_takes_no_logins_until_it_is_a_primary_again() {
     assert_eq!(until_back(&store, &key).await, None);
 }
 
+#[tokio::test]
+async fn a_name_that_leads_to_a_replica_is_looked_at_again_without_a_storm_of_connections() {
+    let server = RedisServer::start();
+    let store = store(&server);
+    let key = create(&store, "ann").await;
+    let mut client = server.client();
+    let mut connections = || -> u64 {
+        let report: String = redis::cmd("INFO").arg("stats").query(&mut client).unwrap();
+        let count = report.lines().find_map(|line| line.strip_prefix("total_connections_received:"));
+        count.unwrap().parse().unwrap()
+    };
+    let () = server.ask("REPLICAOF 127.0.0.1 1");
+    let before = connections();
+    eventually("it is seen to be a replica", async || (before + 1 < connections()).then_some(())).await;
+    let seen = connections();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let attempts = connections() - seen;
+    assert!(attempts <= 20, "{attempts} connections in a second");
+    assert_eq!(until_back(&store, &key).await.as_deref(), Some("ann"), "who is in stays in");
+}
+
 /// What a liar says to the connection's greeting, to its first PING, and to everything after.
 #[derive(Clone, Copy)]
 enum Lie {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use redis::{Pipeline, PushInfo, PushKind, RedisError, Value};
 use tokio::sync::{Mutex, watch};
-use tokio::time::{Instant, MissedTickBehavior, timeout};
+use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
 
 use super::dial::{Live, Role};
 use super::failure::{Failure, senseless};
@@ -186,12 +186,16 @@ impl Supervisor {
             };
             tracing::info!(address, "redis is connected");
             is_told = true;
-            let since = Instant::now();
             let failure = loop {
+                let since = Instant::now();
                 state.send_replace(State::Up(Arc::clone(&connection.live)));
                 self.trouble = None;
-                self.primary.is_back.notify_waiters();
-                match self.watch(&connection).await {
+                let end = self.watch(&connection).await;
+                // A connection that did not last is no reason to hurry.
+                if BACKOFF_MAX < since.elapsed() {
+                    backoff = BACKOFF_MIN;
+                }
+                match end {
                     End::Lost(failure) => break failure,
                     // A name may lead elsewhere by now. Until it does, this one can at least be read.
                     End::Demoted(failure) if self.topology.is_fixed() => {
@@ -199,6 +203,10 @@ impl Supervisor {
                             tracing::warn!(address, cause = &*failure.cause, "redis is no primary");
                         }
                         connection.forsake_copies();
+                        tokio::select! {
+                            () = sleep(next_pause(&mut backoff)) => {}
+                            () = connection.live.lost.notified() => break failure,
+                        }
                         match self.connect().await {
                             Ok(successor) => connection = successor,
                             Err(failure) => break failure,
@@ -210,10 +218,6 @@ impl Supervisor {
             tracing::warn!(address, cause = &*failure.cause, "redis is down");
             drop(connection);
             self.is_down(state, failure);
-            // A connection that did not last is no reason to hurry.
-            if BACKOFF_MAX < since.elapsed() {
-                backoff = BACKOFF_MIN;
-            }
             self.pause(&mut backoff).await;
         }
     }
@@ -225,12 +229,9 @@ impl Supervisor {
         }
     }
 
-    /// Waits for half to all of the backoff, so that instances do not come back in step, and doubles it; not longer
-    /// than until another runtime has found the server.
+    /// Not longer than until another runtime has found the server.
     async fn pause(&self, backoff: &mut Duration) {
-        let jittered = backoff.mul_f64(rand::random_range(0.5..=1.0));
-        let _ = timeout(jittered, self.primary.is_back.notified()).await;
-        *backoff = (*backoff * 2).min(BACKOFF_MAX);
+        let _ = timeout(next_pause(backoff), self.primary.is_back.notified()).await;
     }
 
     /// A connection that has answered, leads to a primary, and tracks what is read on it.
@@ -291,9 +292,14 @@ impl Supervisor {
         let mut beats = tokio::time::interval_at(Instant::now() + self.rhythm.beat, self.rhythm.beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut tracking_checked = Instant::now();
+        let mut is_proven = false;
         loop {
             if let Err(end) = self.beat(connection).await {
                 return end;
+            }
+            // Not before: runtimes that a bad server lets in, and loses at once, would call each other without a pause.
+            if !std::mem::replace(&mut is_proven, true) {
+                self.primary.is_back.notify_waiters();
             }
             // Whoever followed may have been on a runtime that has ended.
             self.topology.follow();
@@ -379,6 +385,13 @@ impl Supervisor {
             [_] => Err(Failure::not_now("redis had stopped tracking what is read")),
         }
     }
+}
+
+/// Half to all of the backoff, so that instances do not come back in step; the next one is twice as long.
+fn next_pause(backoff: &mut Duration) -> Duration {
+    let pause = backoff.mul_f64(rand::random_range(0.5..=1.0));
+    *backoff = (*backoff * 2).min(BACKOFF_MAX);
+    pause
 }
 
 /// The flags of `CLIENT TRACKINGINFO` say that everything read is tracked.
