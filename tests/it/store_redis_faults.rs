@@ -587,6 +587,21 @@ async fn a_server_that_wants_a_certificate_gets_ours_and_an_expired_one_is_refus
 }
 
 #[tokio::test]
+async fn durable_logouts_go_where_the_name_leads_after_a_failover() {
+    let (old, new) = (RedisServer::start(), RedisServer::start());
+    let proxy = FaultProxy::to(old.port());
+    let durable = model::RedisStore { logout: model::Logout::Durable, logout_replicas: 0, ..settings(&proxy.url()) };
+    let store = RedisStore::new(&durable, StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    eventually("it ends", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
+    proxy.lead_to(new.port());
+    let () = old.ask("REPLICAOF 127.0.0.1 1");
+    let key = create(&store, "ann").await;
+    let ended = eventually("it ends there", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
+    assert!(ended);
+}
+
+#[tokio::test]
 async fn a_host_that_vanishes_is_down_and_found_again() {
     let server = RedisServer::start();
     let proxy = FaultProxy::to(server.port());

@@ -1,6 +1,7 @@
 //! How is one connection made? To a server or a sentinel, over TCP, TLS or a socket, greeted, logged in, answering.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -33,6 +34,7 @@ pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     /// Somebody has seen that this connection is not to be used any more.
     pub(super) lost: Arc<Notify>,
+    is_given_up: AtomicBool,
     driver: AbortHandle,
 }
 
@@ -148,7 +150,7 @@ impl Dialer {
             driver.await;
             ended.notify_one();
         });
-        Ok(Live { connection, lost, driver: driver.abort_handle() })
+        Ok(Live { connection, lost, is_given_up: AtomicBool::new(false), driver: driver.abort_handle() })
     }
 
     fn greeting(&self, role: Role) -> &RedisConnectionInfo {
@@ -171,9 +173,15 @@ impl Dialer {
 }
 
 impl Live {
-    /// Nothing more will be answered.
+    /// Nobody trusts it any more; whoever keeps it makes another one.
+    pub(super) fn give_up(&self) {
+        self.is_given_up.store(true, Ordering::Relaxed);
+        self.lost.notify_one();
+    }
+
+    /// Nothing more will be answered, or nothing that is believed.
     pub(super) fn is_lost(&self) -> bool {
-        self.driver.is_finished()
+        self.is_given_up.load(Ordering::Relaxed) || self.driver.is_finished()
     }
 
     /// The replies to these commands, one each; the errors among them are the commands' own.

@@ -200,7 +200,7 @@ impl Links {
     pub(super) fn senseless(&self, place: Place) -> StoreError {
         let link = self.topology.primary(place).and_then(|primary| self.known_link(&primary));
         if let Some(Ok(live)) = link.and_then(|link| link.known()) {
-            live.lost.notify_one();
+            live.give_up();
         }
         store_error(&senseless())
     }
@@ -225,19 +225,19 @@ impl Links {
                 Ok(Ok(replies)) => replies,
                 Ok(Err(error)) => {
                     if ends_trust(&error) {
-                        live.lost.notify_one();
+                        live.give_up();
                     }
                     return Err(Failure::of(&error));
                 }
                 Err(_elapsed) => {
-                    live.lost.notify_one();
+                    live.give_up();
                     return Err(Failure::no_answer_within(limit));
                 }
             };
             let mut elsewhere = None;
             for (index, reply) in open.iter().zip(replies.answers) {
                 if reply_ends_trust(&reply) {
-                    live.lost.notify_one();
+                    live.give_up();
                     self.topology.ask_again();
                 }
                 let next = server_error(&reply).and_then(|error| Next::of(error, &primary));
@@ -434,6 +434,8 @@ async fn send(
     let mut answers = live.ask(&pipeline, count).await?;
     let replicated = match patience.and_then(|_| answers.pop()) {
         None => None,
+        // What was not done has no replicas to wait for: the reason says more than what became of the wait.
+        Some(_) if answers.iter().any(|answer| server_error(answer).is_some()) => None,
         Some(Value::Int(replicas)) => Some(u64::try_from(replicas).unwrap_or_default()),
         Some(Value::ServerError(error)) => return Err(error.into()),
         Some(_) => return Err(senseless()),
