@@ -14,8 +14,9 @@ use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
+use toml::Spanned;
 
-use crate::harness::fault::FaultProxy;
+use crate::harness::fault::{Fault, FaultProxy};
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
 use crate::harness::{DEADLINE, eventually};
 use crate::store_contract::{LONG, id_of, session_of, settings, terms};
@@ -482,6 +483,41 @@ async fn what_was_read_is_answered_from_here_and_taken_back_at_once() {
 }
 
 #[tokio::test]
+async fn a_logout_on_one_worker_is_known_to_all_of_the_process_before_it_is_asked_for() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::to(server.port());
+    let lasting =
+        model::RedisStore { lease: Spanned::new(0..0, ConfigDuration::from_millis(60_000)), ..settings(&proxy.url()) };
+    let store = Arc::new(RedisStore::new(&lasting, StoreOptions::default()).unwrap());
+    let key = create(&store, "ann").await;
+    let (told, mut turn) = tokio::sync::watch::channel(false);
+    let (ready, is_ready) = tokio::sync::oneshot::channel();
+    let sibling = std::thread::spawn({
+        let (store, key) = (Arc::clone(&store), key.clone());
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                eventually("a copy is kept", async || {
+                    load(&store, &key).await.ok()?;
+                    store.recall(&key)
+                })
+                .await;
+                ready.send(()).unwrap();
+                turn.wait_for(|is_mine| *is_mine).await.unwrap();
+                store.recall(&key).is_some()
+            })
+        }
+    });
+    is_ready.await.unwrap();
+    // From here on no push comes through.
+    proxy.set(Fault::SILENT);
+    assert!(timeout(Duration::from_millis(1), store.destroy(&key, None, Ending::LoggedOut)).await.is_err());
+    told.send_replace(true);
+    let recalled = tokio::task::spawn_blocking(|| sibling.join().unwrap()).await.unwrap();
+    assert!(!recalled, "a worker of the process that ends it used its copy");
+}
+
+#[tokio::test]
 async fn no_copy_is_used_when_the_connection_is_lost_or_the_server_freezes_or_is_demoted() {
     let mut server = RedisServer::with(KEEPS_ITS_DATA);
     let store = store(&server);
@@ -546,6 +582,21 @@ async fn a_durable_logout_needs_its_replica_and_is_not_told_as_done_without() {
 }
 
 #[tokio::test]
+async fn durable_logouts_go_where_the_name_leads_after_a_failover() {
+    let (old, new) = (RedisServer::start(), RedisServer::start());
+    let proxy = FaultProxy::to(old.port());
+    let durable = model::RedisStore { logout: model::Logout::Durable, logout_replicas: 0, ..settings(&proxy.url()) };
+    let store = RedisStore::new(&durable, StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    eventually("it ends", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
+    proxy.lead_to(new.port());
+    let () = old.ask("REPLICAOF 127.0.0.1 1");
+    let key = create(&store, "ann").await;
+    let ended = eventually("it ends there", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
+    assert!(ended);
+}
+
+#[tokio::test]
 async fn with_the_shipped_settings_a_server_starts_and_people_log_in() {
     let shipped = include_str!("../../conf/redis.conf");
     let server = RedisServer::with(shipped);
@@ -584,21 +635,6 @@ async fn a_server_that_wants_a_certificate_gets_ours_and_an_expired_one_is_refus
     let trusting = model::RedisStore { ca: spanned(expired.authority()), ..settings(&expired.tls_url()) };
     let refused = RedisStore::new(&trusting, StoreOptions::default()).unwrap().ping().await.unwrap_err();
     assert!(matches!(&refused, StoreError::Unavailable(cause) if cause.to_string().contains("xpired")), "{refused:?}");
-}
-
-#[tokio::test]
-async fn durable_logouts_go_where_the_name_leads_after_a_failover() {
-    let (old, new) = (RedisServer::start(), RedisServer::start());
-    let proxy = FaultProxy::to(old.port());
-    let durable = model::RedisStore { logout: model::Logout::Durable, logout_replicas: 0, ..settings(&proxy.url()) };
-    let store = RedisStore::new(&durable, StoreOptions::default()).unwrap();
-    let key = create(&store, "ann").await;
-    eventually("it ends", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
-    proxy.lead_to(new.port());
-    let () = old.ask("REPLICAOF 127.0.0.1 1");
-    let key = create(&store, "ann").await;
-    let ended = eventually("it ends there", async || store.destroy(&key, None, Ending::LoggedOut).await.ok()).await;
-    assert!(ended);
 }
 
 #[tokio::test]

@@ -29,7 +29,8 @@
 //! * (I3) Every change of connection and every flush begins a new epoch: all older copies are void, in O(1).
 //! * (I4) A touch takes the copy back like any other write; the next request reads again.
 //! * (I5) A session's life is counted from the sending of the read that told it, never from the reply.
-//! * (I6) Who ends a session here forgets it before the command is sent and again when it was answered.
+//! * (I6) Who ends a session forgets it on all workers of this process, before the command is sent and again when it was
+//!   answered.
 //! * (I7) Pushes are applied in the order of the stream, before any later reply is seen: the link does that.
 //!
 //! The clock is `CLOCK_BOOTTIME`, not [`std::time::Instant`]: that stands still while the machine is suspended, and
@@ -413,7 +414,7 @@ impl LeaseCache {
         state.doubts.note_all(now);
     }
 
-    /// This worker ends it: to be called before the command is sent and again when it was answered, or failed (I6).
+    /// This process ends it: to be called before the command is sent and again when it was answered, or failed (I6).
     pub fn forget_own(&self, key: &SessionKey) {
         let now = (self.clock)();
         self.state.lock().forget(key, now);

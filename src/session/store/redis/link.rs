@@ -157,6 +157,18 @@ impl Links {
         link.copies.as_ref().map(|copies| Arc::clone(&copies.cache))
     }
 
+    /// What all runtimes of this process keep of the sessions in this slot.
+    pub(super) fn all_caches(&self, slot: u16) -> Vec<Arc<LeaseCache>> {
+        let Some(primary) = self.topology.primary(Place::Slot(slot)) else { return Vec::new() };
+        let mut caches = Vec::new();
+        for (_, links) in self.runtimes.load().iter() {
+            let links = links.load();
+            let link = links.iter().find(|link| Arc::ptr_eq(&link.primary, &primary) && link.is_kept());
+            caches.extend(link.and_then(|link| link.copies.as_ref()).map(|copies| Arc::clone(&copies.cache)));
+        }
+        caches
+    }
+
     /// As [`Self::cache`], with the reads that are under way; begins to connect where there is no link yet. Who comes
     /// while the server is known to be down is told so at once.
     pub(super) async fn copies(&self, slot: u16) -> Result<Option<Arc<Copies>>, StoreError> {

@@ -357,9 +357,9 @@ impl RedisStore {
         self.links.cache(bucket_slot(key.bucket()))
     }
 
-    /// This worker ends a session: before the command and after it, no copy of it is used here.
+    /// This process ends a session: before the command and after it, no worker's copy of it is used.
     fn forget(&self, key: &SessionKey) {
-        if let Some(cache) = self.cache(key) {
+        for cache in self.links.all_caches(bucket_slot(key.bucket())) {
             cache.forget_own(key);
         }
     }
