@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::{Port, wait_until};
+use super::{Port, eventually, wait_until};
 
 /// How long a connection on loopback may take that nobody stands in the way of.
 const FASTER_THAN_US: Duration = Duration::from_millis(100);
@@ -263,9 +263,9 @@ async fn serve(address: SocketAddr, mut rules: watch::Receiver<Rules>, seen: Arc
     loop {
         let door = rules.borrow_and_update().door;
         let listener = match door {
-            Door::Open => Some(listen(address, 1024)?),
+            Door::Open => Some(listen(address, 1024).await?),
             Door::Refuses => None,
-            Door::Gone => Some(listen(address, 0)?),
+            Door::Gone => Some(listen(address, 0).await?),
         };
         let filler = match &listener {
             Some(listener) if door == Door::Gone => fill(listener).await?,
@@ -296,11 +296,20 @@ async fn serve(address: SocketAddr, mut rules: watch::Receiver<Rules>, seen: Arc
     }
 }
 
-fn listen(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
-    let socket = TcpSocket::new_v4()?;
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(backlog)
+/// A process that another test is starting may for a moment, until it runs a program of its own, hold the listener that
+/// we have closed: then the address is in use.
+async fn listen(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
+    let attempt = || {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(backlog)
+    };
+    eventually("the proxy listens", async || match attempt() {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+        done => Some(done),
+    })
+    .await
 }
 
 /// Nobody is let in where nobody listens, or where all shall wait.

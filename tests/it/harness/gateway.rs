@@ -37,7 +37,8 @@ pub(crate) enum Store {
 
 impl Store {
     pub(crate) fn of(redis: &RedisServer) -> Self {
-        Self::Redis(format!("url = \"{}\"", redis.url()))
+        // More patience than by default: a busy machine is not what these tests are about.
+        Self::Redis(format!("url = \"{}\"\nresponse_timeout = \"3s\"\nconnect_timeout = \"3s\"", redis.url()))
     }
 }
 

@@ -261,7 +261,7 @@ impl Links {
                     Some(_) | None => answers[*index] = Some(reply),
                 }
             }
-            is_asking = false;
+            let was_asking = std::mem::take(&mut is_asking);
             match elsewhere {
                 None => {
                     replies
@@ -281,7 +281,7 @@ impl Links {
                     return Err(Failure::not_now("the slot of these keys is moving to another node"));
                 }
                 Some(Next::Later) => {
-                    tried_again = true;
+                    (tried_again, is_asking) = (true, was_asking);
                     sleep(TRY_AGAIN_PAUSE).await;
                     continue;
                 }
