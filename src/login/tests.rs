@@ -10,7 +10,9 @@ use super::*;
 use crate::config::model::WhenFull;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
-use crate::session::store::{Count, Creation, Ending, Found, Limit, NewSession, SessionStore, Stored, Terms};
+use crate::session::store::{
+    Activity, Count, Creation, EndEvent, Ending, Found, Limit, Listed, NewSession, SessionStore, Stored, Terms,
+};
 use crate::session::{Lifetime, Options};
 
 /// Forgets nothing by time, and says nothing while it is down.
@@ -146,6 +148,50 @@ impl SessionStore for FakeStore {
         self.with(|kept| {
             kept.counters.remove(counter);
         })
+    }
+
+    async fn list(&self, _: &str) -> Result<Vec<Listed>, StoreError> {
+        self.with(|_| Vec::new())
+    }
+
+    async fn destroy_all(&self, _: &str, _: Option<&SessionKey>, _: Ending) -> Result<u64, StoreError> {
+        self.with(|_| 0)
+    }
+
+    fn parts(&self) -> u16 {
+        1
+    }
+
+    async fn list_part(&self, _: u16) -> Result<Vec<Listed>, StoreError> {
+        self.with(|_| Vec::new())
+    }
+
+    async fn destroy_part(&self, _: u16, _: Ending) -> Result<u64, StoreError> {
+        self.with(|_| 0)
+    }
+
+    async fn total(&self) -> Result<u64, StoreError> {
+        self.with(|kept| kept.sessions.len() as u64)
+    }
+
+    async fn sweep(&self, _: u16) -> Result<Vec<EndEvent>, StoreError> {
+        self.with(|_| Vec::new())
+    }
+
+    async fn forget_events(&self, _: u16, _: &[EndEvent]) -> Result<(), StoreError> {
+        self.with(|_| ())
+    }
+
+    async fn lead(&self, _: &str, _: Duration) -> Result<bool, StoreError> {
+        self.with(|_| true)
+    }
+
+    async fn add_activity(&self, _: &SessionKey, _: &[Activity], _: u16) -> Result<(), StoreError> {
+        self.with(|_| ())
+    }
+
+    async fn activity(&self, _: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+        self.with(|_| Vec::new())
     }
 
     async fn ping(&self) -> Result<(), StoreError> {

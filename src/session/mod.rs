@@ -429,7 +429,7 @@ mod tests {
     use parking_lot::Mutex;
     use tokio::sync::mpsc;
 
-    use super::store::Count;
+    use super::store::{Count, EndEvent};
     use super::store::memory::MemoryStore;
     use super::*;
     use crate::config::model::WhenFull;
@@ -508,6 +508,41 @@ mod tests {
                 return Err(StoreError::Unavailable("down".into()));
             }
             self.store.destroy(key, user, ending).await
+        }
+        async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError> {
+            self.store.list(user).await
+        }
+        async fn destroy_all(
+            &self,
+            user: &str,
+            except: Option<&SessionKey>,
+            ending: Ending,
+        ) -> Result<u64, StoreError> {
+            self.store.destroy_all(user, except, ending).await
+        }
+        fn parts(&self) -> u16 {
+            self.store.parts()
+        }
+        async fn list_part(&self, part: u16) -> Result<Vec<Listed>, StoreError> {
+            self.store.list_part(part).await
+        }
+        async fn destroy_part(&self, part: u16, ending: Ending) -> Result<u64, StoreError> {
+            self.store.destroy_part(part, ending).await
+        }
+        async fn total(&self) -> Result<u64, StoreError> {
+            self.store.total().await
+        }
+        async fn sweep(&self, part: u16) -> Result<Vec<EndEvent>, StoreError> {
+            self.store.sweep(part).await
+        }
+        async fn forget_events(&self, part: u16, events: &[EndEvent]) -> Result<(), StoreError> {
+            self.store.forget_events(part, events).await
+        }
+        async fn lead(&self, instance: &str, time: Duration) -> Result<bool, StoreError> {
+            self.store.lead(instance, time).await
+        }
+        async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
+            self.store.activity(key).await
         }
         async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
             self.store.increment(counter, window).await

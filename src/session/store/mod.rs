@@ -191,59 +191,37 @@ pub trait SessionStore: Send + Sync + 'static {
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError>;
 
     /// The live sessions of a user, the oldest first.
-    async fn list(&self, _user: &str) -> Result<Vec<Listed>, StoreError> {
-        Err(not_yet())
-    }
+    async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError>;
 
     /// Ends all sessions of a user but one, if one is named; how many.
-    async fn destroy_all(&self, _user: &str, _except: Option<&SessionKey>, _ending: Ending) -> Result<u64, StoreError> {
-        Err(not_yet())
-    }
+    async fn destroy_all(&self, user: &str, except: Option<&SessionKey>, ending: Ending) -> Result<u64, StoreError>;
 
     /// Into so many parts the sessions are divided, for what goes through all of them.
-    fn parts(&self) -> u16 {
-        1
-    }
+    fn parts(&self) -> u16;
 
     /// The live sessions in one part.
-    async fn list_part(&self, _part: u16) -> Result<Vec<Listed>, StoreError> {
-        Err(not_yet())
-    }
+    async fn list_part(&self, part: u16) -> Result<Vec<Listed>, StoreError>;
 
     /// Ends all sessions in one part; how many.
-    async fn destroy_part(&self, _part: u16, _ending: Ending) -> Result<u64, StoreError> {
-        Err(not_yet())
-    }
+    async fn destroy_part(&self, part: u16, ending: Ending) -> Result<u64, StoreError>;
 
     /// How many sessions live in all, without looking at each: those that expired since the last sweep may be among them.
-    async fn total(&self) -> Result<u64, StoreError> {
-        Err(not_yet())
-    }
+    async fn total(&self) -> Result<u64, StoreError>;
 
     /// Notes the expired sessions of one part as ended, and gives the ends of which nobody was told, the oldest first.
-    async fn sweep(&self, _part: u16) -> Result<Vec<EndEvent>, StoreError> {
-        Err(not_yet())
-    }
+    async fn sweep(&self, part: u16) -> Result<Vec<EndEvent>, StoreError>;
 
     /// These have been told.
-    async fn forget_events(&self, _part: u16, _events: &[EndEvent]) -> Result<(), StoreError> {
-        Err(not_yet())
-    }
+    async fn forget_events(&self, part: u16, events: &[EndEvent]) -> Result<(), StoreError>;
 
     /// Whether this instance is the one that sweeps, for so long from now. Ask again well before.
-    async fn lead(&self, _instance: &str, _time: Duration) -> Result<bool, StoreError> {
-        Err(not_yet())
-    }
+    async fn lead(&self, instance: &str, time: Duration) -> Result<bool, StoreError>;
 
     /// Adds to a session's trail, of which the last `keep` stay, as long as the session.
-    async fn add_activity(&self, _key: &SessionKey, _seen: &[Activity], _keep: u16) -> Result<(), StoreError> {
-        Err(not_yet())
-    }
+    async fn add_activity(&self, key: &SessionKey, seen: &[Activity], keep: u16) -> Result<(), StoreError>;
 
     /// A session's trail, the latest first.
-    async fn activity(&self, _key: &SessionKey) -> Result<Vec<Activity>, StoreError> {
-        Err(not_yet())
-    }
+    async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError>;
 
     /// Adds one to a counter that forgets `window` after its first count.
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError>;
@@ -337,10 +315,6 @@ impl Error for StoreError {
             Self::Unreadable => None,
         }
     }
-}
-
-fn not_yet() -> StoreError {
-    StoreError::Refused("not kept by this store".into())
 }
 
 /// A counter's key: a hash of its name. The name holds what somebody typed as a user, which may be a password by
