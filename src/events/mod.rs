@@ -37,7 +37,7 @@ pub struct Pace {
     pub round: Duration,
     /// An instance that leads and dies is followed by another one after this long.
     pub lease: Duration,
-    /// After a failure of the webhook: this long, then twice as long, up to [`RETRY_MAX`].
+    /// After a failure of the webhook: this long, then twice as long, up to a minute.
     pub retry: Duration,
 }
 

@@ -11,7 +11,7 @@ use super::context::RequestContext;
 /// In `Via` (RFC 9110, section 7.6.3).
 const PSEUDONYM: &str = "1.1 cloakroom";
 
-/// About as many fields as [`request`] adds: room for them is made once.
+/// About as many fields as [`request()`] adds: room for them is made once.
 const FIELDS_ADDED: usize = 10;
 
 /// Fields that concern one connection only (RFC 9110, section 7.6.1). `Connection`, `Transfer-Encoding` and

@@ -67,7 +67,7 @@ impl SessionCookie {
         self.removal(&self.name)
     }
 
-    /// What the browser holds of the [fallback cookie](super::fallback): none when absent, or there twice.
+    /// What the browser holds of the fallback cookie: none when absent, or there twice.
     pub fn find_fallback<'h>(&self, headers: &'h HeaderMap) -> Option<&'h [u8]> {
         sole_value(headers, &self.fallback_name)
     }

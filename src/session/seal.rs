@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | the secrets of a record | HKDF-SHA256 of the id's 256 bits, salted with a key of the ring if there is one | who brings the cookie |
 //! | whole records (`session.seal_records`) | HKDF-SHA256 of a key of the ring | every instance with the ring |
-//! | the [fallback cookie](super::fallback) | HKDF-SHA256 of a key of the ring | every instance with the ring |
+//! | the fallback cookie | HKDF-SHA256 of a key of the ring | every instance with the ring |
 //!
 //! A dump of the store together with the ring therefore still reveals no secret of a record: the id is in the cookie
 //! alone. Sealed bytes are one byte for the version of this layout (1), four for the id of the ring's key (0 0 0 0 = none),

@@ -1,7 +1,7 @@
 //! Sessions in Redis (or Valkey), shared by all instances of Cloakroom: the contract, told in commands.
 //!
-//! A read is plain commands, and whatever must happen in one step is a script. Under which names: see [`keys`]; how
-//! commands get there: see [`link`]. What ends sessions in their user's list and in the registry of all is always the
+//! A read is plain commands, and whatever must happen in one step is a script. Under which names: see `keys`; how
+//! commands get there: see `link`. What ends sessions in their user's list and in the registry of all is always the
 //! same step that ends the session, for all of it is in one bucket and a bucket is in one slot.
 
 use std::fmt;
