@@ -429,8 +429,8 @@ mod tests {
     use parking_lot::Mutex;
     use tokio::sync::mpsc;
 
-    use super::store::{Count, EndEvent};
     use super::store::memory::MemoryStore;
+    use super::store::{Count, EndEvent};
     use super::*;
     use crate::config::model::WhenFull;
 
