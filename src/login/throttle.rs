@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 
 use super::users::UserName;
 use crate::config::model;
+use crate::session::network::Network;
 use crate::session::store::{SessionStore, StoreError};
 
 /// Counts login attempts.
@@ -146,8 +147,8 @@ impl std::fmt::Debug for Throttle {
 
 impl Counters {
     fn of(user: &UserName, client: IpAddr) -> Self {
-        let (account, network) = (user.folded(), network(client));
-        let (account, network) = (account.as_bytes(), network.as_slice());
+        let (account, network) = (user.folded(), Network::of(client));
+        let (account, network) = (account.as_bytes(), network.as_bytes());
         Self {
             network: counter("network", &[network]),
             account_and_network: counter("account-network", &[account, network]),
@@ -165,13 +166,6 @@ fn counter(kind: &str, parts: &[&[u8]]) -> String {
         hash.update(part);
     }
     format!("login:{kind}:{}", URL_SAFE_NO_PAD.encode(&hash.finalize()[..18]))
-}
-
-fn network(client: IpAddr) -> Vec<u8> {
-    match client.to_canonical() {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets()[..8].to_vec(),
-    }
 }
 
 #[cfg(test)]

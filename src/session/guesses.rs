@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::id::SessionKey;
+use super::network::Network;
 use super::store::Ending;
 
 /// Counts guesses and remembers the last ones; bounded in memory.
@@ -44,13 +45,6 @@ struct Lately {
 struct Lived {
     young: HashSet<SessionKey>,
     old: HashSet<SessionKey>,
-}
-
-/// The first 64 bits of an IPv6 address, or an IPv4 address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Network {
-    V4([u8; 4]),
-    V6([u8; 8]),
 }
 
 /// Guesses that are not forgiven yet, as they were `at` this moment.
@@ -133,19 +127,6 @@ impl Lived {
     /// Whether it was there.
     fn forget(&mut self, key: &SessionKey) -> bool {
         self.young.remove(key) | self.old.remove(key)
-    }
-}
-
-impl Network {
-    fn of(client: IpAddr) -> Self {
-        match client.to_canonical() {
-            IpAddr::V4(address) => Self::V4(address.octets()),
-            IpAddr::V6(address) => {
-                let [first, second, third, fourth, ..] = address.segments();
-                let [a, b, c, d] = [first, second, third, fourth].map(u16::to_be_bytes);
-                Self::V6([a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]])
-            }
-        }
     }
 }
 

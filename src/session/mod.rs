@@ -15,6 +15,7 @@ pub mod id;
 pub mod record;
 pub mod seal;
 pub mod cookie;
+pub mod network;
 mod guesses;
 mod touch;
 mod trail;
@@ -807,13 +808,15 @@ mod tests {
         let (sessions, store, id, _) = bridged(Options { fallback: FIVE_MINUTES, ..Options::default() }).await;
         let session = resume(&sessions, &id).await.unwrap();
         let record = Arc::new(Record { ends: u64::MAX, ..(*session.record).clone() });
-        let session = Session { record, time_to_live: Duration::from_millis(50), ..session };
-        let (cookie, _) = sessions.renewed_fallback(&session, None).unwrap();
-        *store.copy.lock() = None;
-        store.is_down.store(true, Ordering::Relaxed);
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
-        assert_eq!(source(&sessions, &id, &with_cookie).await, None, "nobody had used it any more");
+        for (time_to_live, is_served) in [(Duration::ZERO, false), (Duration::from_secs(60), true)] {
+            let session = Session { record: Arc::clone(&record), time_to_live, ..session.clone() };
+            let (cookie, _) = sessions.renewed_fallback(&session, None).unwrap();
+            *store.copy.lock() = None;
+            store.is_down.store(true, Ordering::Relaxed);
+            let with_cookie = Use { fallback: Some(cookie.as_bytes()), ..usage() };
+            let source = source(&sessions, &id, &with_cookie).await;
+            assert_eq!(source, is_served.then_some(Source::Fallback), "{time_to_live:?} were left of its idle time");
+        }
     }
 
     #[tokio::test]
@@ -891,9 +894,12 @@ mod tests {
             }
         }
         assert!(store.activity.lock().is_empty(), "no request waits for it");
-        while store.activity.lock().is_empty() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let is_written = async {
+            while store.activity.lock().is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), is_written).await.expect("the delay is a tenth of a second");
         let routes: Vec<_> = store.activity.lock().iter().map(|seen| seen.route.clone()).collect();
         assert_eq!(routes, ["/", "/shop"], "the same route from the same address is one entry");
     }
