@@ -13,10 +13,10 @@ pub struct Metrics {
     /// route
     pub request_seconds: HistogramVec,
     /// result: copy, store, grace, fallback (live, and how that is known); none, unreadable, unavailable, refused
-    pub session_resolve_seconds: HistogramVec,
+    session_resolve_seconds: HistogramVec,
     /// Of these, copy and store: looked up once, because to find them takes longer than to count.
-    pub session_copy_seconds: Histogram,
-    pub session_store_seconds: Histogram,
+    session_copy_seconds: Histogram,
+    session_store_seconds: Histogram,
     /// result: unknown, refused
     pub session_guesses: IntCounterVec,
     /// operation
@@ -115,6 +115,15 @@ impl Metrics {
             ),
             reloads: counter(&registry, "cloakroom_reloads_total", "Configuration reloads.", &["result"]),
             registry,
+        }
+    }
+
+    /// It took so long to know whose session it is, or that it is nobody's; `result` as the metric lists them.
+    pub fn note_resolved(&self, result: &'static str, seconds: f64) {
+        match result {
+            "copy" => self.session_copy_seconds.observe(seconds),
+            "store" => self.session_store_seconds.observe(seconds),
+            _ => self.session_resolve_seconds.with_label_values(&[result]).observe(seconds),
         }
     }
 

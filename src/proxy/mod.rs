@@ -448,12 +448,7 @@ impl Gateway {
                 ("unavailable", Who::Unknown)
             }
         };
-        let seconds = context.started.elapsed().as_secs_f64();
-        match result {
-            "copy" => metrics.session_copy_seconds.observe(seconds),
-            "store" => metrics.session_store_seconds.observe(seconds),
-            _ => metrics.session_resolve_seconds.with_label_values(&[result]).observe(seconds),
-        }
+        metrics.note_resolved(result, context.started.elapsed().as_secs_f64());
         who
     }
 

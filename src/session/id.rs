@@ -46,6 +46,7 @@ const SECRET_CHARS: usize = 43;
 const BUCKET_CHARS: usize = 2;
 const COOKIE_CHARS: usize = BUCKET_CHARS + SECRET_CHARS;
 const KEY_CHARS: usize = 32;
+const LOG_BYTES: usize = 5;
 
 impl SessionId {
     /// A new id, straight from the operating system's generator. When that fails there is no login: nothing weaker
@@ -126,7 +127,11 @@ impl SessionKey {
     /// What a log line may say of a session: enough to follow one, nothing to use it or to find it in the store.
     pub fn log_hash(&self) -> String {
         let digest = Sha256::new().chain_update(b"cloakroom log\0").chain_update(self.hash).finalize();
-        digest[..5].iter().map(|byte| format!("{byte:02x}")).collect()
+        let mut text = String::with_capacity(2 * LOG_BYTES);
+        for byte in &digest[..LOG_BYTES] {
+            text.extend([byte >> 4, byte & 0xf].map(|digit| char::from(b"0123456789abcdef"[usize::from(digit)])));
+        }
+        text
     }
 
     /// For a store that keeps bytes: the bucket, then the hash.
