@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use cloakroom::config::model;
+use cloakroom::config::model::{self, WhenFull};
 use cloakroom::config::value::Duration as ConfigDuration;
 use cloakroom::session::id::SessionKey;
 use cloakroom::session::store::redis::RedisStore;
-use cloakroom::session::store::{Ending, Gravity, SessionStore, StoreError, StoreOptions};
+use cloakroom::session::store::{Creation, Ending, Gravity, Limit, SessionStore, StoreError, StoreOptions, Terms};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -515,6 +515,84 @@ async fn a_logout_on_one_worker_is_known_to_all_of_the_process_before_it_is_aske
     told.send_replace(true);
     let recalled = tokio::task::spawn_blocking(|| sibling.join().unwrap()).await.unwrap();
     assert!(!recalled, "a worker of the process that ends it used its copy");
+}
+
+#[tokio::test]
+async fn what_one_worker_has_read_no_other_worker_of_the_process_reads_again() {
+    let server = RedisServer::start();
+    let store = Arc::new(RedisStore::new(&settings(&server.url()), StoreOptions::default()).unwrap());
+    let key = create(&store, "ann").await;
+    eventually("a copy is kept", async || {
+        load(&store, &key).await.ok()?;
+        store.recall(&key)
+    })
+    .await;
+    let (logged_out, is_logged_out) = tokio::sync::oneshot::channel();
+    let (known, is_known) = tokio::sync::oneshot::channel();
+    let other_worker = std::thread::spawn({
+        let (store, key) = (Arc::clone(&store), key.clone());
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                // It has no connection yet.
+                known.send(store.recall(&key).is_some()).unwrap();
+                is_logged_out.await.unwrap();
+                eventually("a logout elsewhere takes the copy from all", async || {
+                    store.recall(&key).is_none().then_some(())
+                })
+                .await;
+            });
+        }
+    });
+    assert!(is_known.await.unwrap());
+    let elsewhere = RedisStore::new(&settings(&server.url()), StoreOptions::default()).unwrap();
+    assert!(elsewhere.destroy(&key, None, Ending::LoggedOut).await.unwrap());
+    logged_out.send(()).unwrap();
+    tokio::task::spawn_blocking(|| other_worker.join().unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_ends_sessions_by_their_user_has_told_all_workers_of_the_process() {
+    let server = RedisServer::start();
+    let lasting =
+        model::RedisStore { lease: Spanned::new(0..0, ConfigDuration::from_millis(60_000)), ..settings(&server.url()) };
+    let store = Arc::new(RedisStore::new(&lasting, StoreOptions::default()).unwrap());
+    for way in ["all of the user", "all of the part", "displaced"] {
+        let key = create(&store, "ann").await;
+        let (told, is_told) = std::sync::mpsc::channel::<()>();
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        let sibling = std::thread::spawn({
+            let (store, key) = (Arc::clone(&store), key.clone());
+            move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    eventually("a copy is kept", async || {
+                        load(&store, &key).await.ok()?;
+                        store.recall(&key)
+                    })
+                    .await;
+                    ready.send(()).unwrap();
+                    // Without leaving the runtime a turn: it sees no push.
+                    is_told.recv().unwrap();
+                    store.recall(&key).is_some()
+                })
+            }
+        });
+        is_ready.await.unwrap();
+        match way {
+            "all of the user" => assert_eq!(store.destroy_all("ann", None, Ending::Revoked).await.unwrap(), 1),
+            "all of the part" => assert_eq!(store.destroy_part(key.bucket(), Ending::Revoked).await.unwrap(), 1),
+            _ => {
+                let limit = Some(Limit { sessions: 1, when_full: WhenFull::EvictOldest });
+                let terms = Terms { limit, ..terms(LONG, None) };
+                let created = store.create(&id_of("ann").key(), session_of("ann"), &terms).await.unwrap();
+                assert_eq!(created, Creation::Begun { displaced: 1 });
+            }
+        }
+        told.send(()).unwrap();
+        let recalled = tokio::task::spawn_blocking(|| sibling.join().unwrap()).await.unwrap();
+        assert!(!recalled, "{way}: a worker of the process that ended it used its copy");
+    }
 }
 
 #[tokio::test]

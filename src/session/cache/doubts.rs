@@ -1,6 +1,6 @@
 //! Which sessions have ended, for all that is known here? A memory that forgets, and that doubts all when it is full.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::mem;
 use std::time::Duration;
 
@@ -10,8 +10,9 @@ use crate::session::id::SessionKey;
 /// Keys noted in the last `time` to twice `time`, in two generations.
 #[derive(Debug)]
 pub(super) struct Doubts {
-    young: HashSet<SessionKey>,
-    old: HashSet<SessionKey>,
+    /// With the time of the last note.
+    young: HashMap<SessionKey, Moment>,
+    old: HashMap<SessionKey, Moment>,
     /// When the young generation began.
     began: Moment,
     keys_max: usize,
@@ -28,10 +29,10 @@ impl Doubts {
 
     pub(super) fn note(&mut self, key: &SessionKey, now: Moment) {
         self.age(now);
-        if self.keys_max <= self.young.len() && !self.young.contains(key) {
+        if self.keys_max <= self.young.len() && !self.young.contains_key(key) {
             self.note_all(now);
         } else {
-            self.young.insert(key.clone());
+            self.young.insert(key.clone(), now);
         }
     }
 
@@ -47,9 +48,16 @@ impl Doubts {
         self.old.remove(key);
     }
 
+    /// It was seen alive by who began to look at this time: what was noted since may be the later truth.
+    pub(super) fn clear_before(&mut self, key: &SessionKey, looked: Moment) {
+        if self.young.get(key).or(self.old.get(key)).is_some_and(|noted| *noted < looked) {
+            self.clear(key);
+        }
+    }
+
     pub(super) fn has(&mut self, key: &SessionKey, now: Moment) -> bool {
         self.age(now);
-        now < self.all_until || self.young.contains(key) || self.old.contains(key)
+        now < self.all_until || self.young.contains_key(key) || self.old.contains_key(key)
     }
 
     fn age(&mut self, now: Moment) {

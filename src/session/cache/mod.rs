@@ -1,5 +1,5 @@
-//! What may one worker say of a session without asking the store? The copies it keeps, while nobody can have changed
-//! them, or for at most one `lease` longer.
+//! What may be said of a session without asking the store? The copies that a worker keeps, while nobody can have
+//! changed them, or for at most one `lease` longer.
 //!
 //! # The rule
 //!
@@ -36,10 +36,12 @@
 //! The clock is `CLOCK_BOOTTIME`, not [`std::time::Instant`]: that stands still while the machine is suspended, and
 //! a lease would outlive the night.
 //!
-//! # One worker, one primary
+//! # One connection, one cache; one process, all caches
 //!
-//! There is a cache for each connection of a worker, filled and asked by that worker's thread; the lock is never
-//! waited for. Nothing here does I/O: whoever has the connection tells what happened on it.
+//! There is a cache for each connection, one per worker and primary, and the worker that drives the connection fills it.
+//! All workers of the process ask it: whether a copy may be used is a matter of the leases of the connection that
+//! read it, and not of who asks. So a session is read once per process, not once per worker, and everything that speaks
+//! against one is looked for in all caches. Nothing here does I/O: whoever has the connection tells what happened on it.
 //!
 //! ```
 //! # use std::time::Duration;
@@ -229,8 +231,12 @@ enum Echo {
     Sent(Moment),
     /// A push came, and the touch is not answered yet.
     Pushed(Moment),
-    /// The touch that was sent then found the session alive. The store does not track it any more.
-    Alive(Moment),
+    /// The touch that was sent then found the session alive. The store does not track it any more; where `is_due`, the
+    /// push that says so is still to come, because this connection is not the one that touched.
+    Alive {
+        touched: Moment,
+        is_due: bool,
+    },
 }
 
 #[derive(Clone)]
@@ -297,7 +303,7 @@ impl LeaseCache {
         }
         let known_true = match copy.echo {
             Echo::Pushed(_) => return None,
-            Echo::Alive(touched) => touched,
+            Echo::Alive { touched, .. } => touched,
             Echo::None | Echo::Sent(_) if copy.epoch == state.good.epoch => {
                 state.good.until.min(copy.read + self.limits.age_max).max(copy.read)
             }
@@ -389,19 +395,28 @@ impl LeaseCache {
         let now = (self.clock)();
         let mut state = self.state.lock();
         let epoch = state.epoch;
-        let echo = state.copies.peek_mut(key).is_some_and(|mut copy| match copy.echo {
-            // Only a copy that this connection read has an echo on it.
-            Echo::Sent(touched) if copy.epoch == epoch => {
-                copy.echo = Echo::Pushed(touched);
-                true
-            }
-            Echo::None | Echo::Sent(_) | Echo::Pushed(_) | Echo::Alive(_) => false,
-        });
-        if echo {
-            state.bump(key);
+        let copy = state.copies.peek_mut(key).filter(|copy| copy.epoch == epoch);
+        // A copy that this connection read is pushed once: from then on the store does not track it.
+        let (is_echo, is_explained) = match copy {
+            Some(mut copy) => match copy.echo {
+                Echo::Sent(touched) => {
+                    copy.echo = Echo::Pushed(touched);
+                    (true, false)
+                }
+                Echo::Alive { touched, is_due: true } => {
+                    copy.echo = Echo::Alive { touched, is_due: false };
+                    (true, true)
+                }
+                Echo::None | Echo::Pushed(_) | Echo::Alive { is_due: false, .. } => (false, false),
+            },
+            None => (false, false),
+        };
+        if !is_echo {
+            return state.forget(key, now);
+        }
+        state.bump(key);
+        if !is_explained {
             state.doubts.note(key, now);
-        } else {
-            state.forget(key, now);
         }
     }
 
@@ -420,7 +435,13 @@ impl LeaseCache {
         self.state.lock().forget(key, now);
     }
 
-    /// Before a touch of ours is sent.
+    /// A read of another worker of this process, sent after everything that spoke against the session here, found it
+    /// alive.
+    pub fn seen_alive(&self, ticket: &Ticket) {
+        self.state.lock().doubts.clear_before(&ticket.key, ticket.sent);
+    }
+
+    /// Before a touch is sent, by whichever worker of this process.
     pub fn begin_touch(&self, key: &SessionKey) -> Touch {
         let sent = (self.clock)();
         let mut state = self.state.lock();
@@ -442,11 +463,12 @@ impl LeaseCache {
         let echo = match (touched, echo) {
             (Touched::Extended, Echo::Pushed(sent)) if sent == touch.sent => {
                 state.doubts.clear(&touch.key);
-                Echo::Alive(sent)
+                Echo::Alive { touched: sent, is_due: false }
             }
-            // A push that comes now is somebody else's, for all we know.
-            (Touched::Extended | Touched::Unchanged, Echo::Sent(sent)) if sent == touch.sent => Echo::None,
-            (Touched::Extended | Touched::Unchanged, Echo::None | Echo::Sent(_) | Echo::Alive(_)) => return,
+            (Touched::Extended, Echo::Sent(sent)) if sent == touch.sent => Echo::Alive { touched: sent, is_due: true },
+            // A push that comes now is somebody else's.
+            (Touched::Unchanged, Echo::Sent(sent)) if sent == touch.sent => Echo::None,
+            (Touched::Extended | Touched::Unchanged, Echo::None | Echo::Sent(_) | Echo::Alive { .. }) => return,
             // The push was no echo.
             (Touched::Unchanged | Touched::Extended, Echo::Pushed(_)) | (Touched::Gone, _) => {
                 return state.forget(&touch.key, now);
@@ -457,7 +479,7 @@ impl LeaseCache {
         }
     }
 
-    /// Whether this worker has reason to think that the session ended: it was taken back or ended here lately and not
+    /// Whether there is reason to think that the session ended: it was taken back or ended here lately and not
     /// seen alive since. For who would believe a browser while the store is down. Remembered for at least
     /// [`Limits::doubt`]; when there are too many to remember, or everything was flushed, all are doubted.
     pub fn doubts(&self, key: &SessionKey) -> bool {
@@ -1031,6 +1053,39 @@ mod tests {
             let known = !worker.doubts() || worker.in_grace();
             assert!(!known, "a new connection {when}: the store has nothing to echo there");
         }
+    }
+
+    #[test]
+    fn a_touch_over_another_connection_explains_the_one_push_that_it_causes_whichever_is_heard_of_first() {
+        for push_comes_first in [true, false] {
+            let worker = Worker::with_copy();
+            let touch = worker.cache.begin_touch(&worker.key);
+            worker.pass(1);
+            if push_comes_first {
+                worker.cache.invalidate(&worker.key);
+            }
+            worker.cache.finish_touch(&touch, Touched::Extended);
+            assert!(!worker.hits(), "the store tracks it no more, or has said so already");
+            if !push_comes_first {
+                worker.cache.invalidate(&worker.key);
+            }
+            assert!(!worker.hits() && !worker.doubts());
+            worker.cache.invalidate(&worker.key);
+            assert!(worker.doubts(), "only the one");
+        }
+    }
+
+    #[test]
+    fn a_read_elsewhere_clears_what_was_held_against_a_session_before_and_nothing_since() {
+        let worker = Worker::with_copy();
+        worker.cache.invalidate(&worker.key);
+        worker.pass(1);
+        let read = worker.cache.begin_read(&worker.key);
+        worker.cache.seen_alive(&read);
+        assert!(!worker.doubts(), "seen alive since");
+        worker.cache.invalidate(&worker.key);
+        worker.cache.seen_alive(&read);
+        assert!(worker.doubts(), "that may be the news of its end");
     }
 
     #[test]

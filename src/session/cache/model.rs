@@ -33,6 +33,7 @@ const LOGOUT_HERE: u32 = 1;
 const LOGOUT_ELSEWHERE: u32 = 2;
 const TOUCHES: u32 = 4;
 const TROUBLE: u32 = 8;
+const SIBLING: u32 = 16;
 
 /// A rule that the worker breaks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,6 +52,8 @@ enum Fault {
     PushesElsewhere,
     /// Each touch that found the session alive explains a push, even one that wrote nothing.
     EveryTouchExplains,
+    /// A read of another worker clears what was noted after it was sent.
+    SiblingKnowsBest,
 }
 
 #[test]
@@ -68,6 +71,7 @@ fn the_model_misses_no_broken_rule() {
         Fault::ForgottenOnlyBefore,
         Fault::PushesElsewhere,
         Fault::EveryTouchExplains,
+        Fault::SiblingKnowsBest,
     ] {
         let found = runs_until_failure(Some(fault), 400);
         assert!(found.is_err(), "{fault:?} goes unnoticed");
@@ -102,6 +106,7 @@ fn one_run(fault: Option<Fault>) {
         Fault::SameEpoch => LOGOUT_ELSEWHERE | TROUBLE,
         Fault::ForgottenOnlyBefore => LOGOUT_HERE,
         Fault::EveryTouchExplains => LOGOUT_ELSEWHERE | TOUCHES,
+        Fault::SiblingKnowsBest => LOGOUT_ELSEWHERE | SIBLING,
     };
     let plays = fault.map_or_else(|| shuttle::rand::thread_rng().next_u32(), scene_of);
     let scene = [
@@ -112,6 +117,8 @@ fn one_run(fault: Option<Fault>) {
         (plays & LOGOUT_HERE != 0, World::logout_here),
         (plays & LOGOUT_ELSEWHERE != 0, World::logout_elsewhere),
         (plays & TOUCHES != 0, World::touches),
+        (plays & SIBLING != 0, World::sibling_touches),
+        (plays & SIBLING != 0, World::sibling_reads),
         (plays & TROUBLE != 0, World::trouble),
     ];
     let actors: Vec<_> = scene.iter().filter(|(plays, _)| *plays).map(|(_, acts)| world.actor(*acts)).collect();
@@ -278,6 +285,42 @@ impl World {
             }
             pause();
             self.cache.finish_touch(&touch, touched);
+        }
+    }
+
+    /// Another worker of the process, over its own connection.
+    fn sibling_touches(&self) {
+        for _ in 0..3 {
+            let touch = self.cache.begin_touch(&self.key);
+            pause();
+            let touched = {
+                let mut server = self.server();
+                let lives = server.ended.is_none();
+                if lives {
+                    server.push(false);
+                }
+                if lives { Touched::Extended } else { Touched::Gone }
+            };
+            pause();
+            self.cache.finish_touch(&touch, touched);
+            self.look();
+        }
+    }
+
+    fn sibling_reads(&self) {
+        for _ in 0..3 {
+            let ticket = self.cache.begin_read(&self.key);
+            pause();
+            let lives = self.server().ended.is_none();
+            pause();
+            if lives {
+                let ticket = match self.fault {
+                    Some(Fault::SiblingKnowsBest) => Ticket { sent: ticket.sent + Duration::from_secs(3600), ..ticket },
+                    Some(_) | None => ticket,
+                };
+                self.cache.seen_alive(&ticket);
+            }
+            self.look();
         }
     }
 

@@ -3,10 +3,10 @@
 -- KEYS 5 index of its user
 -- ARGV 3 member  4 record  5 idle time  6 absolute end  7 user, or nothing where nobody wants to know of its end
 --      8 how many the user may have, 0 = any number  9 'evict_oldest' or 'refuse'  10 member that it replaces, or nothing
--- Replies how many made room, or -1: the user has as many as they may have.
+-- Replies the members that made room, or -1: the user has as many as they may have.
 
 local index, member, ends, limit, replaced = KEYS[5], ARGV[3], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[10]
-local displaced = 0
+local displaced = {}
 
 if limit == 0 then
   -- Each login looks at the two oldest, so that those that are gone do not pile up.
@@ -31,7 +31,7 @@ elseif limit <= redis.call('ZCARD', index) then
   for oldest = 1, surplus do
     finish(others[oldest], 'displaced')
     redis.call('ZREM', index, others[oldest])
-    displaced = displaced + 1
+    table.insert(displaced, others[oldest])
   end
 end
 if replaced ~= '' then
@@ -50,4 +50,4 @@ if ARGV[7] ~= '' then
   redis.call('HSET', users, member, ARGV[7])
   keep(users, ends + DAY)
 end
-return { displaced }
+return displaced

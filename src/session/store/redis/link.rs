@@ -151,25 +151,33 @@ impl Links {
         Ok(self.answer(batch, Some(Patience { replicas, time })).await?.replies)
     }
 
-    /// What this runtime keeps of the sessions in this slot.
-    pub(super) fn cache(&self, slot: u16) -> Option<Arc<LeaseCache>> {
-        let link = self.known_link(&*self.topology.primary(Place::Slot(slot))?)?;
-        link.copies.as_ref().map(|copies| Arc::clone(&copies.cache))
-    }
-
-    /// What all runtimes of this process keep of the sessions in this slot.
-    pub(super) fn all_caches(&self, slot: u16) -> Vec<Arc<LeaseCache>> {
-        let Some(primary) = self.topology.primary(Place::Slot(slot)) else { return Vec::new() };
-        let mut caches = Vec::new();
-        for (_, links) in self.runtimes.load().iter() {
+    /// The first that `look` finds in what this process keeps of the sessions in this slot: this runtime's copies, then
+    /// those of the others.
+    pub(super) fn search<T>(&self, slot: u16, mut look: impl FnMut(&Arc<LeaseCache>) -> Option<T>) -> Option<T> {
+        let primary = self.topology.primary(Place::Slot(slot))?;
+        let own = runtime::Handle::try_current().ok().map(|handle| handle.id());
+        let runtimes = self.runtimes.load();
+        let mut look_at = |links: &RuntimeLinks| {
             let links = links.load();
-            let link = links.iter().find(|link| Arc::ptr_eq(&link.primary, &primary) && link.is_kept());
-            caches.extend(link.and_then(|link| link.copies.as_ref()).map(|copies| Arc::clone(&copies.cache)));
-        }
-        caches
+            let link = links.iter().find(|link| Arc::ptr_eq(&link.primary, &primary) && link.is_kept())?;
+            look(&link.copies.as_ref()?.cache)
+        };
+        let own_links = runtimes.iter().find(|(id, _)| Some(*id) == own).map(|(_, links)| links);
+        own_links.and_then(|links| look_at(links)).or_else(|| {
+            let others = runtimes.iter().filter(|(id, _)| Some(*id) != own);
+            others.into_iter().find_map(|(_, links)| look_at(links))
+        })
     }
 
-    /// As [`Self::cache`], with the reads that are under way; begins to connect where there is no link yet. Who comes
+    /// Whatever this process keeps of the sessions in this slot.
+    pub(super) fn each_cache(&self, slot: u16, mut tell: impl FnMut(&Arc<LeaseCache>)) {
+        self.search(slot, |cache| {
+            tell(cache);
+            None::<()>
+        });
+    }
+
+    /// What this runtime keeps, with the reads that are under way; begins to connect where there is no link yet. Who comes
     /// while the server is known to be down is told so at once.
     pub(super) async fn copies(&self, slot: u16) -> Result<Option<Arc<Copies>>, StoreError> {
         let primary = self.topology.find(Place::Slot(slot)).await?;
@@ -487,10 +495,10 @@ mod tests {
         let links = Links::new(&toml::from_str("url = 'redis://127.0.0.1'").unwrap(), Duration::ZERO).unwrap();
         let primary = links.topology.primary(Place::Anywhere).unwrap();
         assert!(links.link(&primary).is_err_and(|failure| !failure.is_refusal));
-        assert!(links.cache(0).is_none() && !links.is_down(0));
+        assert!(links.search(0, |_| Some(())).is_none() && !links.is_down(0));
         for url in ["redis+sentinel://127.0.0.1/m", "redis+cluster://127.0.0.1"] {
             let links = Links::new(&toml::from_str(&format!("url = '{url}'")).unwrap(), Duration::ZERO).unwrap();
-            assert!(links.cache(0).is_none() && !links.is_down(0));
+            assert!(links.search(0, |_| Some(())).is_none() && !links.is_down(0));
             links.topology.follow();
         }
     }

@@ -88,11 +88,11 @@ impl RedisStore {
 #[async_trait]
 impl SessionStore for RedisStore {
     fn recall(&self, key: &SessionKey) -> Option<Stored> {
-        self.cache(key)?.get(key)
+        self.search(key, |copies| copies.get(key))
     }
 
     fn recall_within(&self, grace: Duration, key: &SessionKey) -> Option<Stored> {
-        self.cache(key)?.get_within(key, grace)
+        self.search(key, |copies| copies.get_within(key, grace))
     }
 
     fn is_down(&self, key: &SessionKey) -> bool {
@@ -100,7 +100,7 @@ impl SessionStore for RedisStore {
     }
 
     fn doubts(&self, key: &SessionKey) -> bool {
-        self.cache(key).is_some_and(|copies| copies.doubts(key))
+        self.search(key, |copies| copies.doubts(key).then_some(())).is_some()
     }
 
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError> {
@@ -148,13 +148,12 @@ impl SessionStore for RedisStore {
         if let Some(old) = &terms.replaces {
             self.forget(old);
         }
-        match created?[..] {
+        match &created?[..] {
             [Value::Int(-1)] => Ok(Creation::Full),
-            [Value::Int(displaced)] => {
-                let displaced = u32::try_from(displaced).map_err(|_| self.links.senseless(creating.place()))?;
-                Ok(Creation::Begun { displaced })
+            displaced => {
+                self.forget_members(key.bucket(), displaced, creating.place())?;
+                Ok(Creation::Begun { displaced: u32::try_from(displaced.len()).unwrap_or(u32::MAX) })
             }
-            _ => Err(self.links.senseless(creating.place())),
         }
     }
 
@@ -164,15 +163,17 @@ impl SessionStore for RedisStore {
             .with(key.member())
             .with_number(millis(idle))
             .with_number(ends);
-        let noted = self.cache(key).map(|cache| (cache.begin_touch(key), cache));
+        let mut noted = Vec::new();
+        self.links
+            .each_cache(bucket_slot(key.bucket()), |copies| noted.push((copies.begin_touch(key), Arc::clone(copies))));
         let touched = match touching.run(&self.links, None).await?[..] {
             [Value::Int(0)] => Touched::Gone,
             [Value::Int(1)] => Touched::Unchanged,
             [Value::Int(2)] => Touched::Extended,
             _ => return Err(self.links.senseless(touching.place())),
         };
-        if let Some((touch, cache)) = noted {
-            cache.finish_touch(&touch, touched);
+        for (touch, copies) in noted {
+            copies.finish_touch(&touch, touched);
         }
         Ok(touched != Touched::Gone)
     }
@@ -352,16 +353,25 @@ impl SessionStore for RedisStore {
 }
 
 impl RedisStore {
-    /// The copies of this worker, of the primary that has this session.
-    fn cache(&self, key: &SessionKey) -> Option<Arc<LeaseCache>> {
-        self.links.cache(bucket_slot(key.bucket()))
+    /// In all copies of this process, of the primary that has this session.
+    fn search<T>(&self, key: &SessionKey, look: impl FnMut(&Arc<LeaseCache>) -> Option<T>) -> Option<T> {
+        self.links.search(bucket_slot(key.bucket()), look)
     }
 
     /// This process ends a session: before the command and after it, no worker's copy of it is used.
     fn forget(&self, key: &SessionKey) {
-        for cache in self.links.all_caches(bucket_slot(key.bucket())) {
-            cache.forget_own(key);
+        self.links.each_cache(bucket_slot(key.bucket()), |copies| copies.forget_own(key));
+    }
+
+    /// A script of this process has ended them.
+    fn forget_members(&self, bucket: u16, members: &[Value], place: Place) -> Result<(), StoreError> {
+        for member in members {
+            let Value::BulkString(member) = member else { return Err(self.links.senseless(place)) };
+            if let Some(key) = SessionKey::of_member(bucket, member) {
+                self.forget(&key);
+            }
         }
+        Ok(())
     }
 
     /// What every script of a bucket is told; `of`: the fifth key.
@@ -393,10 +403,11 @@ impl RedisStore {
             .with(except.map(SessionKey::member).unwrap_or_default());
         let mut ended = 0;
         loop {
-            match ending.run(&self.links, self.durably()).await?[..] {
-                [Value::Int(lived @ 0..), Value::Int(seen)] => {
-                    ended += at_least_zero(lived);
-                    if at_least_zero(seen) < PAGE {
+            match &ending.run(&self.links, self.durably()).await?[..] {
+                [Value::Int(seen), members @ ..] => {
+                    self.forget_members(bucket, members, ending.place())?;
+                    ended += members.len() as u64;
+                    if at_least_zero(*seen) < PAGE {
                         return Ok(ended);
                     }
                 }

@@ -36,7 +36,10 @@ where
             let (replies, is_tracked) = links.read_for(&copies, question(slot, &name)).await.map_err(Arc::new)?;
             let found = pair(replies).and_then(decode).map_err(Arc::new)?;
             match &found {
-                Found::Live(stored) if is_tracked => copies.cache.finish_read(&ticket, Some(stored)),
+                Found::Live(stored) if is_tracked => {
+                    copies.cache.finish_read(&ticket, Some(stored));
+                    links.each_cache(slot, |cache| cache.seen_alive(&ticket));
+                }
                 Found::Live(_) => {}
                 Found::Ended(_) | Found::Nothing => copies.cache.finish_read(&ticket, None),
             }
