@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use cloakroom::config::model::{self, Access, Config};
 use cloakroom::config::value::Bytes;
-use cloakroom::identity::Identity;
 use cloakroom::identity::headers::IdentityHeaders;
+use cloakroom::identity::{Identity, Known};
 use cloakroom::login::csrf::login_cookie_name;
 use cloakroom::proxy::admit::{Who, admit};
 use cloakroom::proxy::guard::{self, HeadLimits};
@@ -118,7 +118,7 @@ fn copies(criterion: &mut Criterion) {
 }
 
 fn admission(criterion: &mut Criterion) {
-    let (ann, groups) = (Arc::new(ann()), ["admins".to_owned(), "editors".to_owned()]);
+    let (ann, groups) = (Arc::new(Known::new(ann())), ["admins".to_owned(), "editors".to_owned()]);
     criterion.bench_function("admit, one of two groups", |bencher| {
         bencher.iter(|| admit(Access::Required, black_box(&groups), Who::User(Arc::clone(&ann))));
     });
@@ -127,10 +127,14 @@ fn admission(criterion: &mut Criterion) {
 fn identities(criterion: &mut Criterion) {
     let headers = IdentityHeaders::compile(&model::Identity::default());
     let identity = ann();
+    let known = Known::new(ann());
     let sent = ["host", "user-agent", "accept", "accept-language", "accept-encoding", "referer", "cookie", "x-team"];
 
     criterion.bench_function("identity/render", |bencher| {
         bencher.iter(|| headers.render(black_box(&identity)).for_each(|header| drop(black_box(header))));
+    });
+    criterion.bench_function("identity/lines of a known user", |bencher| {
+        bencher.iter(|| black_box(&known).lines(&headers).iter().cloned().for_each(|header| drop(black_box(header))));
     });
     criterion.bench_function("identity/is_reserved, 8 fields", |bencher| {
         bencher.iter(|| black_box(&sent).iter().filter(|name| headers.is_reserved(name)).count());

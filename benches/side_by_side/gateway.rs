@@ -24,7 +24,8 @@ const USERS: usize = 10_000;
 /// Logins at a time, while the store is filled.
 const LOGINS: usize = 256;
 
-/// `store` is `memory`, or the URL of a Redis, `#`, and what its `cache` is.
+/// `store` is `memory`, `public` (memory, and nobody is asked for a session), or the URL of a Redis, `#`, and what its
+/// `cache` is.
 /// It begins with so many `sessions`.
 pub(crate) fn run(store: &str, sessions: usize, ready: &Path, backends: &[SocketAddr]) {
     let folder = tempfile::tempdir().unwrap();
@@ -37,6 +38,7 @@ pub(crate) fn run(store: &str, sessions: usize, ready: &Path, backends: &[Socket
         format!("[{user}]\npassword = \"{hash}\"\nname = {name:?}\nemail = {email:?}\ngroups = {groups:?}\n")
     });
     std::fs::write(&users, tables.collect::<String>()).unwrap();
+    let access = if store == "public" { "public" } else { "required" };
     let store_table = match store.split_once('#') {
         None => "[store.memory]".into(),
         // A machine that is busy with other things must not end the run.
@@ -50,7 +52,7 @@ pub(crate) fn run(store: &str, sessions: usize, ready: &Path, backends: &[Socket
     let text = format!(
         "[server]\nthreads = {THREADS}\n[[listener]]\naddress = \"127.0.0.1:0\"\n{store_table}\n\
          [login.password]\nusers_file = {users:?}\n[admin]\nenabled = false\n\
-         [pool.app]\nbackends = {backends:?}\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"required\"\n"
+         [pool.app]\nbackends = {backends:?}\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = {access:?}\n"
     );
     let config = {
         let file = folder.path().join("cloakroom.toml");

@@ -111,9 +111,10 @@ fn measure(options: &Options) {
     let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
     let mut contestants = vec![("redis", uncached)];
     type Start<'a> = (&'static str, Box<dyn Fn() -> Option<Proxy> + 'a>);
-    let others: [Start<'_>; 4] = [
+    let others: [Start<'_>; 5] = [
         ("bare", Box::new(|| Some(Proxy::start(&["bare"], &backends)))),
         ("pingora", Box::new(|| Proxy::start_defaults(&backends))),
+        ("public", Box::new(|| Some(gateway("public")))),
         ("memory", Box::new(|| Some(gateway("memory")))),
         ("cached", Box::new(|| Some(gateway(&format!("{}#coherent", redis.url()))))),
     ];

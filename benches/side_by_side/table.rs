@@ -3,9 +3,10 @@
 use super::{CONNECTIONS, Contestant, Scenario, Turn};
 
 /// In which the rows stand; the first is what the others are compared with.
-pub(crate) const ORDER: [&str; 10] = [
+pub(crate) const ORDER: [&str; 11] = [
     "bare",
     "pingora",
+    "public",
     "memory",
     "cached",
     "redis",
@@ -46,6 +47,7 @@ fn long_name(name: &str) -> &str {
     match name {
         "bare" => "bare pingora in our workers",
         "pingora" => "bare pingora as it comes",
+        "public" => "Cloakroom, a public route",
         "memory" => "Cloakroom, memory",
         "cached" => "Cloakroom, Redis, cached",
         "redis" => "Cloakroom, Redis, uncached",

@@ -6,6 +6,7 @@
 //! `X-Remote-User`, `x_remote_user` and `X.Remote.User`.
 
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use http::{HeaderName, HeaderValue};
 
@@ -20,6 +21,7 @@ pub struct IdentityHeaders {
     headers: Vec<Header>,
     groups: GroupList,
     reserved: Names,
+    edition: u64,
 }
 
 /// Whether a header says how a request reached us (address, scheme, host, path or certificate of the client), which
@@ -50,7 +52,13 @@ impl IdentityHeaders {
             preset.headers.iter().for_each(|(name, _)| reserved.add(name));
         }
         config.headers.keys().chain(&config.strip).for_each(|name| reserved.add(name.get_ref()));
-        Self { headers, groups: preset.groups, reserved }
+        static EDITIONS: AtomicU64 = AtomicU64::new(0);
+        Self { headers, groups: preset.groups, reserved, edition: EDITIONS.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// Which of all that were compiled in this process.
+    pub(super) fn edition(&self) -> u64 {
+        self.edition
     }
 
     /// Whether a client may not send this to a backend: every name of every preset, the names that belong to the same

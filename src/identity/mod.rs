@@ -1,11 +1,17 @@
 //! What may the backend know? Who a user is, and the header names and values that say so.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Deref;
+use std::sync::OnceLock;
 
+use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
 
 pub mod headers;
 pub mod presets;
+
+use headers::IdentityHeaders;
 
 /// What a backend may know of a user. Values are as the login gave them: any Unicode.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,4 +21,66 @@ pub struct Identity {
     pub email: Option<String>,
     pub groups: Vec<String>,
     pub claims: BTreeMap<String, String>,
+}
+
+/// A user, and the header lines that tell a backend who that is: they are made for the first request, and serve all.
+#[derive(Debug)]
+pub struct Known {
+    identity: Identity,
+    lines: OnceLock<Rendered>,
+}
+
+#[derive(Debug)]
+struct Rendered {
+    /// Of [`IdentityHeaders`]: another configuration may name other headers.
+    edition: u64,
+    lines: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl Known {
+    pub fn new(identity: Identity) -> Self {
+        Self { identity, lines: OnceLock::new() }
+    }
+
+    /// What [`IdentityHeaders::render`] gives.
+    pub fn lines(&self, headers: &IdentityHeaders) -> Cow<'_, [(HeaderName, HeaderValue)]> {
+        let render = || headers.render(&self.identity).collect();
+        let rendered = self.lines.get_or_init(|| Rendered { edition: headers.edition(), lines: render() });
+        if rendered.edition == headers.edition() { (&rendered.lines).into() } else { render().into() }
+    }
+}
+
+impl Deref for Known {
+    type Target = Identity;
+
+    fn deref(&self) -> &Identity {
+        &self.identity
+    }
+}
+
+impl Eq for Known {}
+
+impl PartialEq for Known {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::model::{self, Preset};
+
+    #[test]
+    fn lines_are_those_of_the_configuration_that_is_asked() {
+        let headers = |preset| IdentityHeaders::compile(&model::Identity { preset, ..model::Identity::default() });
+        let known = Known::new(Identity { user: "ann".into(), ..Identity::default() });
+        for preset in [Preset::XForwarded, Preset::Remote, Preset::XForwarded] {
+            let headers = headers(preset);
+            for _ in 0..2 {
+                let expected: Vec<_> = headers.render(&known).collect();
+                assert_eq!(*known.lines(&headers), expected);
+            }
+        }
+    }
 }

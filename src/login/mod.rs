@@ -40,7 +40,7 @@ mod tests;
 
 use crate::config::error::{ConfigError, Problems};
 use crate::config::model;
-use crate::identity::Identity;
+use crate::identity::{Identity, Known};
 use crate::metrics::Metrics;
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
@@ -93,7 +93,7 @@ pub struct LoginRequest<'a> {
 /// Who is before us, when it is somebody.
 struct Visitor {
     id: SessionId,
-    identity: Arc<Identity>,
+    identity: Arc<Known>,
     /// The absolute end, Unix time in ms.
     ends: u64,
 }
@@ -327,7 +327,7 @@ impl Login {
     async fn session(&self, request: &LoginRequest<'_>) -> Response<Bytes> {
         match self.visitor(request).await {
             Ok(Some(visitor)) => {
-                let Identity { user, name, email, groups, claims: _ } = &*visitor.identity;
+                let Identity { user, name, email, groups, claims: _ } = &**visitor.identity;
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
                 let left = u128::from(visitor.ends).saturating_sub(now) / 1000;
                 let left = u64::try_from(left).unwrap_or(u64::MAX);

@@ -9,7 +9,7 @@ use super::hash::Hashing;
 use super::throttle::{Throttle, Verdict};
 use super::users::{Standing, UserName, Users};
 use crate::config::model;
-use crate::identity::Identity;
+use crate::identity::Known;
 use crate::session::store::SessionStore;
 
 /// Login by a user name and a password of the users file.
@@ -22,7 +22,7 @@ pub(super) struct PasswordLogin {
 /// What became of an attempt. Only the log tells the refusals apart.
 #[derive(Debug)]
 pub(super) enum Answer {
-    Welcome(Arc<Identity>),
+    Welcome(Arc<Known>),
     Wrong,
     Disabled,
     Unknown,

@@ -20,7 +20,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::hash::StoredHash;
 use crate::config::error::{ConfigError, Problems};
-use crate::identity::Identity;
+use crate::identity::{Identity, Known};
 
 /// Everybody in the file. Read again as a whole, never changed.
 pub struct Users {
@@ -42,13 +42,13 @@ pub(super) struct Candidate<'u> {
 }
 
 pub(super) enum Standing<'u> {
-    Enabled(&'u Arc<Identity>),
+    Enabled(&'u Arc<Known>),
     Disabled,
     Unknown,
 }
 
 struct User {
-    identity: Arc<Identity>,
+    identity: Arc<Known>,
     hash: StoredHash,
     disabled: bool,
 }
@@ -85,7 +85,7 @@ impl Users {
     ///
     /// Asked at every request of a session that began with a password: a new group, a disabled or a removed user take
     /// effect when the file is read again, on every session, without touching the store.
-    pub fn current(&self, user: &str) -> Option<&Arc<Identity>> {
+    pub fn current(&self, user: &str) -> Option<&Arc<Known>> {
         self.by_name.get(user).filter(|user| !user.disabled).map(|user| &user.identity)
     }
 
@@ -188,7 +188,7 @@ impl Reader<'_, '_> {
             self.problems.add(at, format!("user {:?} has no password", name.as_str())).hint(HOW_TO_HASH);
             return None;
         };
-        Some(User { identity: Arc::new(identity), hash: password?, disabled })
+        Some(User { identity: Arc::new(Known::new(identity)), hash: password?, disabled })
     }
 
     fn hash(&mut self, value: &Spanned<DeValue<'_>>) -> Option<StoredHash> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::model::Access;
-use crate::identity::Identity;
+use crate::identity::Known;
 
 use super::reply::Rejection;
 
@@ -14,7 +14,7 @@ pub enum Who {
     Unasked,
     /// No session that counts: none, one that cannot be read, or its user is removed or disabled.
     Nobody,
-    User(Arc<Identity>),
+    User(Arc<Known>),
     /// The store could not say.
     Unknown,
     /// The store was not asked, for this network has asked for too many sessions that do not exist.
@@ -25,7 +25,7 @@ pub enum Who {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
     /// To a backend, with what it may know.
-    Forward(Option<Arc<Identity>>),
+    Forward(Option<Arc<Known>>),
     Reply(Rejection),
 }
 
@@ -52,10 +52,12 @@ pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::Identity;
 
     #[test]
     fn every_demand_meets_every_user() {
-        let ann = Arc::new(Identity { user: "ann".into(), groups: vec!["staff".into()], ..Identity::default() });
+        let ann = Identity { user: "ann".into(), groups: vec!["staff".into()], ..Identity::default() };
+        let ann = Arc::new(Known::new(ann));
         let staff = ["admins".to_owned(), "staff".to_owned()];
         let admins = ["admins".to_owned(), "Staff".to_owned()];
         let user = || Who::User(Arc::clone(&ann));

@@ -10,7 +10,7 @@ use http::{HeaderValue, Method, StatusCode, Uri};
 
 use crate::backend::balance::Tried;
 use crate::backend::{Backend, Pool};
-use crate::identity::Identity;
+use crate::identity::Known;
 use crate::login::navigation::Notice;
 use crate::metrics::Metrics;
 use crate::session::Source;
@@ -83,7 +83,7 @@ pub struct RequestContext {
     pub request_id: RequestId,
     pub route: Option<Arc<Route>>,
     pub pool: Option<Arc<Pool>>,
-    pub identity: Option<Arc<Identity>>,
+    pub identity: Option<Arc<Known>>,
     /// Of the session, for the log.
     pub session: Option<SessionKey>,
     /// How the session was known.

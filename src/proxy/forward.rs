@@ -96,8 +96,8 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
     if let Some(identity) = &context.identity {
-        for (name, value) in rules.identity.render(identity) {
-            headers.insert(name, value);
+        for (name, value) in identity.lines(&rules.identity).iter() {
+            headers.insert(name, value.clone());
         }
     }
 }
@@ -181,6 +181,17 @@ fn is_for_one_user(response: &ResponseHeader) -> bool {
 
 /// Pingora leaves these in an HTTP/1 response, and what `Connection` nominates with them.
 fn remove_hop_by_hop(response: &mut ResponseHeader) {
+    // To look at each name is cheaper than to look for each, and most responses have none of them.
+    let is_of_one_hop = |name: &HeaderName| *name == header::CONNECTION || HOP_BY_HOP.contains(name);
+    if response.headers.keys().any(is_of_one_hop) {
+        remove_nominated(response);
+    }
+    if response.status != http::StatusCode::SWITCHING_PROTOCOLS {
+        response.remove_header(&header::UPGRADE);
+    }
+}
+
+fn remove_nominated(response: &mut ResponseHeader) {
     let nominated: Vec<HeaderName> = response
         .headers
         .get_all(header::CONNECTION)
@@ -194,8 +205,5 @@ fn remove_hop_by_hop(response: &mut ResponseHeader) {
         .collect();
     for name in HOP_BY_HOP.iter().chain(&nominated) {
         response.remove_header(name);
-    }
-    if response.status != http::StatusCode::SWITCHING_PROTOCOLS {
-        response.remove_header(&header::UPGRADE);
     }
 }

@@ -1,6 +1,7 @@
 //! The ticket: 256 random bits and a bucket, made only at login, never taken from a client.
 
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -32,6 +33,13 @@ pub struct UserKey {
     bucket: u16,
     hash: [u8; KEY_BYTES],
 }
+
+/// For tables by [`SessionKey`], which is a hash already. Not where clients can bring keys of their own making.
+pub type KeyHashing = BuildHasherDefault<KeyHasher>;
+
+/// See [`KeyHashing`].
+#[derive(Debug, Default)]
+pub struct KeyHasher(u64);
 
 /// How many buckets there are.
 pub const BUCKETS: u16 = 4096;
@@ -153,6 +161,24 @@ impl SessionKey {
     /// Evenly spread, as the hash is: for choosing a shard.
     pub(super) fn spread(&self) -> usize {
         usize::from(self.hash[0])
+    }
+}
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(bytes) = bytes.first_chunk() {
+            self.0 = u64::from_ne_bytes(*bytes);
+        }
+    }
+
+    /// The bucket: known to be the same for all sessions of a user.
+    fn write_u16(&mut self, _: u16) {}
+
+    /// A length: the same for all.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 

@@ -84,7 +84,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Add;
 use std::sync::Arc;
 use std::time::Duration;
@@ -94,7 +93,7 @@ use quick_cache::unsync::{Cache, DefaultLifecycle};
 use quick_cache::{OptionsBuilder, Weighter};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::id::SessionKey;
+use super::id::{KeyHashing, SessionKey};
 use super::record::Record;
 use super::store::Stored;
 
@@ -194,7 +193,7 @@ struct State {
     epoch: u64,
     /// One more with each invalidation in the shard.
     versions: [u64; SHARDS],
-    copies: Cache<SessionKey, Kept, ByWeight, BuildHasherDefault<KeyHasher>>,
+    copies: Cache<SessionKey, Kept, ByWeight, KeyHashing>,
     connection: Option<Connection>,
     /// The last that was asked for, and the last that is known to be lost.
     attempted: Connection,
@@ -242,10 +241,6 @@ enum Echo {
 #[derive(Clone)]
 struct ByWeight;
 
-/// Session keys are hashes already.
-#[derive(Default)]
-struct KeyHasher(u64);
-
 /// As many as [`SessionKey::spread`] tells apart: 1 in 256 reads is not kept for another key's sake.
 const SHARDS: usize = 256;
 
@@ -261,7 +256,7 @@ impl LeaseCache {
             .weight_capacity(if limits.sessions_max == 0 { 0 } else { limits.bytes_max })
             .build()
             .expect("both capacities are given");
-        let copies = Cache::with_options(options, ByWeight, BuildHasherDefault::default(), DefaultLifecycle::default());
+        let copies = Cache::with_options(options, ByWeight, KeyHashing::default(), DefaultLifecycle::default());
         let state = State {
             epoch: 1,
             versions: [0; SHARDS],
@@ -575,24 +570,6 @@ impl Weighter<SessionKey, Kept> for ByWeight {
     /// Never less than a fair share of the bytes: so the bound on bytes is one on the number, too.
     fn weight(&self, _: &SessionKey, copy: &Kept) -> u64 {
         copy.weight
-    }
-}
-
-impl Hasher for KeyHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(bytes) = bytes.first_chunk() {
-            self.0 = u64::from_ne_bytes(*bytes);
-        }
-    }
-
-    /// The bucket: known to be the same for all sessions of a user.
-    fn write_u16(&mut self, _: u16) {}
-
-    /// A length: the same for all.
-    fn write_usize(&mut self, _: usize) {}
-
-    fn finish(&self) -> u64 {
-        self.0
     }
 }
 

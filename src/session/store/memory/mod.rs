@@ -16,7 +16,7 @@ use super::{
     Stored, Terms, counter_hash, millis,
 };
 use crate::config::model::WhenFull;
-use crate::session::id::{SessionKey, UserKey};
+use crate::session::id::{KeyHashing, SessionKey, UserKey};
 use crate::session::record::Record;
 
 mod file;
@@ -60,7 +60,7 @@ pub struct Loaded {
 
 #[derive(Default)]
 struct Shard {
-    sessions: HashMap<SessionKey, Entry>,
+    sessions: HashMap<SessionKey, Entry, KeyHashing>,
     /// Each user's sessions, in the order in which they began.
     users: BTreeMap<(UserKey, u64), SessionKey>,
     /// Numbers the sessions, for that order.
