@@ -298,7 +298,8 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         desks.push(desk);
         let plan = WorkerPlan {
             queue,
-            gateway: gateway.clone(),
+            // A count of its own of who has the observer: workers would wait for each other's with every request.
+            gateway: Gateway { observer: Arc::new(Observer::clone(&gateway.observer)), ..gateway.clone() },
             head_rules: Arc::clone(&head_rules),
             shutdown: shutting_down.clone(),
             drain_timeout,

@@ -5,9 +5,12 @@
 //! every character that is no letter or digit as a hyphen, because CGI, WSGI and PHP make one variable of
 //! `X-Remote-User`, `x_remote_user` and `X.Remote.User`.
 
+use std::fmt;
+use std::ops::Range;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
 
 use super::Identity;
@@ -21,6 +24,7 @@ pub struct IdentityHeaders {
     headers: Vec<Header>,
     groups: GroupList,
     reserved: Names,
+    /// Which of all that were compiled in this process.
     edition: u64,
 }
 
@@ -56,11 +60,6 @@ impl IdentityHeaders {
         Self { headers, groups: preset.groups, reserved, edition: EDITIONS.fetch_add(1, Ordering::Relaxed) }
     }
 
-    /// Which of all that were compiled in this process.
-    pub(super) fn edition(&self) -> u64 {
-        self.edition
-    }
-
     /// Whether a client may not send this to a backend: every name of every preset, the names that belong to the same
     /// families, the own headers, and what `identity.strip` names.
     pub fn is_reserved(&self, name: &str) -> bool {
@@ -78,17 +77,52 @@ impl IdentityHeaders {
     /// beginning or the end is written `%XX`, so that percent-decoding gives back the text exactly: `Alice Smith` stays
     /// as it is, `Zoë` becomes `Zo%C3%AB`. In a list of groups, the separator (and the quote, where there are some)
     /// inside a group is encoded too: split first, then decode.
-    pub fn render(&self, identity: &Identity) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+    pub fn render(&self, identity: &Identity) -> Lines {
         let mut text = String::with_capacity(VALUE_BYTES_USUAL);
-        self.headers.iter().filter_map(move |header| {
-            text.clear();
-            for part in &header.parts {
-                part.write(identity, self.groups, &mut text)?;
+        let mut values = Vec::with_capacity(self.headers.len());
+        for (header, Header { parts, .. }) in self.headers.iter().enumerate() {
+            let begin = text.len();
+            let is_whole = parts.iter().all(|part| part.write(identity, self.groups, &mut text).is_some());
+            if is_whole && HeaderValue::from_str(&text[begin..]).is_ok() {
+                values.push((header, begin..text.len()));
+            } else {
+                text.truncate(begin);
             }
-            let mut value = HeaderValue::from_str(&text).ok()?;
+        }
+        Lines { edition: self.edition, text: text.into(), values }
+    }
+}
+
+/// The header lines of one user, in one piece of memory: that of a user who was away for a while is in no cache of the
+/// processor, and each piece would be waited for.
+#[derive(Clone)]
+pub struct Lines {
+    edition: u64,
+    text: Bytes,
+    /// Which header, and where its value is in `text`.
+    values: Vec<(usize, Range<usize>)>,
+}
+
+impl Lines {
+    /// Whether they say what these headers would say.
+    pub fn are_of(&self, headers: &IdentityHeaders) -> bool {
+        self.edition == headers.edition
+    }
+
+    /// Name and value of each; none if they are not [of](Self::are_of) these headers.
+    pub fn iter(&self, headers: &IdentityHeaders) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
+        let values = if self.are_of(headers) { self.values.as_slice() } else { &[] };
+        values.iter().filter_map(|(header, place)| {
+            let mut value = HeaderValue::from_maybe_shared(self.text.slice(place.clone())).ok()?;
             value.set_sensitive(true); // personal data: keeps it out of every `Debug`
-            Some((header.name.clone(), value))
+            Some((headers.headers.get(*header)?.name.clone(), value))
         })
+    }
+}
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lines").field("count", &self.values.len()).finish_non_exhaustive()
     }
 }
 
@@ -349,7 +383,11 @@ mod tests {
 
     fn rendered(headers: &IdentityHeaders, identity: &Identity) -> Vec<(String, String)> {
         let text = |name: HeaderName| name.as_str().to_owned();
-        headers.render(identity).map(|(name, value)| (text(name), value.to_str().unwrap().to_owned())).collect()
+        headers
+            .render(identity)
+            .iter(headers)
+            .map(|(name, value)| (text(name), value.to_str().unwrap().to_owned()))
+            .collect()
     }
 
     #[test]
@@ -494,7 +532,7 @@ mod tests {
                 claims: BTreeMap::from([("team".to_owned(), text(8))]),
             };
             let (preset, headers) = &presets[round % presets.len()];
-            for (name, value) in headers.render(&identity) {
+            for (name, value) in headers.render(&identity).iter(&headers) {
                 let value = value.to_str().expect("visible ASCII");
                 assert!(value.bytes().all(|byte| matches!(byte, b' '..=b'~')), "{value:?}: no byte to stumble over");
                 assert_eq!(value.trim(), value, "{value:?}: nothing that a receiver would trim");
@@ -517,7 +555,7 @@ mod tests {
     #[test]
     fn a_value_never_prints_itself() {
         let headers = compiled(model::Preset::XForwarded);
-        let printed = format!("{:?}", headers.render(&alice()).collect::<Vec<_>>());
+        let printed = format!("{:?}", headers.render(&alice()).iter(&headers).collect::<Vec<_>>());
         assert!(!printed.contains("alice"), "{printed}");
     }
 

@@ -97,7 +97,16 @@ impl SessionStore for FakeStore {
         let NewSession { identity, method, client, secrets } = session;
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let [created, ends] = [created, created + terms.lifetime.absolute].map(|time| time.as_millis() as u64);
-        let record = Record { identity, attributes: BTreeMap::new(), created, ends, method, client, secrets };
+        let record = Record {
+            identity,
+            attributes: BTreeMap::new(),
+            created,
+            ends,
+            method,
+            client,
+            secrets,
+            known: Default::default(),
+        };
         self.with(|kept| {
             let is_replaced = |old: &SessionKey| terms.replaces.as_ref() == Some(old);
             let others = kept

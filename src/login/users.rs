@@ -14,6 +14,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -27,6 +28,7 @@ pub struct Users {
     by_name: HashMap<String, User>,
     /// What a password is checked against when nobody has the name.
     dummy: StoredHash,
+    edition: u64,
 }
 
 /// A user name in the one form that look-ups and counters share: without white space around it, at most 256 bytes, no
@@ -78,7 +80,12 @@ impl Users {
         let users = if broken { Vec::new() } else { Reader { problems: &mut problems }.users(table.get_ref()) };
         let dummy = StoredHash::dummy(users.iter().map(|user| &user.hash));
         let by_name = users.into_iter().map(|user| (user.identity.user.clone(), user)).collect();
-        problems.into_result(Self { by_name, dummy })
+        problems.into_result(Self { by_name, dummy, edition: next_edition() })
+    }
+
+    /// Which of all lists that this process has read.
+    pub fn edition(&self) -> u64 {
+        self.edition
     }
 
     /// The identity of an existing, enabled user, as the file says now.
@@ -102,10 +109,15 @@ impl Users {
     }
 }
 
+fn next_edition() -> u64 {
+    static EDITIONS: AtomicU64 = AtomicU64::new(0);
+    EDITIONS.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Default for Users {
     /// Nobody.
     fn default() -> Self {
-        Self { by_name: HashMap::new(), dummy: StoredHash::dummy(std::iter::empty()) }
+        Self { by_name: HashMap::new(), dummy: StoredHash::dummy(std::iter::empty()), edition: next_edition() }
     }
 }
 

@@ -50,8 +50,8 @@ pub struct ListenerFacts {
     pub cookie: SessionCookie,
 }
 
-/// Where requests are told of.
-#[derive(Debug)]
+/// Where requests are told of; clones tell the same.
+#[derive(Clone, Debug)]
 pub struct Observer {
     pub metrics: Metrics,
     pub access_log: AccessLog,

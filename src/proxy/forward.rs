@@ -96,8 +96,8 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
     if let Some(identity) = &context.identity {
-        for (name, value) in identity.lines(&rules.identity).iter() {
-            headers.insert(name, value.clone());
+        for (name, value) in identity.lines(&rules.identity).iter(&rules.identity) {
+            headers.insert(name, value);
         }
     }
 }

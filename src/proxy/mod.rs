@@ -112,7 +112,7 @@ impl ProxyHttp for Gateway {
             Decision::Reply { response, outcome } => {
                 context.outcome = Some(outcome);
                 let close = downstream.is_process_shutting_down();
-                let sent = reply::send(downstream, response, context.request_id.as_str(), close).await;
+                let sent = Box::pin(reply::send(downstream, response, context.request_id.as_str(), close)).await;
                 sent.map_err(|error| {
                     context.outcome = None;
                     error.into_down()
@@ -360,7 +360,8 @@ impl Gateway {
             return reject(downstream, context, Rejection::Internal);
         };
         if rules.login.owns(downstream.req_header().uri.path()) {
-            return self.log_in_or_out(downstream, context, &rules.login, &connection).await;
+            // Boxed, because every request would carry along what only these need.
+            return Box::pin(self.log_in_or_out(downstream, context, &rules.login, &connection)).await;
         }
         let request = downstream.req_header();
         let Some(route) = rules.routes.find(host(request), request.uri.path()) else {
@@ -577,10 +578,12 @@ impl Refusals for Gateway {
 /// Who a live session is now: of a user of the users file, what the file says today.
 fn user_of(session: &Session, rules: &Rules) -> Who {
     match session.record.method {
-        LoginMethod::Password => match rules.login.users().current(&session.record.identity.user) {
-            Some(identity) => Who::User(Arc::clone(identity)),
-            None => Who::Nobody, // removed or disabled since
-        },
+        LoginMethod::Password => {
+            let users = rules.login.users();
+            let current = || users.current(&session.record.identity.user).cloned();
+            // Nobody: removed or disabled since.
+            session.record.known.get(users.edition(), current).map_or(Who::Nobody, Who::User)
+        }
     }
 }
 
@@ -667,4 +670,22 @@ fn is_own_origin(request: &RequestHeader, connection: &Connection, others: &[Str
     let own = origin.strip_prefix(connection.listener.scheme).and_then(|rest| rest.strip_prefix("://"));
     let is_own = own.is_some_and(|authority| authority.eq_ignore_ascii_case(host(request)));
     further.is_none() && (is_own || others.iter().any(|other| other.eq_ignore_ascii_case(origin)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_every_request_carries_along_is_small() {
+        fn bytes_of<A, B, C, F>(_: impl FnOnce(A, B, C) -> F) -> usize {
+            size_of::<F>()
+        }
+        let bytes = bytes_of(
+            |gateway: &'static Gateway, downstream: &'static mut HttpSession, context: &'static mut RequestContext| {
+                gateway.decide(downstream, context)
+            },
+        );
+        assert!(bytes < 1024, "{bytes} bytes are moved and allocated for each");
+    }
 }

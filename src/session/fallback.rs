@@ -84,6 +84,7 @@ impl Fallback {
             method,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            known: Default::default(),
         })
     }
 
@@ -139,6 +140,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            known: Default::default(),
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::id::SessionKey;
+use super::id::{KeyHashing, SessionKey};
 use super::network::Network;
 use super::store::Ending;
 
@@ -43,8 +43,8 @@ struct Lately {
 /// are forgotten.
 #[derive(Debug, Default)]
 struct Lived {
-    young: HashSet<SessionKey>,
-    old: HashSet<SessionKey>,
+    young: HashSet<SessionKey, KeyHashing>,
+    old: HashSet<SessionKey, KeyHashing>,
 }
 
 /// Guesses that are not forgiven yet, as they were `at` this moment.

@@ -33,7 +33,7 @@ use super::id::SessionKey;
 use super::seal::{KeyRing, Purpose, SEAL_BYTES, SealError, key_of};
 use super::store::StoreError;
 use crate::config::model::SealRecords;
-use crate::identity::Identity;
+use crate::identity::{Identity, Known};
 
 /// One session at rest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +49,13 @@ pub struct Record {
     /// What only the holder of the id can open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secrets: Option<Sealed>,
+    #[serde(skip)]
+    pub known: Memo,
 }
+
+/// Who the session's user is now, worked out once per copy of a record and configuration. No part of the record.
+#[derive(Default)]
+pub struct Memo(Mutex<Option<(u64, Option<Arc<Known>>)>>);
 
 /// Encrypted bytes: see [`super::seal`].
 #[derive(Clone, PartialEq, Eq)]
@@ -193,6 +199,41 @@ impl Record {
     }
 }
 
+impl Memo {
+    /// What `work_out` gives, or gave before for the same `edition` of the configuration.
+    pub fn get(&self, edition: u64, work_out: impl FnOnce() -> Option<Arc<Known>>) -> Option<Arc<Known>> {
+        let mut memo = self.0.lock();
+        match &*memo {
+            Some((of, known)) if *of == edition => known.clone(),
+            Some(_) | None => {
+                let known = work_out();
+                *memo = Some((edition, known.clone()));
+                known
+            }
+        }
+    }
+}
+
+impl Clone for Memo {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for Memo {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Memo {}
+
+impl fmt::Debug for Memo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Memo")
+    }
+}
+
 /// As MessagePack's bin, and not as an array of numbers.
 impl Serialize for Sealed {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -266,6 +307,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: Some("2001:db8::1".parse().unwrap()), user_agent: "Browser/1".into() },
             secrets: None,
+            known: Default::default(),
         }
     }
 
@@ -279,6 +321,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: Some("192.0.2.7".parse().unwrap()), user_agent: String::new() },
             secrets: None,
+            known: Default::default(),
         };
         let secret = Record { secrets: Some(Sealed(vec![1, 200, 3])), ..full() };
         for (record, version) in [(full(), 1), (plain, 1), (secret, 2)] {
@@ -353,6 +396,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: Some("192.0.2.7".parse().unwrap()), user_agent: "x".into() },
             secrets: None,
+            known: Default::default(),
         };
         let expected: Vec<u8> = [
             &[1, 0x96, 0x95][..],

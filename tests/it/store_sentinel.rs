@@ -10,6 +10,7 @@ use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{Ending, SessionStore, StoreError, StoreOptions};
 
 use crate::harness::eventually;
+use crate::harness::redis::RedisServer;
 use crate::harness::redis::sentinels::Sentinels;
 use crate::store_contract::{LONG, id_of, session_of, settings, terms};
 use crate::store_redis_faults::{Traffic, create, load, until_down};
@@ -144,4 +145,17 @@ async fn an_unknown_name_is_said() {
     let refused = store.create(&id_of("ann").key(), session_of("ann"), &terms(LONG, None)).await.unwrap_err();
     let StoreError::Unavailable(cause) = refused else { panic!("{refused:?}") };
     assert!(cause.to_string().contains("\"other\"") || cause.to_string().contains("No such master"), "{cause}");
+}
+
+#[tokio::test]
+async fn with_the_shipped_settings_a_sentinel_leads_to_its_primary() {
+    let server = RedisServer::start();
+    let shipped = include_str!("../../conf/sentinel.conf");
+    assert!(shipped.contains("sentinel monitor sessions 127.0.0.1 6379 2") && shipped.contains("port 26379"));
+    let here = shipped.replace("127.0.0.1 6379 2", &format!("127.0.0.1 {} 1", server.port())).replace("port 26379", "");
+    let sentinel = RedisServer::sentinel(&here);
+    let url = format!("redis+sentinel://127.0.0.1:{}/sessions", sentinel.port());
+    let store = RedisStore::new(&settings(&url), StoreOptions::default()).unwrap();
+    let key = create(&store, "ann").await;
+    assert_eq!(load(&store, &key).await.unwrap().as_deref(), Some("ann"));
 }

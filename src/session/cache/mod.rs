@@ -78,7 +78,7 @@
 //! # let client = cloakroom::session::record::ClientHints { address: None, user_agent: String::new() };
 //! # let method = cloakroom::session::record::LoginMethod::Password;
 //! # let record = cloakroom::session::record::Record {
-//! #     identity, attributes: Default::default(), created: 0, ends: 1, method, client, secrets: None };
+//! #     identity, attributes: Default::default(), created: 0, ends: 1, method, client, secrets: None, known: Default::default() };
 //! # demo(Stored { record: record.into(), time_to_live: Duration::from_secs(60) });
 //! ```
 
@@ -274,12 +274,12 @@ impl LeaseCache {
 
     /// The copy, if it is known to be true now (I1). It has so long to live from now.
     pub fn get(&self, key: &SessionKey) -> Option<Stored> {
-        let now = (self.clock)();
         let state = self.state.lock();
+        let copy = state.copies.get(key)?;
+        let now = (self.clock)();
         if state.lease_until() <= now {
             return None;
         }
-        let copy = state.copies.get(key)?;
         let tracked = matches!(copy.echo, Echo::None | Echo::Sent(_));
         let valid = copy.epoch == state.epoch && tracked && now < copy.read + self.limits.age_max;
         if valid { copy.stored(now) } else { None }
@@ -531,7 +531,7 @@ impl Kept {
 
 /// About what a copy takes of memory: its record, its place in the table, and what the allocator adds to each piece.
 pub fn heap_bytes(stored: &Stored) -> usize {
-    let Record { identity, attributes, created: _, ends: _, method: _, client, secrets } = &*stored.record;
+    let Record { identity, attributes, created: _, ends: _, method: _, client, secrets, known: _ } = &*stored.record;
     let identity_texts = [Some(&identity.user), identity.name.as_ref(), identity.email.as_ref()];
     let texts = identity_texts.into_iter().flatten().chain(&identity.groups).chain([&client.user_agent]);
     let groups = piece(identity.groups.capacity() * size_of::<String>());
@@ -714,6 +714,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            known: Default::default(),
         };
         Stored { record: Arc::new(record), time_to_live: LIFE }
     }

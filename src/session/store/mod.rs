@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
-use super::record::{ClientHints, Codec, LoginMethod, Record, Sealed};
+use super::record::{ClientHints, Codec, LoginMethod, Memo, Record, Sealed};
 use crate::config::model::WhenFull;
 use crate::identity::Identity;
 
@@ -294,6 +294,7 @@ impl NewSession {
             method: self.method,
             client: self.client,
             secrets: self.secrets,
+            known: Memo::default(),
         }
     }
 }

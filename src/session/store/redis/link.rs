@@ -154,19 +154,18 @@ impl Links {
     /// The first that `look` finds in what this process keeps of the sessions in this slot: this runtime's copies, then
     /// those of the others.
     pub(super) fn search<T>(&self, slot: u16, mut look: impl FnMut(&Arc<LeaseCache>) -> Option<T>) -> Option<T> {
-        let primary = self.topology.primary(Place::Slot(slot))?;
         let own = runtime::Handle::try_current().ok().map(|handle| handle.id());
         let runtimes = self.runtimes.load();
-        let mut look_at = |links: &RuntimeLinks| {
-            let links = links.load();
-            let link = links.iter().find(|link| Arc::ptr_eq(&link.primary, &primary) && link.is_kept())?;
-            look(&link.copies.as_ref()?.cache)
+        let is_own = |(id, _): &&(runtime::Id, _)| Some(*id) == own;
+        let own_first = runtimes.iter().filter(is_own).chain(runtimes.iter().filter(|runtime| !is_own(runtime)));
+        let look_at = |primary: &Arc<Primary>| {
+            own_first.into_iter().find_map(|(_, links)| {
+                let links = links.load();
+                let link = links.iter().find(|link| Arc::ptr_eq(&link.primary, primary) && link.is_kept())?;
+                look(&link.copies.as_ref()?.cache)
+            })
         };
-        let own_links = runtimes.iter().find(|(id, _)| Some(*id) == own).map(|(_, links)| links);
-        own_links.and_then(|links| look_at(links)).or_else(|| {
-            let others = runtimes.iter().filter(|(id, _)| Some(*id) != own);
-            others.into_iter().find_map(|(_, links)| look_at(links))
-        })
+        self.topology.with_primary(Place::Slot(slot), look_at)?
     }
 
     /// Whatever this process keeps of the sessions in this slot.
@@ -310,7 +309,8 @@ impl Links {
         let live = link.live(deadline).await?;
         match patience {
             None => Ok(live),
-            Some(_) => self.patient(&link, deadline).await,
+            // Boxed, because it is long and rare: what every read would carry along otherwise is 4 KiB.
+            Some(_) => Box::pin(self.patient(&link, deadline)).await,
         }
     }
 
@@ -501,6 +501,13 @@ mod tests {
             assert!(links.search(0, |_| Some(())).is_none() && !links.is_down(0));
             links.topology.follow();
         }
+    }
+
+    #[test]
+    fn what_every_read_carries_along_is_small() {
+        let links = Links::new(&toml::from_str("url = 'redis://127.0.0.1'").unwrap(), Duration::ZERO).unwrap();
+        let bytes = size_of_val(&links.ask(Batch { place: Place::Anywhere, commands: Vec::new() }));
+        assert!(bytes < 3 * 1024, "{bytes} bytes are moved and allocated for each");
     }
 
     #[test]

@@ -105,17 +105,19 @@ impl Topology {
 
     /// The hot path. Of [`Place::Anywhere`] one that is reached, if there is one.
     pub(super) fn primary(&self, place: Place) -> Option<Arc<Primary>> {
+        self.with_primary(place, Arc::clone)
+    }
+
+    /// As [`Self::primary`], without counting one more who has it: all workers would wait for that count.
+    pub(super) fn with_primary<T>(&self, place: Place, look: impl FnOnce(&Arc<Primary>) -> T) -> Option<T> {
         let map = self.map.load();
-        match (place, &map.slots) {
-            (Place::Slot(slot), Some(slots)) => {
-                let index = *slots.get(usize::from(slot))?;
-                map.primaries.get(usize::from(index)).cloned()
-            }
+        let primary = match (place, &map.slots) {
+            (Place::Slot(slot), Some(slots)) => map.primaries.get(usize::from(*slots.get(usize::from(slot))?)),
             (Place::Slot(_) | Place::Anywhere, None) | (Place::Anywhere, Some(_)) => {
-                let reached = map.primaries.iter().find(|primary| !primary.is_in_trouble());
-                reached.or(map.primaries.first()).cloned()
+                map.primaries.iter().find(|primary| !primary.is_in_trouble()).or(map.primaries.first())
             }
-        }
+        };
+        primary.map(look)
     }
 
     pub(super) fn primaries(&self) -> Vec<Arc<Primary>> {
@@ -496,8 +498,9 @@ impl Topology {
 
     /// Until the next look is due: the first of these in trouble, else the second, or as soon as there is trouble.
     async fn pause(&self, in_trouble: Duration, else_: Duration, wanted: &mut watch::Receiver<u64>) {
-        // Also the least between two looks, whatever happens.
-        sleep(in_trouble).await;
+        // Also the least between two looks, whatever happens. All instances are in trouble at the same time, and shall not
+        // ask in step.
+        sleep(in_trouble.mul_f64(rand::random_range(0.75..1.25))).await;
         if !self.is_in_trouble() {
             let rest = else_.saturating_sub(in_trouble);
             let _ = timeout(rest, wanted.changed()).await;

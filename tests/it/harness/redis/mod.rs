@@ -97,6 +97,11 @@ impl RedisServer {
         server.begun()
     }
 
+    /// Alone, with these lines of sentinel.conf.
+    pub(crate) fn sentinel(conf: &str) -> Self {
+        Self::begin(Program::Sentinel, conf, Tls::Off)
+    }
+
     fn begin(program: Program, conf: &str, tls: Tls) -> Self {
         Self::prepare(program, conf, tls).begun()
     }
