@@ -532,7 +532,7 @@ mod tests {
                 claims: BTreeMap::from([("team".to_owned(), text(8))]),
             };
             let (preset, headers) = &presets[round % presets.len()];
-            for (name, value) in headers.render(&identity).iter(&headers) {
+            for (name, value) in headers.render(&identity).iter(headers) {
                 let value = value.to_str().expect("visible ASCII");
                 assert!(value.bytes().all(|byte| matches!(byte, b' '..=b'~')), "{value:?}: no byte to stumble over");
                 assert_eq!(value.trim(), value, "{value:?}: nothing that a receiver would trim");
