@@ -17,7 +17,7 @@ use cloakroom::proxy::route::Routes;
 use cloakroom::session::cache::{Beat, LeaseCache, Limits};
 use cloakroom::session::cookie::{ReservedCookies, SessionCookie};
 use cloakroom::session::id::SessionId;
-use cloakroom::session::record::{ClientHints, LoginMethod, Record};
+use cloakroom::session::record::{Attribute, ClientHints, LoginMethod, Record};
 use cloakroom::session::store::Stored;
 use criterion::{Criterion, criterion_group, criterion_main};
 use http::HeaderMap;
@@ -144,12 +144,13 @@ fn identities(criterion: &mut Criterion) {
 fn record() -> Record {
     Record {
         identity: ann(),
-        attributes: [("cart".to_owned(), "3 things".to_owned())].into(),
+        attributes: [("cart".to_owned(), Attribute { value: "3 things".to_owned(), ends: None })].into(),
         created: 1_760_000_000_000,
         ends: 1_760_043_200_000,
         method: LoginMethod::Password,
         client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Mozilla/5.0 (X11; Linux)".into() },
         secrets: None,
+        login: None,
         known: Default::default(),
     }
 }

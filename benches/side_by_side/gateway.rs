@@ -99,7 +99,8 @@ fn fill(store: Arc<dyn SessionStore>, count: usize, config: &Config, cookie: &Se
                         user_agent: "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0".into(),
                     };
                     let (identity, method) = (user(number % USERS), LoginMethod::Password);
-                    let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
+                    let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
+                    let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
                     sessions.start(newcomer, None).await.unwrap()
                 });
             }

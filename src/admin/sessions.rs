@@ -308,6 +308,8 @@ mod tests {
                 method: LoginMethod::Password,
                 client: ClientHints { address: None, user_agent: "Browser/1".into() },
                 secrets: None,
+                attributes: Default::default(),
+                login: None,
             };
             store.create(&key, session, &Terms { lifetime: LIFETIME, limit: None, replaces: None }).await.unwrap();
             handles.push(key.log_hash());

@@ -296,7 +296,8 @@ impl Login {
         let client = ClientHints { address: Some(request.client), user_agent: user_agent.to_owned() };
         let replaces = request.cookie.find(request.headers);
         let (identity, method) = (identity.clone(), LoginMethod::Password);
-        let newcomer = Newcomer { identity, method, client, secrets: BTreeMap::new() };
+        let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
+        let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
         Ok(self.sessions.start(newcomer, replaces.as_ref()).await?)
     }
 
@@ -370,6 +371,8 @@ impl Login {
         };
         let identity = match record.method {
             LoginMethod::Password => self.users.current(&record.identity.user).map(Arc::clone),
+            LoginMethod::Oidc | LoginMethod::Backend => Some(Arc::new(Known::new(record.identity.clone()))),
+            LoginMethod::Anonymous => None,
         };
         Ok(identity.map(|identity| Visitor { id, identity, ends: record.ends }).ok_or(None))
     }

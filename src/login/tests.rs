@@ -11,7 +11,7 @@ use crate::config::model::WhenFull;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
 use crate::session::store::{
-    Activity, Count, Creation, EndEvent, Ending, Found, Limit, Listed, NewSession, SessionStore, Stored, Terms,
+    Activity, Change, Count, Creation, EndEvent, Ending, Found, Limit, Listed, NewSession, SessionStore, Stored, Terms,
 };
 use crate::session::{Lifetime, Options};
 
@@ -94,19 +94,11 @@ impl SessionStore for FakeStore {
     }
 
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
-        let NewSession { identity, method, client, secrets } = session;
+        let NewSession { identity, method, client, secrets, attributes, login } = session;
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let [created, ends] = [created, created + terms.lifetime.absolute].map(|time| time.as_millis() as u64);
-        let record = Record {
-            identity,
-            attributes: BTreeMap::new(),
-            created,
-            ends,
-            method,
-            client,
-            secrets,
-            known: Default::default(),
-        };
+        let record =
+            Record { identity, attributes, created, ends, method, client, secrets, login, known: Default::default() };
         self.with(|kept| {
             let is_replaced = |old: &SessionKey| terms.replaces.as_ref() == Some(old);
             let others = kept
@@ -127,6 +119,30 @@ impl SessionStore for FakeStore {
             kept.touches += 1;
             kept.sessions.contains_key(key)
         })
+    }
+
+    async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+        self.with(|kept| {
+            let record = kept.sessions.get_mut(key)?;
+            *record = change(record).unwrap_or(record.clone());
+            Some(Arc::new(record.clone()))
+        })
+    }
+
+    async fn claim(&self, _: &str, _: &str, _: Duration) -> Result<bool, StoreError> {
+        unreachable!("this room claims nothing")
+    }
+
+    async fn release(&self, _: &str, _: &str) -> Result<(), StoreError> {
+        unreachable!("this room claims nothing")
+    }
+
+    async fn bind(&self, _: &str, _: &SessionKey, _: Duration) -> Result<Vec<SessionKey>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn bound(&self, _: &str) -> Result<Vec<SessionKey>, StoreError> {
+        Ok(Vec::new())
     }
 
     async fn destroy(&self, key: &SessionKey, _: Option<&str>, _: Ending) -> Result<bool, StoreError> {

@@ -17,6 +17,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::model::Access;
+use crate::identity::Known;
 use crate::login::navigation::Notice;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
@@ -584,6 +585,11 @@ fn user_of(session: &Session, rules: &Rules) -> Who {
             // Nobody: removed or disabled since.
             session.record.known.get(users.edition(), current).map_or(Who::Nobody, Who::User)
         }
+        LoginMethod::Oidc | LoginMethod::Backend => {
+            let known = || Some(Arc::new(Known::new(session.record.identity.clone())));
+            session.record.known.get(rules.login.users().edition(), known).map_or(Who::Nobody, Who::User)
+        }
+        LoginMethod::Anonymous => Who::Nobody,
     }
 }
 

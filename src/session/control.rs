@@ -216,6 +216,9 @@ impl Shown {
             user: record.identity.user.clone(),
             method: match record.method {
                 LoginMethod::Password => "password",
+                LoginMethod::Oidc => "oidc",
+                LoginMethod::Backend => "backend",
+                LoginMethod::Anonymous => "anonymous",
             },
             created: Moment(record.created),
             ends: Moment(record.ends),

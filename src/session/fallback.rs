@@ -66,6 +66,9 @@ impl Fallback {
         let identity = match record.method {
             // The users file says the rest.
             LoginMethod::Password => Identity { user: record.identity.user.clone(), ..Identity::default() },
+            LoginMethod::Oidc | LoginMethod::Backend => record.identity.clone(),
+            // It has nobody to say anything of.
+            LoginMethod::Anonymous => return None,
         };
         let expires = now.saturating_add(millis(self.lifetime)).min(ends);
         let plain = rmp_serde::to_vec(&Carried { identity, method: record.method, issued: now, expires }).ok()?;
@@ -84,6 +87,7 @@ impl Fallback {
             method,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            login: None,
             known: Default::default(),
         })
     }
@@ -140,6 +144,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            login: None,
             known: Default::default(),
         }
     }

@@ -29,9 +29,11 @@ use ended::Ended;
 use fallback::{Fallback, unix_now};
 use guesses::{Answer, Guesses};
 use id::{SessionId, SessionKey};
-use record::{ClientHints, LoginMethod, Record};
+use record::{Attribute, ClientHints, ExternalLogin, LoginMethod, Record, Sealed};
 use seal::{KeyRing, SealError};
-use store::{Activity, Creation, Ending, Found, Limit, Listed, NewSession, SessionStore, StoreError, Stored, Terms};
+use store::{
+    Activity, Change, Creation, Ending, Found, Limit, Listed, NewSession, SessionStore, StoreError, Stored, Terms,
+};
 use touch::Touches;
 use trail::Trail;
 
@@ -110,6 +112,9 @@ pub struct Newcomer {
     pub client: ClientHints,
     /// What only the holder of the new id will be able to read.
     pub secrets: BTreeMap<String, String>,
+    pub attributes: BTreeMap<String, Attribute>,
+    /// Where somebody else said who this is: they can end the session, see [`Sessions::revoke_bound`].
+    pub login: Option<ExternalLogin>,
 }
 
 /// What became of a login.
@@ -184,15 +189,18 @@ impl Sessions {
 
     /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.
     pub async fn start(&self, newcomer: Newcomer, replaces: Option<&SessionId>) -> Result<Started, StoreError> {
-        let Newcomer { identity, method, mut client, secrets } = newcomer;
+        let Newcomer { identity, method, mut client, secrets, attributes, login } = newcomer;
         let id = SessionId::generate(&identity.user).map_err(|error| StoreError::Unavailable(error.into()))?;
         let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
         let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
         client.user_agent.truncate(at.unwrap_or_default());
-        let sealed = (!secrets.is_empty()).then(|| seal::seal_secrets(&id, self.ring.as_deref(), &secrets));
+        let sealed = (!secrets.is_empty()).then(|| self.seal(&id, &secrets));
         let secrets = sealed.transpose().map_err(|error| StoreError::Unavailable(error.into()))?;
+        for handle in login.as_ref().map(ExternalLogin::handles).unwrap_or_default() {
+            self.bind(&handle, &id.key()).await?;
+        }
         let user = identity.user.clone();
-        let session = NewSession { identity, method, client, secrets };
+        let session = NewSession { identity, method, client, secrets, attributes, login };
         let replaces = replaces.map(SessionId::key);
         let terms = Terms { lifetime: self.lifetime, limit: self.limit, replaces: replaces.clone() };
         match self.store.create(&id.key(), session, &terms).await? {
@@ -216,6 +224,16 @@ impl Sessions {
         seal::open_secrets(id, self.ring.as_deref(), sealed)
     }
 
+    /// Secrets for a record that is changed by [`Self::update`], as [`Self::start`] seals those of a new one.
+    pub fn seal(&self, id: &SessionId, secrets: &BTreeMap<String, String>) -> Result<Sealed, SealError> {
+        seal::seal_secrets(id, self.ring.as_deref(), secrets)
+    }
+
+    /// Changes a live session's record; see [`SessionStore::update`].
+    pub async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+        self.store.update(key, change).await
+    }
+
     /// The user logs out; whether the session lived. `user` spares the store a search, where it is known.
     pub async fn end(&self, id: &SessionId, user: Option<&str>) -> Result<bool, StoreError> {
         self.destroy(&id.key(), user, Ending::LoggedOut).await
@@ -230,6 +248,15 @@ impl Sessions {
     pub async fn revoke_all(&self, user: &str, except: Option<&SessionKey>) -> Result<u64, StoreError> {
         self.ended.note_all_of(user, except, Instant::now());
         self.store.destroy_all(user, except, Ending::Revoked).await
+    }
+
+    /// Ends the sessions that were begun with a login of this handle, see [`ExternalLogin::handles`]; how many.
+    pub async fn revoke_bound(&self, handle: &str) -> Result<u64, StoreError> {
+        let mut ended = 0;
+        for key in self.store.bound(handle).await? {
+            ended += u64::from(self.revoke(&key, None).await?);
+        }
+        Ok(ended)
     }
 
     /// Ends everybody's sessions in one of the store's parts; how many.
@@ -317,6 +344,15 @@ impl Sessions {
         let (Stored { record, time_to_live }, source) = copy().or_else(carried)?;
         let is_doubtful = self.store.doubts(&key) || self.ended.doubts(&key, &record.identity.user, Instant::now());
         (!is_doubtful).then_some((Session { key, record, time_to_live }, source))
+    }
+
+    /// Before the session begins, lest there be one that its provider cannot end.
+    async fn bind(&self, handle: &str, key: &SessionKey) -> Result<(), StoreError> {
+        for other in self.store.bind(handle, key, self.lifetime.absolute).await? {
+            // Nobody could end it by this name any more.
+            self.destroy(&other, None, Ending::Displaced).await?;
+        }
+        Ok(())
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
@@ -504,6 +540,21 @@ mod tests {
             self.touched.send(self.now.load(Ordering::Relaxed)).unwrap();
             result
         }
+        async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+            self.store.update(key, change).await
+        }
+        async fn claim(&self, name: &str, holder: &str, time: Duration) -> Result<bool, StoreError> {
+            self.store.claim(name, holder, time).await
+        }
+        async fn release(&self, name: &str, holder: &str) -> Result<(), StoreError> {
+            self.store.release(name, holder).await
+        }
+        async fn bind(&self, handle: &str, key: &SessionKey, time: Duration) -> Result<Vec<SessionKey>, StoreError> {
+            self.store.bind(handle, key, time).await
+        }
+        async fn bound(&self, handle: &str) -> Result<Vec<SessionKey>, StoreError> {
+            self.store.bound(handle).await
+        }
         async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
             if self.fails() {
                 return Err(StoreError::Unavailable("down".into()));
@@ -590,7 +641,8 @@ mod tests {
     fn newcomer(user: &str) -> Newcomer {
         let client = ClientHints { address: None, user_agent: "é".repeat(1_000) };
         let identity = Identity { user: user.into(), ..Identity::default() };
-        Newcomer { identity, method: LoginMethod::Password, client, secrets: BTreeMap::new() }
+        let (secrets, attributes, method) = (BTreeMap::new(), BTreeMap::new(), LoginMethod::Password);
+        Newcomer { identity, method, client, secrets, attributes, login: None }
     }
 
     async fn begin(sessions: &Sessions, newcomer: Newcomer, replaces: Option<&SessionId>) -> SessionId {

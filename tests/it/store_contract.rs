@@ -1,6 +1,6 @@
 //! Every store keeps the same contract: one suite, run on memory and on Redis over every kind of connection.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,11 +13,12 @@ use cloakroom::config::model::WhenFull;
 use cloakroom::identity::Identity;
 use cloakroom::session::Lifetime;
 use cloakroom::session::id::{BUCKETS, SessionId, SessionKey, bucket_text};
-use cloakroom::session::record::{ClientHints, LoginMethod, RECORD_BYTES_MAX};
+use cloakroom::session::record::{Attribute, ClientHints, LoginMethod, RECORD_BYTES_MAX, Record};
 use cloakroom::session::store::memory::MemoryStore;
 use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{
-    Activity, Creation, EndEvent, Ending, Found, Limit, NewSession, SessionStore, StoreError, StoreOptions, Terms,
+    Activity, BOUND_MAX, Creation, EndEvent, Ending, Found, Limit, NewSession, SessionStore, StoreError, StoreOptions,
+    Terms,
 };
 use toml::Spanned;
 
@@ -40,6 +41,8 @@ pub(crate) fn session_of(user: &str) -> NewSession {
         method: LoginMethod::Password,
         client: ClientHints { address: Some([192, 0, 2, 7].into()), user_agent: "Browser/1".to_owned() },
         secrets: None,
+        attributes: BTreeMap::new(),
+        login: None,
     }
 }
 
@@ -178,6 +181,11 @@ async fn keeps_the_contract(world: World) {
     a_counter_forgets_a_window_after_its_first_count(world).await;
     what_is_taken_back_was_never_counted(world).await;
     a_session_larger_than_a_record_may_be_is_refused(world).await;
+    a_record_is_changed_for_all_and_lives_as_long_as_before(world).await;
+    changes_at_the_same_time_all_stay(world).await;
+    what_is_no_change_is_none(world).await;
+    a_name_is_claimed_once_until_it_is_released_or_forgotten(world).await;
+    sessions_are_found_by_what_they_are_bound_to(world).await;
     many_at_once_get_their_own(world).await;
 }
 
@@ -350,6 +358,134 @@ async fn a_session_larger_than_a_record_may_be_is_refused(world: &World) {
     let refused = world.store.create(&key, session, &terms(LONG, None)).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
     assert!(world.user(&key).await.is_none());
+}
+
+fn noting(name: &str, value: &str) -> impl Fn(&Record) -> Option<Record> + Send + Sync {
+    move |record| {
+        let mut record = record.clone();
+        record.attributes.insert(name.to_owned(), Attribute { value: value.to_owned(), ends: None });
+        Some(record)
+    }
+}
+
+async fn a_record_is_changed_for_all_and_lives_as_long_as_before(world: &World) {
+    let unknown = id_of("ann").key();
+    assert!(world.store.update(&unknown, &noting("a", "1")).await.unwrap().is_none(), "nothing is begun by it");
+    assert!(!world.lives(&unknown).await);
+
+    let key = world.created("ann", LONG).await;
+    let before = world.store.load(&key).await.unwrap().live().unwrap();
+    let told = world.store.update(&key, &noting("a", "1")).await.unwrap().expect("it lives");
+    assert_eq!(told.attributes["a"].value, "1");
+    let after = world.store.load(&key).await.unwrap().live().unwrap();
+    assert_eq!(after.record, told, "the writer sees it at once");
+    assert_eq!((after.record.created, after.record.ends), (before.record.created, before.record.ends));
+    assert!(after.time_to_live <= before.time_to_live, "it is no use of the session");
+    assert!(LONG.idle / 2 < after.time_to_live);
+    eventually("every instance sees it", async || {
+        let stored = world.other.load(&key).await.unwrap().live()?;
+        stored.record.attributes.contains_key("a").then_some(())
+    })
+    .await;
+    assert_eq!(world.listed("ann").await.iter().filter(|listed| **listed == key).count(), 1, "still in its list");
+
+    world.store.destroy(&key, None, Ending::Revoked).await.unwrap();
+    assert!(world.store.update(&key, &noting("a", "2")).await.unwrap().is_none(), "a tombstone is no session");
+    assert_eq!(world.ended(&key).await, Some(Ending::Revoked));
+}
+
+async fn changes_at_the_same_time_all_stay(world: &World) {
+    let key = world.created("ann", LONG).await;
+    let tasks: Vec<_> = (0..60)
+        .map(|n| {
+            let store = Arc::clone(if n % 2 == 0 { &world.store } else { &world.other });
+            let key = key.clone();
+            tokio::spawn(async move { store.update(&key, &noting(&format!("name {n}"), "x")).await.unwrap().unwrap() })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let record = world.store.update(&key, &|_| None).await.unwrap().unwrap();
+    assert_eq!(record.attributes.len(), 60, "none is lost");
+}
+
+async fn what_is_no_change_is_none(world: &World) {
+    let key = world.created("ann", LONG).await;
+    let before = world.store.update(&key, &|_| None).await.unwrap().expect("it lives, and is told");
+    let same = world.store.update(&key, &|record| Some(record.clone())).await.unwrap().unwrap();
+    assert_eq!(same, before);
+    let renamed = |record: &Record| {
+        let identity = Identity { user: "bob".to_owned(), ..record.identity.clone() };
+        Some(Record { identity, ..record.clone() })
+    };
+    let refused = world.store.update(&key, &renamed).await;
+    assert!(matches!(refused, Err(StoreError::Refused(_))), "it is in ann's list: {refused:?}");
+    let large = world.store.update(&key, &noting("a", &"x".repeat(RECORD_BYTES_MAX))).await;
+    assert!(matches!(large, Err(StoreError::Refused(_))), "nobody could read it: {large:?}");
+    let stored = world.store.load(&key).await.unwrap().live().unwrap();
+    assert_eq!(stored.record, before, "what was refused has changed nothing");
+}
+
+async fn a_name_is_claimed_once_until_it_is_released_or_forgotten(world: &World) {
+    let name = somebody();
+    assert!(world.store.claim(&name, "a", LONG.idle).await.unwrap());
+    assert!(!world.other.claim(&name, "b", LONG.idle).await.unwrap(), "it is taken");
+    assert!(!world.store.claim(&name, "a", LONG.idle).await.unwrap(), "a message that comes twice is a replay");
+    world.other.release(&name, "b").await.unwrap();
+    assert!(!world.other.claim(&name, "b", LONG.idle).await.unwrap(), "nobody gives back what another one has");
+    world.store.release(&name, "a").await.unwrap();
+    world.store.release(&name, "a").await.expect("there may be nothing to give back");
+    assert!(world.other.claim(&name, "b", Duration::from_millis(100)).await.unwrap());
+    eventually("a claim is forgotten", async || {
+        world.passing().await;
+        world.store.claim(&name, "a", LONG.idle).await.unwrap().then_some(())
+    })
+    .await;
+
+    let name = somebody();
+    let tasks: Vec<_> = (0..30)
+        .map(|n| {
+            let store = Arc::clone(if n % 2 == 0 { &world.store } else { &world.other });
+            let name = name.clone();
+            tokio::spawn(async move { store.claim(&name, &n.to_string(), LONG.idle).await.unwrap() })
+        })
+        .collect();
+    let mut claimed = 0;
+    for task in tasks {
+        claimed += usize::from(task.await.unwrap());
+    }
+    assert_eq!(claimed, 1, "of all who come at once one has it");
+}
+
+async fn sessions_are_found_by_what_they_are_bound_to(world: &World) {
+    let (handle, other) = (somebody(), somebody());
+    assert_eq!(world.store.bound(&handle).await.unwrap(), []);
+    let (first, second) = (id_of("ann").key(), id_of("bob").key());
+    assert_eq!(world.store.bind(&handle, &first, LONG.absolute).await.unwrap(), []);
+    assert_eq!(world.other.bind(&handle, &second, LONG.absolute * 2).await.unwrap(), []);
+    assert_eq!(world.store.bind(&other, &first, LONG.absolute).await.unwrap(), []);
+    assert_eq!(world.store.bind(&handle, &first, LONG.absolute * 3).await.unwrap(), [], "it is there once");
+    assert_eq!(world.other.bound(&handle).await.unwrap(), [second.clone(), first.clone()]);
+    assert_eq!(world.other.bound(&other).await.unwrap(), [first]);
+
+    let short = somebody();
+    world.store.bind(&short, &second, Duration::from_millis(100)).await.unwrap();
+    eventually("a binding is forgotten", async || {
+        world.passing().await;
+        world.store.bound(&short).await.unwrap().is_empty().then_some(())
+    })
+    .await;
+
+    let crowd = somebody();
+    for n in 0..BOUND_MAX as u64 {
+        let time = LONG.absolute + Duration::from_secs(n);
+        assert_eq!(world.store.bind(&crowd, &id_of("ann").key(), time).await.unwrap(), []);
+    }
+    let bound = world.store.bound(&crowd).await.unwrap();
+    let surplus = world.store.bind(&crowd, &second, LONG.absolute * 4).await.unwrap();
+    assert_eq!(surplus, bound[..1], "the one that would have been forgotten first makes room, and is named");
+    assert_eq!(world.store.bound(&crowd).await.unwrap().len(), BOUND_MAX);
 }
 
 async fn many_at_once_get_their_own(world: &World) {
@@ -904,6 +1040,7 @@ async fn a_short_life(store: &RedisStore) -> Result<(), StoreError> {
     must(is_kept(store, &key).await?)?;
     must(store.touch(&key, Duration::from_secs(1_200), stored.record.ends).await?)?;
     must(LONG.idle < store.load(&key).await?.live().ok_or(StoreError::Unreadable)?.time_to_live)?;
+    must(store.update(&key, &noting("a", "1")).await?.is_some())?;
     let seen = Activity { at: 1, address: [192, 0, 2, 7].into(), route: "/".to_owned() };
     store.add_activity(&key, &[seen.clone(), seen], 1).await?;
     must(store.activity(&key).await?.len() == 1)?;
@@ -919,6 +1056,10 @@ async fn a_short_life(store: &RedisStore) -> Result<(), StoreError> {
     store.forget_events(key.bucket(), &events).await?;
     must(store.sweep(key.bucket()).await?.is_empty())?;
     must(store.lead("instance", LONG.idle).await?)?;
+    must(store.claim(&user, "a", LONG.idle).await?)?;
+    store.release(&user, "a").await?;
+    store.bind(&user, &key, LONG.idle).await?;
+    must(store.bound(&user).await? == [key.clone()])?;
     store.increment(&user, LONG.idle).await?;
     store.decrement(&user).await?;
     must(store.count(&user).await? == 0)?;
@@ -1056,10 +1197,12 @@ async fn what_redis_holds_cannot_make_a_cookie_and_goes_by_itself() {
     world.store.destroy(&ids[0].0.key(), None, Ending::Revoked).await.unwrap();
     world.store.increment("account:hunter2", LONG.idle).await.unwrap();
     world.store.lead("instance", LONG.idle).await.unwrap();
+    world.store.claim("jti hunter2", "a", LONG.idle).await.unwrap();
+    world.store.bind("sub hunter2", &ids[1].0.key(), LONG.idle).await.unwrap();
 
     let mut client = server.client();
     let names: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query(&mut client).unwrap();
-    assert!(20 * 4 + 3 <= names.len(), "{}", names.len());
+    assert!(20 * 4 + 5 <= names.len(), "{}", names.len());
     let mut held = names.concat();
     for name in &names {
         assert!(name.starts_with(PREFIX.as_bytes()), "all of ours is under the prefix");

@@ -78,7 +78,7 @@
 //! # let client = cloakroom::session::record::ClientHints { address: None, user_agent: String::new() };
 //! # let method = cloakroom::session::record::LoginMethod::Password;
 //! # let record = cloakroom::session::record::Record {
-//! #     identity, attributes: Default::default(), created: 0, ends: 1, method, client, secrets: None, known: Default::default() };
+//! #     identity, attributes: Default::default(), created: 0, ends: 1, method, client, secrets: None, login: None, known: Default::default() };
 //! # demo(Stored { record: record.into(), time_to_live: Duration::from_secs(60) });
 //! ```
 
@@ -94,7 +94,7 @@ use quick_cache::{OptionsBuilder, Weighter};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::id::{KeyHashing, SessionKey};
-use super::record::Record;
+use super::record::{Attribute, ExternalLogin, Record};
 use super::store::Stored;
 
 pub mod single_flight;
@@ -531,7 +531,8 @@ impl Kept {
 
 /// About what a copy takes of memory: its record, its place in the table, and what the allocator adds to each piece.
 pub fn heap_bytes(stored: &Stored) -> usize {
-    let Record { identity, attributes, created: _, ends: _, method: _, client, secrets, known: _ } = &*stored.record;
+    let Record { identity, attributes, created: _, ends: _, method: _, client, secrets, login, known: _ } =
+        &*stored.record;
     let identity_texts = [Some(&identity.user), identity.name.as_ref(), identity.email.as_ref()];
     let texts = identity_texts.into_iter().flatten().chain(&identity.groups).chain([&client.user_agent]);
     let groups = piece(identity.groups.capacity() * size_of::<String>());
@@ -541,13 +542,25 @@ pub fn heap_bytes(stored: &Stored) -> usize {
         + texts.map(|text| piece(text.capacity())).sum::<usize>()
         + groups
         + map_bytes(&identity.claims)
-        + map_bytes(attributes)
+        + attribute_bytes(attributes)
+        + login.as_ref().map_or(0, login_bytes)
         + secrets
 }
 
 fn map_bytes(map: &BTreeMap<String, String>) -> usize {
     let texts: usize = map.iter().map(|(name, value)| piece(name.capacity()) + piece(value.capacity())).sum();
     texts + map.len().div_ceil(NODE_ENTRIES_USUAL) * piece(NODE_BYTES)
+}
+
+fn attribute_bytes(map: &BTreeMap<String, Attribute>) -> usize {
+    let texts: usize = map.iter().map(|(name, held)| piece(name.capacity()) + piece(held.value.capacity())).sum();
+    texts + map.len().div_ceil(NODE_ENTRIES_USUAL) * piece(ATTRIBUTE_NODE_BYTES)
+}
+
+fn login_bytes(login: &ExternalLogin) -> usize {
+    let ExternalLogin { provider, issuer, subject, sid, auth_time: _, acr, access_ends: _ } = login;
+    let texts = [Some(provider), Some(issuer), Some(subject), sid.as_ref(), acr.as_ref()];
+    texts.into_iter().flatten().map(|text| piece(text.capacity())).sum()
 }
 
 /// One allocation.
@@ -561,6 +574,7 @@ const ARC_BYTES: usize = 2 * size_of::<usize>();
 const ALLOCATION_BYTES: usize = 12;
 /// A node of a `BTreeMap<String, String>`: room for eleven, and links.
 const NODE_BYTES: usize = 11 * 2 * size_of::<String>() + 16;
+const ATTRIBUTE_NODE_BYTES: usize = 11 * (size_of::<String>() + size_of::<Attribute>()) + 16;
 /// Nodes are between half full and full.
 const NODE_ENTRIES_USUAL: usize = 8;
 /// In the table: key, copy, links, and hash slots that are not all taken.
@@ -714,6 +728,7 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            login: None,
             known: Default::default(),
         };
         Stored { record: Arc::new(record), time_to_live: LIFE }
@@ -1128,7 +1143,8 @@ mod tests {
             record.identity.email = Some("ann@example.org".into());
             record.identity.groups = vec!["staff".into(), "editors".into(), "a group with a long name".into()];
             record.identity.claims = pairs(20);
-            record.attributes = pairs(3);
+            let attribute = |(name, value)| (name, Attribute { value, ends: None });
+            record.attributes = pairs(3).into_iter().map(attribute).collect();
             record.client.user_agent = "x".repeat(120);
             Stored { record: Arc::new(record), time_to_live }
         };

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
-use super::record::{ClientHints, Codec, LoginMethod, Memo, Record, Sealed};
+use super::record::{Attribute, ClientHints, Codec, ExternalLogin, LoginMethod, Memo, Record, Sealed};
 use crate::config::model::WhenFull;
 use crate::identity::Identity;
 
@@ -38,6 +38,8 @@ pub struct NewSession {
     pub client: ClientHints,
     /// What only the holder of the id can open; see [`crate::session::seal`].
     pub secrets: Option<Sealed>,
+    pub attributes: BTreeMap<String, Attribute>,
+    pub login: Option<ExternalLogin>,
 }
 
 /// On what terms a session begins.
@@ -187,6 +189,12 @@ pub trait SessionStore: Send + Sync + 'static {
     /// session, never shortening its life; whether it lives.
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError>;
 
+    /// Changes a live record, and gives what it is then; none where there is no such session. Its life stays as it is.
+    ///
+    /// `change` makes the new record of the current one, or nothing where all is well as it is. It may be called several
+    /// times: whoever else changes the record at the same time is never overwritten. The user stays the same.
+    async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError>;
+
     /// Ends it; whether it lived. `user`, where known, spares the user's list a member that is gone.
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError>;
 
@@ -223,6 +231,19 @@ pub trait SessionStore: Send + Sync + 'static {
     /// A session's trail, the latest first.
     async fn activity(&self, key: &SessionKey) -> Result<Vec<Activity>, StoreError>;
 
+    /// Takes a name for `holder`, for so long at most; whether it was free. Whoever has it does not get it again either.
+    async fn claim(&self, name: &str, holder: &str, time: Duration) -> Result<bool, StoreError>;
+
+    /// Gives a name back before its time, if `holder` still has it.
+    async fn release(&self, name: &str, holder: &str) -> Result<(), StoreError>;
+
+    /// Notes that whoever knows this name may end the session, for so long. Of more than [`BOUND_MAX`] sessions of one
+    /// name those that are to be forgotten first are given back: nobody can end them by that name any more.
+    async fn bind(&self, handle: &str, key: &SessionKey, time: Duration) -> Result<Vec<SessionKey>, StoreError>;
+
+    /// The sessions bound to a name. Some of them may have ended.
+    async fn bound(&self, handle: &str) -> Result<Vec<SessionKey>, StoreError>;
+
     /// Adds one to a counter that forgets `window` after its first count.
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError>;
 
@@ -243,6 +264,12 @@ pub trait SessionStore: Send + Sync + 'static {
     /// Whether it answers: for readiness.
     async fn ping(&self) -> Result<(), StoreError>;
 }
+
+/// How [`SessionStore::update`] makes a record of the one that is there.
+pub type Change<'c> = &'c (dyn Fn(&Record) -> Option<Record> + Send + Sync);
+
+/// Sessions that one name can end. A person has fewer; a program that logs in all the time has more.
+pub const BOUND_MAX: usize = 1000;
 
 impl Found {
     pub fn live(self) -> Option<Stored> {
@@ -288,12 +315,13 @@ impl NewSession {
     fn into_record(self, now: u64, lifetime: Lifetime) -> Record {
         Record {
             identity: self.identity,
-            attributes: BTreeMap::new(),
+            attributes: self.attributes,
             created: now,
             ends: now.saturating_add(millis(lifetime.absolute)),
             method: self.method,
             client: self.client,
             secrets: self.secrets,
+            login: self.login,
             known: Memo::default(),
         }
     }
@@ -318,13 +346,35 @@ impl Error for StoreError {
     }
 }
 
-/// A counter's key: a hash of its name. The name holds what somebody typed as a user, which may be a password by
-/// mistake, and may be of any length.
-fn counter_hash(counter: &str) -> [u8; 24] {
-    let digest = Sha256::new().chain_update(b"cloakroom counter\0").chain_update(counter).finalize();
+/// What has a name of its own choosing.
+#[derive(Clone, Copy)]
+enum Named {
+    Counter,
+    Claim,
+    Handle,
+}
+
+/// A key of its own for each name: a hash. A name may be of any length, and holds what should not lie about: what
+/// somebody typed as a user, which may be a password by mistake, or what an identity provider calls them.
+fn name_hash(what: Named, name: &str) -> [u8; 24] {
+    let label: &[u8] = match what {
+        Named::Counter => b"cloakroom counter\0",
+        Named::Claim => b"cloakroom claim\0",
+        Named::Handle => b"cloakroom handle\0",
+    };
+    let digest = Sha256::new().chain_update(label).chain_update(name).finalize();
     let mut hash = [0; 24];
     hash.copy_from_slice(&digest[..24]);
     hash
+}
+
+/// The change of a record that a store makes, if there is one to make. A record stays in the list of its user.
+fn changed(record: &Record, change: Change<'_>) -> Result<Option<Record>, StoreError> {
+    let Some(new) = change(record).filter(|new| new != record) else { return Ok(None) };
+    if new.identity.user != record.identity.user {
+        return Err(StoreError::Refused("a session does not change its user".into()));
+    }
+    Ok(Some(new))
 }
 
 /// At least one: no store knows a life of nothing.

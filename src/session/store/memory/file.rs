@@ -205,6 +205,7 @@ impl Notes<'_> {
         Self(None)
     }
 
+    /// All of it, whether it is new or another than before.
     pub(super) fn begun(&mut self, key: &SessionKey, expires: u64, record: Vec<u8>) {
         self.note(|changes| {
             changes.sessions.insert(key.clone(), Change::Begun { expires, record });
@@ -708,6 +709,8 @@ mod tests {
             method: crate::session::record::LoginMethod::Password,
             client: crate::session::record::ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            attributes: BTreeMap::new(),
+            login: None,
         };
         let hour = Duration::from_secs(3_600);
         let lifetime = crate::session::Lifetime { idle: hour, absolute: hour };

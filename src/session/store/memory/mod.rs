@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::{
-    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, SessionStore, StoreError, StoreOptions,
-    Stored, Terms, counter_hash, millis,
+    Activity, BOUND_MAX, Change, Count, Creation, EndEvent, Ending, Found, Listed, Named, NewSession, SessionStore,
+    StoreError, StoreOptions, Stored, Terms, changed, millis, name_hash,
 };
 use crate::config::model::WhenFull;
 use crate::session::id::{KeyHashing, SessionKey, UserKey};
@@ -69,6 +69,9 @@ struct Shard {
     /// Ends that nobody was told of, the oldest first.
     ends: VecDeque<(u64, EndEvent)>,
     counters: HashMap<[u8; 24], Counter>,
+    claims: HashMap<[u8; 24], Claim>,
+    /// By handle: whom it can end, those that are forgotten first at the front.
+    bindings: HashMap<[u8; 24], Vec<(u64, SessionKey)>>,
 }
 
 struct Entry {
@@ -96,10 +99,17 @@ struct Counter {
     expires: u64,
 }
 
+struct Claim {
+    holder: String,
+    expires: u64,
+}
+
 /// Far more than there are cores, so that two requests seldom meet.
 const SHARDS: usize = 256;
 /// An attacker makes counters with every login that fails. These are 16 MiB, and a quarter of a million failures.
 const COUNTERS_PER_SHARD_MAX: usize = 1024;
+/// As many names may be claimed at a time: for somebody who replays messages this is no way to fill the memory.
+const CLAIMS_PER_SHARD_MAX: usize = 1024;
 /// Why a session ended is a courtesy: 65,536 of them, then later ones are not told.
 const REMAINS_PER_SHARD_MAX: usize = 256;
 /// How long, in ms, the courtesy lasts.
@@ -192,6 +202,9 @@ impl MemoryStore {
         self.sessions.fetch_add(live.len(), Ordering::Relaxed);
         live.sort_by_key(|(_, record, _)| record.created);
         for (key, record, expires) in live {
+            for handle in record.handles() {
+                self.bind_until(&handle, &key, record.ends, now);
+            }
             self.shard(&key).lock().insert(key, Arc::new(record), expires);
         }
         Ok(loaded)
@@ -216,7 +229,8 @@ impl MemoryStore {
         &self.shards[usize::from(user.bucket()) % SHARDS]
     }
 
-    fn counter_shard(&self, hash: &[u8; 24]) -> &Mutex<Shard> {
+    /// Where what has this name is.
+    fn named_shard(&self, hash: &[u8; 24]) -> &Mutex<Shard> {
         &self.shards[usize::from(hash[0]) % SHARDS]
     }
 
@@ -374,6 +388,18 @@ impl MemoryStore {
         }
     }
 
+    /// Bindings are in no file: a record says by which handles it can be ended.
+    fn bind_until(&self, handle: &str, key: &SessionKey, expires: u64, now: u64) -> Vec<SessionKey> {
+        let hash = name_hash(Named::Handle, handle);
+        let mut shard = self.named_shard(&hash).lock();
+        let bound = shard.bindings.entry(hash).or_default();
+        bound.retain(|(expires, other)| now < *expires && other != key);
+        let at = bound.partition_point(|(other, _)| *other <= expires);
+        bound.insert(at, (expires, key.clone()));
+        let surplus = bound.len().saturating_sub(BOUND_MAX);
+        bound.drain(..surplus).map(|(_, key)| key).collect()
+    }
+
     fn end_all(&self, part: usize, keys: impl FnOnce(&Shard) -> Vec<SessionKey>, ending: Ending) -> u64 {
         let now = (self.clock)();
         let mut shard = self.shards[part].lock();
@@ -398,6 +424,11 @@ impl MemoryStore {
         }
         shard.counters.retain(|_, counter| now < counter.expires);
         shard.remains.retain(|_, remains| now < remains.expires);
+        shard.claims.retain(|_, claim| now < claim.expires);
+        shard.bindings.retain(|_, bound| {
+            bound.retain(|(expires, _)| now < *expires);
+            !bound.is_empty()
+        });
     }
 
     fn sweep_all(&self, now: u64) {
@@ -517,6 +548,19 @@ impl SessionStore for MemoryStore {
         Ok(true)
     }
 
+    async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+        let now = (self.clock)();
+        let mut shard = self.shard(key).lock();
+        let Some(entry) = shard.sessions.get_mut(key).filter(|entry| now < entry.expires) else { return Ok(None) };
+        if let Some(record) = changed(&entry.record, change)? {
+            let row = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+            entry.record = Arc::new(record);
+            let expires = entry.expires;
+            self.notes().begun(key, expires, row);
+        }
+        Ok(Some(Arc::clone(&entry.record)))
+    }
+
     async fn destroy(&self, key: &SessionKey, _user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
         let lived = self.end_all(Self::part(key), |_| vec![key.clone()], ending) != 0;
         self.settle().await?;
@@ -613,11 +657,53 @@ impl SessionStore for MemoryStore {
         Ok(live.map(|entry| entry.trail.iter().rev().cloned().collect()).unwrap_or_default())
     }
 
+    async fn claim(&self, name: &str, holder: &str, time: Duration) -> Result<bool, StoreError> {
+        let now = (self.clock)();
+        self.sweep_some(now);
+        let hash = name_hash(Named::Claim, name);
+        let mut shard = self.named_shard(&hash).lock();
+        if shard.claims.get(&hash).is_some_and(|claim| now < claim.expires) {
+            return Ok(false);
+        }
+        if CLAIMS_PER_SHARD_MAX <= shard.claims.len() {
+            shard.claims.retain(|_, claim| now < claim.expires);
+            if CLAIMS_PER_SHARD_MAX <= shard.claims.len() {
+                // To forget a claim instead would let somebody replay what it was made for.
+                return Err(StoreError::Refused("too many claims".into()));
+            }
+        }
+        shard.claims.insert(hash, Claim { holder: holder.to_owned(), expires: now.saturating_add(millis(time)) });
+        Ok(true)
+    }
+
+    async fn release(&self, name: &str, holder: &str) -> Result<(), StoreError> {
+        let hash = name_hash(Named::Claim, name);
+        let mut shard = self.named_shard(&hash).lock();
+        if shard.claims.get(&hash).is_some_and(|claim| claim.holder == holder) {
+            shard.claims.remove(&hash);
+        }
+        Ok(())
+    }
+
+    async fn bind(&self, handle: &str, key: &SessionKey, time: Duration) -> Result<Vec<SessionKey>, StoreError> {
+        let now = (self.clock)();
+        self.sweep_some(now);
+        Ok(self.bind_until(handle, key, now.saturating_add(millis(time)), now))
+    }
+
+    async fn bound(&self, handle: &str) -> Result<Vec<SessionKey>, StoreError> {
+        let now = (self.clock)();
+        let hash = name_hash(Named::Handle, handle);
+        let shard = self.named_shard(&hash).lock();
+        let bound = shard.bindings.get(&hash).into_iter().flatten();
+        Ok(bound.filter(|(expires, _)| now < *expires).map(|(_, key)| key.clone()).collect())
+    }
+
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
         let now = (self.clock)();
         self.sweep_some(now);
-        let hash = counter_hash(counter);
-        let mut shard = self.counter_shard(&hash).lock();
+        let hash = name_hash(Named::Counter, counter);
+        let mut shard = self.named_shard(&hash).lock();
         if COUNTERS_PER_SHARD_MAX <= shard.counters.len() && !shard.counters.contains_key(&hash) {
             shard.counters.retain(|_, counter| now < counter.expires);
             if COUNTERS_PER_SHARD_MAX <= shard.counters.len() {
@@ -636,8 +722,8 @@ impl SessionStore for MemoryStore {
 
     async fn decrement(&self, counter: &str) -> Result<(), StoreError> {
         let now = (self.clock)();
-        let hash = counter_hash(counter);
-        let mut shard = self.counter_shard(&hash).lock();
+        let hash = name_hash(Named::Counter, counter);
+        let mut shard = self.named_shard(&hash).lock();
         if let Some(counter) = shard.counters.get_mut(&hash).filter(|counter| now < counter.expires) {
             counter.value = counter.value.saturating_sub(1);
         }
@@ -646,14 +732,14 @@ impl SessionStore for MemoryStore {
 
     async fn count(&self, counter: &str) -> Result<u64, StoreError> {
         let now = (self.clock)();
-        let hash = counter_hash(counter);
-        let shard = self.counter_shard(&hash).lock();
+        let hash = name_hash(Named::Counter, counter);
+        let shard = self.named_shard(&hash).lock();
         Ok(shard.counters.get(&hash).filter(|counter| now < counter.expires).map_or(0, |counter| counter.value))
     }
 
     async fn reset(&self, counter: &str) -> Result<(), StoreError> {
-        let hash = counter_hash(counter);
-        self.counter_shard(&hash).lock().counters.remove(&hash);
+        let hash = name_hash(Named::Counter, counter);
+        self.named_shard(&hash).lock().counters.remove(&hash);
         Ok(())
     }
 
@@ -725,6 +811,8 @@ mod tests {
             method: LoginMethod::Password,
             client: ClientHints { address: None, user_agent: String::new() },
             secrets: None,
+            attributes: BTreeMap::new(),
+            login: None,
         }
     }
 

@@ -9,6 +9,8 @@
 //! | `<prefix>e:{<bb>}`          | list   | the outbox: ends of which nobody was told yet                               |
 //! | `<prefix>a:{<bb>}:<member>` | list   | a session's activity trail, the latest last                                 |
 //! | `<prefix>c:<counter>`       | string | a counter                                                                   |
+//! | `<prefix>l:<claim>`         | string | who has a name to himself for a while: a lock, or a message seen before     |
+//! | `<prefix>b:<handle>`        | zset   | sessions that somebody else can end by that name, scored with when to forget |
 //! | `<prefix>lead`              | string | which instance sweeps                                                       |
 //! | `<prefix>hb:{<bb>}`         |        | never there: the heartbeat's, and what no script may run without            |
 //!
@@ -18,7 +20,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::session::id::{SessionKey, UserKey, bucket_text};
-use crate::session::store::counter_hash;
+use crate::session::store::{Named, name_hash};
 
 pub(super) struct Keys {
     pub(super) prefix: String,
@@ -65,11 +67,23 @@ impl Keys {
     }
 
     pub(super) fn counter(&self, counter: &str) -> String {
-        format!("{}c:{}", self.prefix, URL_SAFE_NO_PAD.encode(counter_hash(counter)))
+        self.named("c", Named::Counter, counter)
+    }
+
+    pub(super) fn claim(&self, name: &str) -> String {
+        self.named("l", Named::Claim, name)
+    }
+
+    pub(super) fn bindings(&self, handle: &str) -> String {
+        self.named("b", Named::Handle, handle)
     }
 
     pub(super) fn lead(&self) -> String {
         format!("{}lead", self.prefix)
+    }
+
+    fn named(&self, kind: &str, what: Named, name: &str) -> String {
+        format!("{}{kind}:{}", self.prefix, URL_SAFE_NO_PAD.encode(name_hash(what, name)))
     }
 
     fn in_bucket(&self, kind: &str, bucket: u16) -> String {

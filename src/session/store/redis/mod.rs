@@ -26,8 +26,8 @@ mod inspect;
 pub use settings::SettingsError;
 
 use super::{
-    Activity, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, Risk, SessionStore, StoreError,
-    StoreOptions, Stored, Terms, millis,
+    Activity, BOUND_MAX, Change, Count, Creation, EndEvent, Ending, Found, Listed, NewSession, Risk, SessionStore,
+    StoreError, StoreOptions, Stored, Terms, changed, millis,
 };
 use crate::config::model::{self, Cache, Logout, WhenFull};
 use crate::session::cache::{LeaseCache, Touched};
@@ -51,12 +51,20 @@ pub struct RedisStore {
     lease: Duration,
     /// With [`Logout::Durable`].
     durably: Durably,
+    /// Who changes a record, among those of this process: else each would go round again for each of the others.
+    turns: Box<[tokio::sync::Mutex<()>; TURNS]>,
 }
 
 /// What one script looks at, so that nobody waits long behind it: about a millisecond of the server's time.
 const PAGE: u64 = 500;
 /// Questions under way at once where all buckets are asked.
 const ASKED_AT_ONCE: u16 = 64;
+/// So many sessions can be changed at a time.
+const TURNS: usize = 256;
+/// Whoever waits longer to change a session does not get his turn.
+const TURN_MAX: Duration = Duration::from_secs(5);
+/// Of several instances that change the same session at the same time, one succeeds in each round.
+const UPDATES_MAX: usize = 100;
 /// What a tombstone begins with; the version of a record is never 0.
 const TOMBSTONE: u8 = 0;
 
@@ -76,6 +84,7 @@ impl RedisStore {
             logout: settings.logout,
             lease: settings.lease.get_ref().get(),
             durably: Durably { replicas: settings.logout_replicas, time: settings.logout_timeout.get() },
+            turns: Box::new(std::array::from_fn(|_| tokio::sync::Mutex::default())),
         })
     }
 
@@ -176,6 +185,17 @@ impl SessionStore for RedisStore {
             copies.finish_touch(&touch, touched);
         }
         Ok(touched != Touched::Gone)
+    }
+
+    async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+        let turns = &self.turns[key.spread() % TURNS];
+        let Ok(_turn) = tokio::time::timeout(TURN_MAX, turns.lock()).await else {
+            return Err(StoreError::Unavailable("others are changing the same session".into()));
+        };
+        self.forget(key);
+        let updated = self.replace(key, change).await;
+        self.forget(key);
+        updated
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {
@@ -300,6 +320,44 @@ impl SessionStore for RedisStore {
         Ok(activity.collect())
     }
 
+    async fn claim(&self, name: &str, holder: &str, time: Duration) -> Result<bool, StoreError> {
+        let name = self.keys.claim(name);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let mut claiming = command("SET", &name);
+        claiming.arg(holder).arg("NX").arg("PX").arg(millis(time));
+        match self.one(place, claiming).await? {
+            Value::Okay => Ok(true),
+            Value::Nil => Ok(false),
+            _ => Err(self.links.senseless(place)),
+        }
+    }
+
+    async fn release(&self, name: &str, holder: &str) -> Result<(), StoreError> {
+        let releasing = scripts::RELEASE.on(vec![self.keys.claim(name)]).with(holder);
+        self.yes_or_no(&releasing, None).await.map(|_had_it| ())
+    }
+
+    async fn bind(&self, handle: &str, key: &SessionKey, time: Duration) -> Result<Vec<SessionKey>, StoreError> {
+        let binding = scripts::BIND
+            .on(vec![self.keys.bindings(handle)])
+            .with(bound_text(key))
+            .with_number(millis(time))
+            .with_number(BOUND_MAX as u64);
+        let surplus = binding.run(&self.links, None).await?;
+        bound_keys(&surplus).ok_or_else(|| self.links.senseless(binding.place()))
+    }
+
+    async fn bound(&self, handle: &str) -> Result<Vec<SessionKey>, StoreError> {
+        let name = self.keys.bindings(handle);
+        let place = Place::Slot(key_slot(name.as_bytes()));
+        let mut asked = command("ZRANGE", &name);
+        asked.arg(0).arg(-1);
+        match self.one(place, asked).await? {
+            Value::Array(sessions) => bound_keys(&sessions).ok_or_else(|| self.links.senseless(place)),
+            _ => Err(self.links.senseless(place)),
+        }
+    }
+
     async fn increment(&self, counter: &str, window: Duration) -> Result<Count, StoreError> {
         let counting = scripts::INCREMENT.on(vec![self.keys.counter(counter)]).with_number(millis(window));
         match counting.run(&self.links, None).await?[..] {
@@ -358,9 +416,37 @@ impl RedisStore {
         self.links.search(bucket_slot(key.bucket()), look)
     }
 
-    /// This process ends a session: before the command and after it, no worker's copy of it is used.
+    /// This process ends or changes a session: before the command and after it, no worker's copy of it is used.
     fn forget(&self, key: &SessionKey) {
         self.links.each_cache(bucket_slot(key.bucket()), |copies| copies.forget_own(key));
+    }
+
+    /// Reads, changes and writes, until nobody came between.
+    async fn replace(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
+        let place = Place::Slot(bucket_slot(key.bucket()));
+        let mut value = match self.one(place, command("GET", &self.keys.session(key))).await? {
+            Value::BulkString(value) => value,
+            Value::Nil => return Ok(None),
+            _ => return Err(self.links.senseless(place)),
+        };
+        for _ in 0..UPDATES_MAX {
+            if tombstone(&value).is_some() {
+                return Ok(None);
+            }
+            let codec = &self.options.codec;
+            let record = codec.decode(&value, key).map_err(|error| codec.unreadable(key, error))?;
+            let Some(new) = changed(&record, change)? else { return Ok(Some(Arc::new(record))) };
+            let bytes = codec.encode(&new, key).map_err(|error| StoreError::Refused(error.into()))?;
+            let updating =
+                self.on_bucket(&scripts::UPDATE, key.bucket(), None).with(key.member()).with(&value).with(bytes);
+            match &mut updating.run(&self.links, None).await?[..] {
+                [Value::Int(0)] => return Ok(None),
+                [Value::Int(1)] => return Ok(Some(Arc::new(new))),
+                [Value::Int(2), Value::BulkString(current)] => value = std::mem::take(current),
+                _ => return Err(self.links.senseless(place)),
+            }
+        }
+        Err(StoreError::Unavailable("other instances are changing the same session".into()))
     }
 
     /// A script of this process has ended them.
@@ -550,6 +636,25 @@ async fn count_members(links: &Links, registry: &str) -> Result<u64, StoreError>
         Some(Value::ServerError(error)) => Err(store_error(&error.into())),
         Some(_) | None => Err(links.senseless(place)),
     }
+}
+
+/// A session as a binding names it: its bucket and its member.
+fn bound_text(key: &SessionKey) -> String {
+    format!("{}:{}", key.bucket(), key.member())
+}
+
+/// What [`bound_text`] wrote; what somebody else wrote there is left out.
+fn bound_keys(texts: &[Value]) -> Option<Vec<SessionKey>> {
+    let key = |text: &[u8]| {
+        let (bucket, member) = std::str::from_utf8(text).ok()?.split_once(':')?;
+        SessionKey::of_member(bucket.parse().ok()?, member.as_bytes())
+    };
+    let mut keys = Vec::new();
+    for text in texts {
+        let Value::BulkString(text) = text else { return None };
+        keys.extend(key(text));
+    }
+    Some(keys)
 }
 
 fn command(name: &str, key: &str) -> Cmd {

@@ -35,6 +35,7 @@ pub(super) struct Durably {
 
 pub(super) static CREATE: LazyLock<Script> = LazyLock::new(|| Script::of_bucket(IF_MEMORY, include_str!("create.lua")));
 pub(super) static TOUCH: LazyLock<Script> = LazyLock::new(|| Script::of_bucket(ALWAYS, include_str!("touch.lua")));
+pub(super) static UPDATE: LazyLock<Script> = LazyLock::new(|| Script::of_bucket(IF_MEMORY, include_str!("update.lua")));
 pub(super) static DESTROY: LazyLock<Script> = LazyLock::new(|| Script::of_bucket(ALWAYS, include_str!("destroy.lua")));
 pub(super) static DESTROY_ALL: LazyLock<Script> =
     LazyLock::new(|| Script::of_bucket(ALWAYS, include_str!("destroy_all.lua")));
@@ -43,6 +44,8 @@ pub(super) static SWEEP: LazyLock<Script> = LazyLock::new(|| Script::of_bucket(A
 pub(super) static ADD_ACTIVITY: LazyLock<Script> =
     LazyLock::new(|| Script::of_bucket(IF_MEMORY, include_str!("add_activity.lua")));
 pub(super) static LEAD: LazyLock<Script> = LazyLock::new(|| Script::new(&[ALWAYS, include_str!("lead.lua")]));
+pub(super) static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::new(&[ALWAYS, include_str!("release.lua")]));
+pub(super) static BIND: LazyLock<Script> = LazyLock::new(|| Script::new(&[IF_MEMORY, include_str!("bind.lua")]));
 pub(super) static INCREMENT: LazyLock<Script> =
     LazyLock::new(|| Script::new(&[IF_MEMORY, include_str!("increment.lua")]));
 pub(super) static DECREMENT: LazyLock<Script> = LazyLock::new(|| Script::new(&[ALWAYS, include_str!("decrement.lua")]));
@@ -125,15 +128,18 @@ mod tests {
 
     #[test]
     fn every_script_says_first_how_it_behaves_when_memory_is_short() {
-        let scripts: [(&Script, bool); 10] = [
+        let scripts: [(&Script, bool); 13] = [
             (&CREATE, false),
             (&TOUCH, true),
+            (&UPDATE, false),
             (&DESTROY, true),
             (&DESTROY_ALL, true),
             (&LIST, true),
             (&SWEEP, true),
             (&ADD_ACTIVITY, false),
             (&LEAD, true),
+            (&RELEASE, true),
+            (&BIND, false),
             (&INCREMENT, false),
             (&DECREMENT, true),
         ];
