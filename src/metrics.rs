@@ -37,6 +37,8 @@ pub struct Metrics {
     pub backend_requests: IntCounterVec,
     /// pool, backend, kind: connect, response, timeout
     pub backend_failures: IntCounterVec,
+    /// directive: login, logout, attributes, alien; result: done, refused, failed, unavailable, no_session, gone, full
+    pub directives: IntCounterVec,
     /// result: applied, refused
     pub reloads: IntCounterVec,
 }
@@ -112,6 +114,12 @@ impl Metrics {
                 "cloakroom_backend_failures_total",
                 "Attempts that failed.",
                 &["pool", "backend", "kind"],
+            ),
+            directives: counter(
+                &registry,
+                "cloakroom_directives_total",
+                "What backends asked for by fields of their responses.",
+                &["directive", "result"],
             ),
             reloads: counter(&registry, "cloakroom_reloads_total", "Configuration reloads.", &["result"]),
             registry,

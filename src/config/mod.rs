@@ -73,7 +73,7 @@ fn resolve(
         file: _,
         listeners,
         store: Store { redis, memory, grace: _ },
-        login: Login { stylesheet, password, prefix: _, title: _, default_return: _ },
+        login: Login { stylesheet, password, backend: _, prefix: _, title: _, default_return: _ },
         server: _,
         limits: _,
         session: Session { keys_file, .. },
@@ -135,7 +135,8 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 16] = [
+    const EXAMPLES: [&str; 17] = [
+        "page",
         "cert",
         "key",
         "scheme",
@@ -237,6 +238,8 @@ mod tests {
         // What stands for a secret there is refused, lest somebody takes it for one.
         let text = manual_with_every_key()
             .replace("\"redis://", "\"rediss://")
+            // The route of the manual is for those who have logged in, and this page is for the others.
+            .replace("page = \"/login\"", "")
             .replace("\"<openssl rand -base64 32>\"", "\"pA0yXbq9vG3kWm7RzT5sLd2fHj8cNe4u\"");
         let error = parse(&text, Path::new("manual.toml")).unwrap_err().to_string();
         let problems = error.lines().filter(|line| line.starts_with("error: ")).collect::<Vec<_>>();

@@ -292,6 +292,27 @@ pub struct Login {
     /// Where a login goes that came from nowhere.
     pub default_return: Spanned<String>,
     pub password: Option<PasswordLogin>,
+    pub backend: Option<BackendLogin>,
+}
+
+/// `[login.backend]`: backends log users in, on routes with `directives = ["login"]`.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BackendLogin {
+    pub preset: BackendPreset,
+    /// The path of their login page; it is given `return_to`.
+    pub page: Option<Spanned<String>>,
+}
+
+/// In what words a backend says that somebody has logged in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendPreset {
+    /// `Session-Login`
+    #[default]
+    Session,
+    /// WebSEAL's external authentication interface: `am-eai-user-id` and others.
+    Eai,
 }
 
 /// `[login.password]`
@@ -410,6 +431,12 @@ pub struct Route {
     /// Whether the sealed cookie of `[session.fallback]` counts here while the store is down.
     #[serde(default = "Route::default_fallback")]
     pub fallback: bool,
+    /// What its backends may say of the session by fields of their responses.
+    #[serde(default)]
+    pub directives: Vec<Spanned<Directive>>,
+    /// Whether attributes may begin a session before anybody has logged in.
+    #[serde(default)]
+    pub anonymous: bool,
 }
 
 impl Route {
@@ -425,6 +452,17 @@ impl Route {
     const fn default_fallback() -> bool {
         true
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Directive {
+    /// Who the user is: `Session-Login`.
+    Login,
+    /// The session ends: `Session-Logout`.
+    Logout,
+    /// What it holds: `Session-Set`, `Session-Unset`; backends are told by `Session-Attributes`.
+    Attributes,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -555,6 +593,7 @@ impl Default for Login {
             stylesheet: None,
             default_return: Spanned::new(0..0, "/".to_owned()),
             password: None,
+            backend: None,
         }
     }
 }

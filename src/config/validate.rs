@@ -8,7 +8,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
-use super::model::{Access, Cache, Config, Listener, RedisStore, Scheme, SealRecords};
+use super::model::{Access, Cache, Config, Directive, Listener, RedisStore, Route, Scheme, SealRecords};
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
 
@@ -283,6 +283,71 @@ impl Check<'_, '_> {
                 self.number(key, failures as usize, 1..=1_000_000);
             }
         }
+        if let Some(page) = login.backend.as_ref().and_then(|backend| backend.page.as_ref()) {
+            self.backend_page(page);
+        }
+    }
+
+    /// The login page of a backend must be open to those who are not logged in, else it would lead to itself.
+    fn backend_page(&mut self, page: &Spanned<String>) {
+        let (path, prefix) = (page.get_ref(), self.config.login.prefix.get_ref());
+        if let Err(fault) = canonical(path) {
+            let message = format!("invalid login.backend.page {path:?}: {fault}");
+            self.problems.add(page.span(), message).hint("expected a path of this site, such as \"/login\"");
+            return;
+        }
+        if path.starts_with(prefix.as_str()) {
+            self.problems.add(page.span(), format!("login.backend.page {path:?} lies under login.prefix"));
+        }
+        let covers = |route: &&Route| {
+            let of = route.path.get_ref().trim_end_matches('/');
+            path.strip_prefix(of).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let nearest = self.config.routes.iter().filter(covers).max_by_key(|route| route.path.get_ref().len());
+        let is_shut = |route: &Route| *route.access.get_ref() == Access::Required;
+        let logs_in = |route: &Route| route.directives.iter().any(|other| *other.get_ref() == Directive::Login);
+        match nearest {
+            Some(route) if is_shut(route) => {
+                let message = format!("login.backend.page {path:?} is on a route that requires a session");
+                let hint = "whoever has none is sent there: add a [[route]] for it with access = \"public\"";
+                self.problems.add(page.span(), message).hint(hint);
+            }
+            Some(route) if !logs_in(route) => {
+                let message = format!("login.backend.page {path:?} is on a route whose backend may log nobody in");
+                self.problems.add(page.span(), message).hint("add directives = [\"login\"] to that [[route]]");
+            }
+            Some(_) | None => {}
+        }
+    }
+
+    /// What a route's backends may say of the session.
+    fn directives(&mut self, index: usize, route: &Route) {
+        let access = *route.access.get_ref();
+        for (number, directive) in route.directives.iter().enumerate() {
+            if route.directives[..number].iter().any(|other| other.get_ref() == directive.get_ref()) {
+                self.problems.add(directive.span(), "this directive is there twice");
+            }
+            match directive.get_ref() {
+                Directive::Login if self.config.login.backend.is_none() => {
+                    self.problems
+                        .add(directive.span(), "a route where backends log users in, without [login.backend]")
+                        .hint("add [login.backend], or remove \"login\" here");
+                }
+                Directive::Attributes if access == Access::Public => {
+                    self.problems
+                        .add(directive.span(), "attributes on a public route, where nobody looks for a session")
+                        .hint("write access = \"optional\"");
+                }
+                Directive::Login | Directive::Logout | Directive::Attributes => {}
+            }
+        }
+        let has_attributes = route.directives.iter().any(|other| *other.get_ref() == Directive::Attributes);
+        if route.anonymous && !(has_attributes && access == Access::Optional) {
+            let at = self.at_keys(&["route", &index.to_string(), "anonymous"]);
+            self.problems
+                .add(at, "anonymous sessions begin with attributes, where a session is not required")
+                .hint("write access = \"optional\" and directives = [\"attributes\"], or remove anonymous");
+        }
     }
 
     fn identity(&mut self) {
@@ -390,6 +455,7 @@ impl Check<'_, '_> {
                     .add(at, "groups on a route that lets everybody in")
                     .hint("write access = \"required\", or remove groups");
             }
+            self.directives(index, route);
             for origin in &route.websocket_origins {
                 if let Err(fault) = web_origin(origin.get_ref()) {
                     let message = format!("invalid origin {:?}: {fault}", origin.get_ref());
@@ -406,7 +472,8 @@ impl Check<'_, '_> {
             Access::Public => false,
             Access::Optional | Access::Required => true,
         };
-        if self.config.login.password.is_some() {
+        let attributes_begin_sessions = self.config.routes.iter().any(|route| route.anonymous);
+        if self.config.login.password.is_some() || self.config.login.backend.is_some() || attributes_begin_sessions {
             return;
         }
         if let Some(route) = self.config.routes.iter().find(|route| asks(*route.access.get_ref())) {

@@ -291,7 +291,8 @@ const RESERVED_NAMES: [&str; 5] = [
 ];
 
 /// Families whose members nobody can list: claims, attributes, versions to come.
-const RESERVED_PREFIXES: [&str; 16] = [
+const RESERVED_PREFIXES: [&str; 17] = [
+    "session-", // what Cloakroom tells backends of a session, and they tell it
     "x-auth-request-",
     "x-authentik-",
     "x-webauth-",

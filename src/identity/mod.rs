@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod headers;
 pub mod presets;
+pub mod attributes;
 
 use headers::{IdentityHeaders, Lines};
 

@@ -33,6 +33,7 @@ pub mod csrf;
 pub mod hash;
 mod form;
 mod password;
+pub mod backend;
 mod throttle;
 mod logout;
 #[cfg(test)]
@@ -65,6 +66,9 @@ pub struct Login {
     default_return: ReturnTo,
     users: Arc<Users>,
     password: Option<PasswordLogin>,
+    backend_preset: model::BackendPreset,
+    /// Where a backend has a login page of its own.
+    backend_page: Option<ReturnTo>,
     sessions: Sessions,
     metrics: Metrics,
 }
@@ -154,6 +158,7 @@ impl Login {
             problems.add(0..0, format!("default_return {:?} is not a plain path", config.default_return.get_ref()));
         }
         let default_return = problems.into_result(target.unwrap_or_else(ReturnTo::root))?;
+        let backend_page = config.backend.as_ref().and_then(|backend| backend.page.as_ref());
         let stylesheet = config.stylesheet.as_ref().map(|path| path.get_ref().as_path());
         let store = Arc::clone(sessions.store());
         Ok(Self {
@@ -163,6 +168,8 @@ impl Login {
             default_return,
             users,
             password: config.password.as_ref().map(|password| PasswordLogin::new(password, store)),
+            backend_preset: config.backend.as_ref().map(|backend| backend.preset).unwrap_or_default(),
+            backend_page: backend_page.and_then(|page| ReturnTo::parse(page.get_ref())),
             sessions,
             metrics,
         })
@@ -204,7 +211,7 @@ impl Login {
     /// The form. Who is logged in already sees that instead of being sent on: when a route does not accept the session,
     /// being sent on would lead back here, in a circle.
     async fn login_page(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
-        if self.password.is_none() {
+        if self.password.is_none() && self.backend_page.is_none() {
             return Ok(self.not_found(request));
         }
         let asked = |wanted: &str| {
@@ -212,6 +219,9 @@ impl Login {
             pairs.find(|(name, _)| name == wanted).map(|(_, value)| value)
         };
         let return_to = self.return_to(asked("return_to").as_deref());
+        if let (None, Some(page)) = (&self.password, &self.backend_page) {
+            return Ok(redirect(StatusCode::SEE_OTHER, &page.leading_to(&return_to)));
+        }
         let known = match self.known(request).await {
             // Whoever else guesses in this network, its users can log in.
             Err(Failure::TooManyGuesses(_)) => Err(None),

@@ -37,6 +37,14 @@ impl ReturnTo {
         Some(Self { path: path.to_owned(), query: query.map(str::to_owned) })
     }
 
+    /// This page, told where to go on.
+    pub fn leading_to(&self, target: &Self) -> String {
+        let query =
+            form_urlencoded::Serializer::new(String::new()).append_pair("return_to", &target.to_string()).finish();
+        let separator = if self.query.is_some() { '&' } else { '?' };
+        format!("{self}{separator}{query}")
+    }
+
     pub fn path(&self) -> &str {
         &self.path
     }

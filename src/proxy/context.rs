@@ -13,9 +13,9 @@ use crate::backend::{Backend, Pool};
 use crate::identity::Known;
 use crate::login::navigation::Notice;
 use crate::metrics::Metrics;
-use crate::session::Source;
 use crate::session::cookie::SessionCookie;
-use crate::session::id::SessionKey;
+use crate::session::record::LoginMethod;
+use crate::session::{Session, Source};
 
 use super::access_log::{AccessLog, Entry, Timestamp};
 use super::reply::{Outcome, Rejection};
@@ -84,8 +84,8 @@ pub struct RequestContext {
     pub route: Option<Arc<Route>>,
     pub pool: Option<Arc<Pool>>,
     pub identity: Option<Arc<Known>>,
-    /// Of the session, for the log.
-    pub session: Option<SessionKey>,
+    /// That the client came with; also of who is not let in, for the log.
+    pub session: Option<Session>,
     /// How the session was known.
     pub source: Option<Source>,
     /// The client sent a session id, and the store knows no such session.
@@ -109,6 +109,12 @@ pub struct RequestContext {
 }
 
 impl RequestContext {
+    /// The session that backends are told of: of a user who is let in, or one that nobody has logged in to.
+    pub fn told_session(&self) -> Option<&Session> {
+        let is_anonymous = |session: &&Session| session.record.method == LoginMethod::Anonymous;
+        self.session.as_ref().filter(|session| self.identity.is_some() || is_anonymous(session))
+    }
+
     pub fn new(observer: Arc<Observer>, rules: Arc<Rules>) -> Self {
         Self {
             observer,
@@ -164,7 +170,7 @@ impl RequestContext {
         if access_log.is_silent() {
             return;
         }
-        let session = self.session.as_ref().map(SessionKey::log_hash);
+        let session = self.session.as_ref().map(|session| session.key.log_hash());
         let session_source = match self.source {
             Some(source @ (Source::Grace | Source::Fallback)) => Some(source.label()),
             Some(Source::Copy | Source::Store) | None => None,

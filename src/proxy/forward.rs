@@ -4,9 +4,12 @@
 use http::{HeaderMap, HeaderName, HeaderValue, Request, header, request};
 use pingora::http::{RequestHeader, ResponseHeader};
 
+use crate::identity;
 use crate::session::cookie::{ReservedCookies, Stripped};
+use crate::session::unix_now;
 
 use super::context::RequestContext;
+use super::directives::SESSION_ATTRIBUTES;
 
 /// In `Via` (RFC 9110, section 7.6.3).
 const PSEUDONYM: &str = "1.1 cloakroom";
@@ -95,6 +98,14 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     headers.insert(X_REQUEST_ID, context.request_id.value());
     headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
+    if context.route.as_ref().is_some_and(|route| route.directives.attributes)
+        && let Some(session) = context.told_session()
+    {
+        let held = session.record.attributes_at(unix_now()).map(|(name, held)| (name, held.value.as_str()));
+        if let Some(value) = identity::attributes::field(held) {
+            headers.insert(SESSION_ATTRIBUTES, value);
+        }
+    }
     if let Some(identity) = &context.identity {
         for (name, value) in identity.lines(&rules.identity).iter(&rules.identity) {
             headers.insert(name, value);

@@ -32,6 +32,7 @@ pub mod route;
 pub mod rules;
 pub mod admit;
 pub mod forward;
+mod directives;
 pub mod reply;
 pub mod access_log;
 
@@ -245,7 +246,9 @@ impl ProxyHttp for Gateway {
             // Such a client knows no chunks (RFC 9112, section 6.1); the end of the connection ends the body.
             response.remove_header(&header::TRANSFER_ENCODING);
         }
-        forward::response(response, context, &self.cookies)
+        let cookies = self.obey(downstream, response, context).await?;
+        forward::response(response, context, &self.cookies)?;
+        directives::add_cookies(response, cookies)
     }
 
     /// The connection broke after it was made. Only what may be done twice is tried again, and only while neither
@@ -411,6 +414,7 @@ impl Gateway {
             touch: route.touch && !self.is_silent(request),
             route: Some(&route.name),
             fallback: if has_fallback { cookie.find_fallback(&request.headers) } else { None },
+            is_fresh: route.directives.attributes,
         };
         let Observer { metrics, .. } = &*self.observer;
         let (result, who) = match self.sessions.resume(&id, &usage).await {
@@ -423,7 +427,7 @@ impl Gateway {
                     let renewed = self.sessions.renewed_fallback(&session, usage.fallback);
                     context.fallback_cookie = renewed.map(|(value, life)| cookie.set_fallback(value, life));
                 }
-                context.session = Some(session.key);
+                context.session = Some(session);
                 context.source = Some(source);
                 (source.label(), who)
             }

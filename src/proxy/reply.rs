@@ -22,6 +22,8 @@ pub enum Rejection {
     MissingGroup,
     /// A WebSocket from a page of another origin.
     ForeignOrigin,
+    /// A login on a backend's word, of a user who has as many sessions as allowed.
+    TooManySessions,
     NoRoute,
     BodyTooLarge,
     /// The client did not send what it announced in time.
@@ -66,7 +68,7 @@ impl Rejection {
     pub const fn status(self) -> StatusCode {
         match self {
             Self::Unauthenticated => StatusCode::UNAUTHORIZED,
-            Self::MissingGroup | Self::ForeignOrigin => StatusCode::FORBIDDEN,
+            Self::MissingGroup | Self::ForeignOrigin | Self::TooManySessions => StatusCode::FORBIDDEN,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
@@ -85,6 +87,7 @@ impl Rejection {
             Self::Unauthenticated => "unauthenticated",
             Self::MissingGroup => "missing_group",
             Self::ForeignOrigin => "foreign_origin",
+            Self::TooManySessions => "too_many_sessions",
             Self::NoRoute => "no_route",
             Self::BodyTooLarge => "body_too_large",
             Self::BodyTooSlow => "body_too_slow",
@@ -106,6 +109,10 @@ impl Rejection {
                 ("Not allowed", "Your account is not in a group that may see this. Ask whoever runs this site.")
             }
             Self::ForeignOrigin => ("Not allowed", "A page of another site may not open this connection."),
+            Self::TooManySessions => (
+                "Not logged in",
+                "You are logged in elsewhere as often as is allowed. Log out there, then log in here.",
+            ),
             Self::NoRoute => ("Not found", "There is nothing at this address. Check it for a slip."),
             Self::BodyTooLarge => ("Too large", "What you sent is larger than this address takes."),
             Self::BodyTooSlow => ("Too slow", "Your request did not arrive in time. Try again."),
@@ -151,6 +158,7 @@ impl Rejection {
             }
             Self::MissingGroup
             | Self::ForeignOrigin
+            | Self::TooManySessions
             | Self::NoRoute
             | Self::BodyTooLarge
             | Self::BodyTooSlow

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use percent_encoding::percent_decode_str;
 use prometheus::{Histogram, IntCounter};
+use toml::Spanned;
 
 use crate::config::model;
 use crate::config::value::Bytes;
@@ -26,10 +27,22 @@ pub struct Route {
     pub touch: bool,
     /// The fallback cookie counts here while the store is down.
     pub fallback: bool,
+    /// What its backends may say of the session.
+    pub directives: Allowed,
+    /// Attributes may begin a session.
+    pub anonymous: bool,
     /// Its `cloakroom_request_seconds`, looked up once: to find it takes longer than to count.
     pub seconds: OnceLock<Histogram>,
     /// Its `cloakroom_requests_total` of what most requests are: forwarded, 200.
     pub forwarded: OnceLock<IntCounter>,
+}
+
+/// Which [`model::Directive`]s count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    pub login: bool,
+    pub logout: bool,
+    pub attributes: bool,
 }
 
 /// All routes, ready to be searched. A search costs the same for one route and for thousands.
@@ -102,8 +115,21 @@ impl Route {
             body_bytes_max,
             touch: route.touch,
             fallback: route.fallback,
+            directives: Allowed::of(&route.directives),
+            anonymous: route.anonymous,
             seconds: OnceLock::new(),
             forwarded: OnceLock::new(),
+        }
+    }
+}
+
+impl Allowed {
+    fn of(directives: &[Spanned<model::Directive>]) -> Self {
+        let has = |directive| directives.iter().any(|other| *other.get_ref() == directive);
+        Self {
+            login: has(model::Directive::Login),
+            logout: has(model::Directive::Logout),
+            attributes: has(model::Directive::Attributes),
         }
     }
 }
@@ -170,6 +196,8 @@ mod tests {
             body_bytes: None,
             touch: true,
             fallback: true,
+            directives: Vec::new(),
+            anonymous: false,
         }
     }
 

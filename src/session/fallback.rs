@@ -110,7 +110,7 @@ impl Fallback {
 }
 
 /// Unix time in ms.
-pub(super) fn unix_now() -> u64 {
+pub fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(millis).unwrap_or_default()
 }
 

@@ -8,11 +8,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use parking_lot::Mutex;
+use rand::TryRng;
+use rand::rngs::SysRng;
+
 use crate::config::model;
 use crate::identity::Identity;
 
 pub mod id;
 pub mod record;
+pub mod attributes;
 pub mod seal;
 pub mod cookie;
 pub mod network;
@@ -25,10 +32,13 @@ pub mod cache;
 pub mod store;
 pub mod control;
 
+use attributes::{Changes, Excess};
 use ended::Ended;
-use fallback::{Fallback, unix_now};
+use fallback::Fallback;
+pub use fallback::unix_now;
 use guesses::{Answer, Guesses};
 use id::{SessionId, SessionKey};
+use network::Network;
 use record::{Attribute, ClientHints, ExternalLogin, LoginMethod, Record, Sealed};
 use seal::{KeyRing, SealError};
 use store::{
@@ -80,6 +90,8 @@ pub struct Use<'r> {
     pub route: Option<&'r str>,
     /// The value of the fallback cookie, where it counts.
     pub fallback: Option<&'r [u8]>,
+    /// It must see what was written a moment ago on another instance: the store is asked, whatever is known here.
+    pub is_fresh: bool,
 }
 
 /// What became of an id.
@@ -117,6 +129,16 @@ pub struct Newcomer {
     pub login: Option<ExternalLogin>,
 }
 
+/// What became of a change of attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    Done,
+    /// The session has ended meanwhile.
+    Gone,
+    /// Nothing was changed.
+    TooMuch(Excess),
+}
+
 /// What became of a login.
 #[derive(Clone, Debug)]
 pub enum Started {
@@ -127,6 +149,14 @@ pub enum Started {
     },
     /// The user has so many sessions already, and may not have more.
     Full(u32),
+}
+
+/// What became of a session of nobody.
+#[derive(Clone, Debug)]
+pub enum Anonymous {
+    Begun(SessionId),
+    /// This network has begun so many lately.
+    TooMany,
 }
 
 /// Starts, resumes, touches and ends sessions.
@@ -146,6 +176,10 @@ pub struct Sessions {
 
 /// However long the idle time, its clock is never further behind than this.
 const TOUCH_INTERVAL_MAX: Duration = Duration::from_secs(60);
+/// Sessions of nobody that one network may begin in [`ANONYMOUS_WINDOW`]: a crawler without cookies begins one with each
+/// request.
+const ANONYMOUS_MAX: u64 = 300;
+const ANONYMOUS_WINDOW: Duration = Duration::from_secs(60);
 /// What browsers send is about 120 bytes; the rest is a client's idea of free storage.
 const USER_AGENT_BYTES_MAX: usize = 256;
 
@@ -181,7 +215,7 @@ impl Sessions {
     /// that the session is gone.
     pub async fn resume(&self, id: &SessionId, usage: &Use<'_>) -> Result<Resumed, StoreError> {
         let key = id.key();
-        match self.store.recall(&key) {
+        match self.store.recall(&key).filter(|_| !usage.is_fresh) {
             Some(stored) => Ok(Resumed::Live(self.used(key, stored, usage), Source::Copy)),
             None => self.look_up(key, usage).await,
         }
@@ -189,7 +223,28 @@ impl Sessions {
 
     /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.
     pub async fn start(&self, newcomer: Newcomer, replaces: Option<&SessionId>) -> Result<Started, StoreError> {
+        self.begin(newcomer, replaces, &Changes::default()).await
+    }
+
+    /// As [`Self::start`], with these changes of attributes in the same step. What was noted in the session that is
+    /// replaced goes along, when nobody had logged in to it or the same user had.
+    pub async fn begin(
+        &self,
+        newcomer: Newcomer,
+        replaces: Option<&SessionId>,
+        changes: &Changes,
+    ) -> Result<Started, StoreError> {
         let Newcomer { identity, method, mut client, secrets, attributes, login } = newcomer;
+        let left = match replaces {
+            Some(old) => self.left_behind(&old.key(), &identity.user).await?,
+            None => BTreeMap::new(),
+        };
+        let all = left.into_iter().chain(attributes.clone()).collect();
+        let attributes = changes.apply(&all, unix_now()).or_else(|excess| {
+            tracing::warn!(%excess, "what was noted before a login did not fit beside what was noted with it");
+            changes.apply(&attributes, unix_now())
+        });
+        let attributes = attributes.map_err(|excess| StoreError::Refused(excess.to_string().into()))?;
         let id = SessionId::generate(&identity.user).map_err(|error| StoreError::Unavailable(error.into()))?;
         let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
         let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
@@ -218,6 +273,40 @@ impl Sessions {
         }
     }
 
+    /// A session of nobody, for what is noted before a login.
+    pub async fn begin_anonymous(&self, client: ClientHints, changes: &Changes) -> Result<Anonymous, StoreError> {
+        let network = client.address.map(|address| format!("anonymous {:?}", Network::of(address)));
+        if let Some(network) = network
+            && ANONYMOUS_MAX < self.store.increment(&network, ANONYMOUS_WINDOW).await?.value
+        {
+            return Ok(Anonymous::TooMany);
+        }
+        let mut name = [0; 16];
+        SysRng.try_fill_bytes(&mut name).map_err(|error| StoreError::Unavailable(error.into()))?;
+        // A user of its own for each, so that they are spread like users, and one is never the other's.
+        let user = format!("anonymous {}", URL_SAFE_NO_PAD.encode(name));
+        let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
+        let identity = Identity { user, ..Identity::default() };
+        let newcomer = Newcomer { identity, method: LoginMethod::Anonymous, client, secrets, attributes, login: None };
+        match self.begin(newcomer, None, changes).await? {
+            Started::Begun { id, displaced: _ } => Ok(Anonymous::Begun(id)),
+            Started::Full(_) => Ok(Anonymous::TooMany),
+        }
+    }
+
+    async fn left_behind(&self, old: &SessionKey, user: &str) -> Result<BTreeMap<String, Attribute>, StoreError> {
+        let record = match self.store.load_now(old).await {
+            Ok(Found::Live(stored)) => stored.record,
+            Ok(Found::Ended(_) | Found::Nothing) | Err(StoreError::Unreadable) => return Ok(BTreeMap::new()),
+            Err(error) => return Err(error),
+        };
+        let is_theirs = match record.method {
+            LoginMethod::Anonymous => true,
+            LoginMethod::Password | LoginMethod::Oidc | LoginMethod::Backend => record.identity.user == user,
+        };
+        Ok(if is_theirs { record.attributes.clone() } else { BTreeMap::new() })
+    }
+
     /// What was sealed for the holder of this id at the login; empty when nothing was.
     pub fn secrets(&self, id: &SessionId, record: &Record) -> Result<BTreeMap<String, String>, SealError> {
         let Some(sealed) = &record.secrets else { return Ok(BTreeMap::new()) };
@@ -232,6 +321,27 @@ impl Sessions {
     /// Changes a live session's record; see [`SessionStore::update`].
     pub async fn update(&self, key: &SessionKey, change: Change<'_>) -> Result<Option<Arc<Record>>, StoreError> {
         self.store.update(key, change).await
+    }
+
+    /// Changes a live session's attributes.
+    pub async fn note(&self, key: &SessionKey, changes: &Changes) -> Result<Noted, StoreError> {
+        let excess = Mutex::new(None);
+        let change = |record: &Record| match changes.apply(&record.attributes, unix_now()) {
+            Ok(attributes) => {
+                *excess.lock() = None; // of an earlier try
+                Some(Record { attributes, ..record.clone() })
+            }
+            Err(too_much) => {
+                *excess.lock() = Some(too_much);
+                None
+            }
+        };
+        let is_live = self.store.update(key, &change).await?.is_some();
+        Ok(match excess.into_inner() {
+            _ if !is_live => Noted::Gone,
+            Some(excess) => Noted::TooMuch(excess),
+            None => Noted::Done,
+        })
     }
 
     /// The user logs out; whether the session lived. `user` spares the store a search, where it is known.
@@ -305,7 +415,8 @@ impl Sessions {
             Answer::TooMany(_) if was_down => {}
             Answer::TooMany(wait) => return Ok(Resumed::TooManyGuesses(wait)),
         }
-        match self.store.load(&key).await {
+        let found = if usage.is_fresh { self.store.load_now(&key).await } else { self.store.load(&key).await };
+        match found {
             Ok(Found::Live(stored)) => {
                 self.guesses.note_life(&key);
                 Ok(Resumed::Live(self.used(key, stored, usage), Source::Store))
@@ -428,7 +539,7 @@ impl Options {
 impl Use<'_> {
     /// On behalf of one of our own pages: the fallback cookie does not count there.
     pub fn of_own_page(client: IpAddr, touch: bool) -> Self {
-        Self { client, touch, route: None, fallback: None }
+        Self { client, touch, route: None, fallback: None, is_fresh: false }
     }
 }
 
@@ -463,7 +574,6 @@ impl std::fmt::Debug for Sessions {
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-    use parking_lot::Mutex;
     use tokio::sync::mpsc;
 
     use super::store::memory::MemoryStore;
@@ -657,7 +767,7 @@ mod tests {
     }
 
     fn usage() -> Use<'static> {
-        Use { client: [192, 0, 2, 1].into(), touch: true, route: Some("/"), fallback: None }
+        Use { client: [192, 0, 2, 1].into(), touch: true, route: Some("/"), fallback: None, is_fresh: false }
     }
 
     async fn resume(sessions: &Sessions, id: &SessionId) -> Option<Session> {

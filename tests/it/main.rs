@@ -6,6 +6,7 @@
 
 mod harness;
 mod identity_headers;
+mod directives;
 mod guard;
 mod proxying;
 mod login_journey;

@@ -182,6 +182,11 @@ pub trait SessionStore: Send + Sync + 'static {
     /// [`Codec::unreadable`].
     async fn load(&self, key: &SessionKey) -> Result<Found, StoreError>;
 
+    /// As [`Self::load`], by a read that begins now: it sees all that was written before by whichever instance.
+    async fn load_now(&self, key: &SessionKey) -> Result<Found, StoreError> {
+        self.load(key).await
+    }
+
     /// Writes a new session, ends what it replaces or displaces, in one step.
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError>;
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::config::model::WhenFull;
 use crate::session::id::{KeyHashing, SessionKey, UserKey};
-use crate::session::record::Record;
+use crate::session::record::{LoginMethod, Record};
 
 mod file;
 
@@ -192,7 +192,9 @@ impl MemoryStore {
             let mut shard = self.shard(&key).lock();
             let mut notes = file.notes();
             notes.ended(&key);
-            if let Some(record) = record {
+            if let Some(record) = record
+                && record.method != LoginMethod::Anonymous
+            {
                 self.tell(&mut shard, &mut notes, &key, &record.identity.user, Ending::Expired, now);
             }
         }
@@ -353,7 +355,10 @@ impl MemoryStore {
             }
             Ending::LoggedOut | Ending::Replaced | Ending::Expired => {}
         }
-        self.tell(shard, notes, key, user, ending, now);
+        // Nobody wants to know that nobody left.
+        if entry.record.method != LoginMethod::Anonymous {
+            self.tell(shard, notes, key, user, ending, now);
+        }
         Some(lived)
     }
 
@@ -781,7 +786,7 @@ mod tests {
     use crate::identity::Identity;
     use crate::session::Lifetime;
     use crate::session::id::SessionId;
-    use crate::session::record::{ClientHints, LoginMethod};
+    use crate::session::record::ClientHints;
     use crate::session::store::Limit;
 
     const LIFETIME: Lifetime = Lifetime { idle: Duration::from_millis(100), absolute: Duration::from_millis(1_000) };

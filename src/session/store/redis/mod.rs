@@ -32,7 +32,7 @@ use super::{
 use crate::config::model::{self, Cache, Logout, WhenFull};
 use crate::session::cache::{LeaseCache, Touched};
 use crate::session::id::{BUCKETS, SessionKey, UserKey};
-use crate::session::record::{Codec, Record};
+use crate::session::record::{Codec, LoginMethod, Record};
 use failure::store_error;
 use keys::Keys;
 use link::{Batch, Links, Place, bucket_slot, key_slot};
@@ -118,8 +118,15 @@ impl SessionStore for RedisStore {
         read_through(&self.links, key, self.keys.session(key), decode).await
     }
 
+    async fn load_now(&self, key: &SessionKey) -> Result<Found, StoreError> {
+        let replies = read::read(&self.links, self.keys.session(key)).await?;
+        found(replies, key, &self.options.codec, &self.links)
+    }
+
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
         let user = session.identity.user.clone();
+        // Nobody wants to know that nobody left.
+        let is_told = self.options.events && session.method != LoginMethod::Anonymous;
         let index = UserKey::of(&user);
         if index.bucket() != key.bucket() {
             return Err(StoreError::Refused("the id was not made for this user".into()));
@@ -146,7 +153,7 @@ impl SessionStore for RedisStore {
             .with(bytes)
             .with_number(millis(terms.lifetime.idle))
             .with_number(record.ends)
-            .with(if self.options.events { user } else { String::new() })
+            .with(if is_told { user } else { String::new() })
             .with_number(limit.into())
             .with(match when_full {
                 WhenFull::EvictOldest => "evict_oldest",

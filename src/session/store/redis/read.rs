@@ -53,6 +53,11 @@ where
     }
 }
 
+/// The replies to `GET` and `PTTL` of a read that nobody shares.
+pub(super) async fn read(links: &Links, name: String) -> Result<[Value; 2], StoreError> {
+    links.ask(question(key_slot(name.as_bytes()), &name)).await.and_then(pair)
+}
+
 fn question(slot: u16, name: &str) -> Batch {
     let mut value = redis::cmd("GET");
     value.arg(name);
