@@ -54,6 +54,8 @@ pub enum TemplatePart {
     Groups,
     /// `{claim.NAME}`
     Claim(String),
+    /// `{attribute.NAME}`: of the session.
+    Attribute(String),
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -295,12 +297,17 @@ fn placeholder_part(name: &str) -> Result<TemplatePart, String> {
         "name" => TemplatePart::Name,
         "email" => TemplatePart::Email,
         "groups" => TemplatePart::Groups,
-        _ => match name.strip_prefix("claim.") {
-            Some(claim) if !claim.is_empty() && !claim.contains('{') => TemplatePart::Claim(claim.to_owned()),
+        _ => match name.split_once('.') {
+            Some(("claim", claim)) if !claim.is_empty() && !claim.contains('{') => {
+                TemplatePart::Claim(claim.to_owned())
+            }
+            Some(("attribute", attribute)) if !attribute.is_empty() && !attribute.contains('{') => {
+                TemplatePart::Attribute(attribute.to_owned())
+            }
             _ => {
                 return Err(format!(
                     "unknown placeholder `{{{name}}}`, expected one of `{{user}}`, `{{name}}`, `{{email}}`, \
-                     `{{groups}}`, `{{claim.NAME}}`"
+                     `{{groups}}`, `{{claim.NAME}}`, `{{attribute.NAME}}`"
                 ));
             }
         },
@@ -497,13 +504,14 @@ mod tests {
 
     #[test]
     fn a_template_is_text_and_placeholders() {
-        use TemplatePart::{Claim, Email, Groups, Name, User};
+        use TemplatePart::{Attribute, Claim, Email, Groups, Name, User};
         let literal = |text: &str| TemplatePart::Text(text.to_owned());
         let cases = [
             ("{user}", vec![User]),
             ("{name} <{email}>", vec![Name, literal(" <"), Email, literal(">")]),
             ("{groups}{claim.team}", vec![Groups, Claim("team".to_owned())]),
             ("{claim.https://example.org/team}", vec![Claim("https://example.org/team".to_owned())]),
+            ("{attribute.cart_id}!", vec![Attribute("cart_id".to_owned()), literal("!")]),
             ("fixed", vec![literal("fixed")]),
             ("{{user}}", vec![literal("{user}")]),
             ("{{{user}}}", vec![literal("{"), User, literal("}")]),
@@ -521,6 +529,7 @@ mod tests {
             ("{users}", "unknown placeholder `{users}`, expected one of `{user}`"),
             ("{}", "unknown placeholder `{}`"),
             ("{claim.}", "unknown placeholder"),
+            ("{attribute.}", "unknown placeholder"),
             ("{claim.{user}", "unknown placeholder"),
             ("{User}", "unknown placeholder"),
             ("{user", "a lone `{`"),

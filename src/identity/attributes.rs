@@ -1,14 +1,17 @@
 //! How does a backend read what backends noted in a session? One field, a dictionary of texts (RFC 9651, section 3.2).
 
+use std::collections::BTreeMap;
+
 use http::HeaderValue;
 use sfv::{DictSerializer, KeyRef, RefBareItem, StringRef};
 
 /// `cart_id="5678", theme="dark"`; nothing where there are none. A text beyond ASCII is a display string
 /// (RFC 9651, section 3.3.8): `name=%"Zo%c3%ab"`. What has no name that such a field can say is left out.
-pub fn field<'a>(attributes: impl Iterator<Item = (&'a str, &'a str)>) -> Option<HeaderValue> {
+pub fn field(attributes: &BTreeMap<&str, &str>) -> Option<HeaderValue> {
     let mut dictionary = DictSerializer::new();
     for (name, value) in attributes {
         let Ok(name) = KeyRef::from_str(name) else { continue };
+        let value: &str = value;
         let value = StringRef::from_str(value).map_or(RefBareItem::DisplayString(value), RefBareItem::String);
         dictionary.bare_item(name, value);
     }
@@ -23,7 +26,8 @@ mod tests {
 
     #[test]
     fn every_text_has_one_spelling_and_none_can_forge_another() {
-        let cases: [(&[(&str, &str)], Option<&str>); 7] = [
+        type Attributes = &'static [(&'static str, &'static str)];
+        let cases: [(Attributes, Option<&str>); 7] = [
             (&[], None),
             (&[("cart_id", "5678"), ("theme", "dark")], Some("cart_id=\"5678\", theme=\"dark\"")),
             (&[("a", "x\", b=\"y")], Some("a=\"x\\\", b=\\\"y\"")),
@@ -33,7 +37,7 @@ mod tests {
             (&[("Not A Key", "1"), ("b", "2")], Some("b=\"2\"")),
         ];
         for (attributes, expected) in cases {
-            let value = field(attributes.iter().copied());
+            let value = field(&attributes.iter().copied().collect());
             assert_eq!(value.as_ref().map(|value| value.to_str().unwrap()), expected, "{attributes:?}");
         }
     }

@@ -5,6 +5,7 @@
 //! every character that is no letter or digit as a hyphen, because CGI, WSGI and PHP make one variable of
 //! `X-Remote-User`, `x_remote_user` and `X.Remote.User`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -22,6 +23,8 @@ use crate::config::value::{Template, TemplatePart};
 #[derive(Clone, Debug)]
 pub struct IdentityHeaders {
     headers: Vec<Header>,
+    /// Those that say what a session holds, which may change with each request.
+    of_session: Vec<Header>,
     groups: GroupList,
     reserved: Names,
     /// Which of all that were compiled in this process.
@@ -51,13 +54,16 @@ impl IdentityHeaders {
             }
         }
 
+        let (of_session, headers) = headers.into_iter().partition(Header::has_attribute);
+
         let mut reserved = Names::new(&RESERVED_NAMES, &RESERVED_PREFIXES);
         for preset in presets::ALL.map(presets::preset) {
             preset.headers.iter().for_each(|(name, _)| reserved.add(name));
         }
         config.headers.keys().chain(&config.strip).for_each(|name| reserved.add(name.get_ref()));
         static EDITIONS: AtomicU64 = AtomicU64::new(0);
-        Self { headers, groups: preset.groups, reserved, edition: EDITIONS.fetch_add(1, Ordering::Relaxed) }
+        let edition = EDITIONS.fetch_add(1, Ordering::Relaxed);
+        Self { headers, of_session, groups: preset.groups, reserved, edition }
     }
 
     /// Whether a client may not send this to a backend: every name of every preset, the names that belong to the same
@@ -82,7 +88,8 @@ impl IdentityHeaders {
         let mut values = Vec::with_capacity(self.headers.len());
         for (header, Header { parts, .. }) in self.headers.iter().enumerate() {
             let begin = text.len();
-            let is_whole = parts.iter().all(|part| part.write(identity, self.groups, &mut text).is_some());
+            let nothing = BTreeMap::new();
+            let is_whole = parts.iter().all(|part| part.write(identity, &nothing, self.groups, &mut text).is_some());
             if is_whole && HeaderValue::from_str(&text[begin..]).is_ok() {
                 values.push((header, begin..text.len()));
             } else {
@@ -90,6 +97,25 @@ impl IdentityHeaders {
             }
         }
         Lines { edition: self.edition, text: text.into(), values }
+    }
+
+    /// The header lines that say what this session holds, by the rules of [`Self::render`]. `identity`: none of a session
+    /// that nobody has logged in to.
+    pub fn render_session(
+        &self,
+        identity: Option<&Identity>,
+        attributes: &BTreeMap<&str, &str>,
+    ) -> Vec<(HeaderName, HeaderValue)> {
+        let nobody = Identity::default();
+        let identity = identity.unwrap_or(&nobody);
+        let line = |header: &Header| {
+            let mut text = String::with_capacity(VALUE_BYTES_USUAL);
+            header.parts.iter().try_for_each(|part| part.write(identity, attributes, self.groups, &mut text))?;
+            let mut value = HeaderValue::from_str(&text).ok()?;
+            value.set_sensitive(true);
+            Some((header.name.clone(), value))
+        };
+        self.of_session.iter().filter_map(line).collect()
     }
 }
 
@@ -138,21 +164,35 @@ enum Part {
     Text(String),
     Field(Field),
     Claim(String),
+    Attribute(String),
+}
+
+impl Header {
+    fn has_attribute(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, Part::Attribute(_)))
+    }
 }
 
 impl Part {
-    /// Nothing when the user has no such thing.
-    fn write(&self, identity: &Identity, groups: GroupList, to: &mut String) -> Option<()> {
+    /// Nothing when the user, or the session, has no such thing.
+    fn write(
+        &self,
+        identity: &Identity,
+        attributes: &BTreeMap<&str, &str>,
+        groups: GroupList,
+        to: &mut String,
+    ) -> Option<()> {
         let text = match self {
             Self::Text(text) => {
                 to.push_str(text);
                 return Some(());
             }
             Self::Field(Field::Groups) => return write_groups(&identity.groups, groups, to),
-            Self::Field(Field::User) => Some(&identity.user),
-            Self::Field(Field::Name) => identity.name.as_ref(),
-            Self::Field(Field::Email) => identity.email.as_ref(),
-            Self::Claim(name) => identity.claims.get(name),
+            Self::Field(Field::User) => Some(identity.user.as_str()),
+            Self::Field(Field::Name) => identity.name.as_deref(),
+            Self::Field(Field::Email) => identity.email.as_deref(),
+            Self::Claim(name) => identity.claims.get(name).map(String::as_str),
+            Self::Attribute(name) => attributes.get(name.as_str()).copied(),
         };
         let text = text.filter(|text| !text.is_empty())?;
         encode(text, &[], to);
@@ -215,6 +255,7 @@ fn parts(template: &Template) -> Vec<Part> {
             TemplatePart::Email => Part::Field(Field::Email),
             TemplatePart::Groups => Part::Field(Field::Groups),
             TemplatePart::Claim(name) => Part::Claim(name.clone()),
+            TemplatePart::Attribute(name) => Part::Attribute(name.clone()),
         })
         .collect()
 }
@@ -347,8 +388,6 @@ const FORWARDING_PREFIXES: [&str; 3] = ["x-forwarded-", "x-ssl-client-", "ssl-cl
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use percent_encoding::percent_decode_str;
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};

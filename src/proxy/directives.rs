@@ -61,20 +61,17 @@ enum Kind {
 }
 
 impl Gateway {
-    /// Does what the response asks for, and takes it out of the response. Gives the cookies that it is to carry.
+    /// Does what these fields of the response ask for. Gives the cookies that it is to carry.
     pub(super) async fn obey(
         &self,
+        mut fields: HeaderMap,
         downstream: &HttpSession,
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<Vec<HeaderValue>> {
-        if !response.headers.keys().any(|name| Kind::of(name).is_some()) {
-            return Ok(Vec::new());
-        }
         let preset = context.rules.login.backend_preset();
         let is_final = !response.status.is_informational();
         let allowed = context.route.as_ref().map(|route| route.directives).filter(|_| is_final).unwrap_or_default();
-        let mut fields = take(response);
         let refused: Vec<_> = fields.keys().filter(|name| !is_allowed(name, allowed, preset)).cloned().collect();
         for name in refused {
             fields.remove(&name);
@@ -314,8 +311,11 @@ fn is_allowed(name: &HeaderName, allowed: Allowed, preset: BackendPreset) -> boo
     }
 }
 
-/// Takes all directives out of a response.
-fn take(response: &mut ResponseHeader) -> HeaderMap {
+/// All directives of a response, which has none of them any more; nothing where there are none.
+pub(super) fn taken_out_of(response: &mut ResponseHeader) -> Option<HeaderMap> {
+    if !response.headers.keys().any(|name| Kind::of(name).is_some()) {
+        return None;
+    }
     let mut fields = HeaderMap::new();
     let names: Vec<_> = response.headers.keys().filter(|name| Kind::of(name).is_some()).cloned().collect();
     for name in names {
@@ -324,7 +324,7 @@ fn take(response: &mut ResponseHeader) -> HeaderMap {
         }
         response.remove_header(&name);
     }
-    fields
+    Some(fields)
 }
 
 /// Several lines of one field are one (RFC 9110, section 5.3).
@@ -396,7 +396,7 @@ mod tests {
         for (name, value) in lines {
             response.append_header(*name, *value).unwrap();
         }
-        let fields = take(&mut response);
+        let fields = taken_out_of(&mut response).unwrap();
         assert!(response.headers.is_empty(), "nothing of it is left for the client");
         Asked::read(&fields, &mut response)
     }

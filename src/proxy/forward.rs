@@ -1,6 +1,8 @@
 //! What leaves for the backend, and what comes back from it: look-alikes and our cookies out, hop-by-hop out,
 //! forwarding and identity headers in.
 
+use std::collections::BTreeMap;
+
 use http::{HeaderMap, HeaderName, HeaderValue, Request, header, request};
 use pingora::http::{RequestHeader, ResponseHeader};
 
@@ -98,12 +100,19 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     headers.insert(X_REQUEST_ID, context.request_id.value());
     headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
-    if context.route.as_ref().is_some_and(|route| route.directives.attributes)
-        && let Some(session) = context.told_session()
+    if let Some(session) = context.told_session()
+        && !session.record.attributes.is_empty()
     {
         let held = session.record.attributes_at(unix_now()).map(|(name, held)| (name, held.value.as_str()));
-        if let Some(value) = identity::attributes::field(held) {
+        let held: BTreeMap<_, _> = held.collect();
+        if context.route.as_ref().is_some_and(|route| route.directives.attributes)
+            && let Some(value) = identity::attributes::field(&held)
+        {
             headers.insert(SESSION_ATTRIBUTES, value);
+        }
+        let user = context.identity.as_ref().map(|known| &***known);
+        for (name, value) in rules.identity.render_session(user, &held) {
+            headers.insert(name, value);
         }
     }
     if let Some(identity) = &context.identity {

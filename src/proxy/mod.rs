@@ -246,7 +246,11 @@ impl ProxyHttp for Gateway {
             // Such a client knows no chunks (RFC 9112, section 6.1); the end of the connection ends the body.
             response.remove_header(&header::TRANSFER_ENCODING);
         }
-        let cookies = self.obey(downstream, response, context).await?;
+        let cookies = match directives::taken_out_of(response) {
+            // Boxed, because every response would carry along what only these need.
+            Some(fields) => Box::pin(self.obey(fields, downstream, response, context)).await?,
+            None => Vec::new(),
+        };
         forward::response(response, context, &self.cookies)?;
         directives::add_cookies(response, cookies)
     }

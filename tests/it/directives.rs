@@ -1,5 +1,7 @@
 //! What may a backend say of the session, and where? Attributes, logins and logouts by fields of its responses.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::harness::backend::{Answer, Backend, Request};
@@ -260,6 +262,28 @@ fn no_client_can_say_what_a_session_holds() {
 }
 
 #[test]
+fn own_headers_say_what_a_session_holds() {
+    let backend = obliging();
+    let gateway = shop(&[&backend])
+        .with("[identity.headers]\nX-Cart = \"{attribute.cart}\"\nX-Both = \"{user}:{attribute.cart}\"")
+        .start();
+    let client = gateway.client();
+    let seen = |client: &Client, path: &str| {
+        client.get(path).header("X-Cart", "forged").header("x_cart", "forged").send();
+        let head = backend.requests().pop().unwrap().head;
+        [head.values("x-cart").join("|"), head.values("x-both").join("|")]
+    };
+    assert_eq!(seen(&client, "/plain"), ["", ""]);
+    say_to(&client, "/open", &[("Session-Set", "cart=\"pen\"")]);
+    assert_eq!(seen(&client, "/plain"), ["pen", ""], "of a session that nobody has logged in to, too");
+    assert_eq!(seen(&client, "/public"), ["", ""], "where nobody looks for a session, nothing");
+    gateway.try_log_in(&client, "ann", PASSWORD);
+    wait_until("it is told on other routes", || seen(&client, "/") == ["pen", "ann:pen"]);
+    say_to(&client, "/open", &[("Session-Set", "cart=\"a b\"")]);
+    wait_until("its change, too", || seen(&client, "/") == ["a b", "ann:a b"]);
+}
+
+#[test]
 fn webseals_words_work_where_they_are_the_preset() {
     let backend = obliging();
     let gateway = Gateway::in_front_of(&[&backend])
@@ -355,7 +379,7 @@ fn of_two_hundred_updates_over_two_gateways_none_is_lost() {
     });
     assert_eq!(done.load(Ordering::SeqCst), UPDATES);
     let mut expected: Vec<_> =
-        (0..64).map(|n| format!("n{n}=\"{}\"", (n..UPDATES).step_by(64).last().unwrap())).collect();
+        (0..64).map(|n| format!("n{n}=\"{}\"", (n..UPDATES).rev().find(|update| update % 64 == n).unwrap())).collect();
     expected.sort();
     for client in &clients {
         let told = told(client, "/shop").0;
@@ -379,4 +403,88 @@ fn a_write_is_seen_by_the_next_request_on_the_other_gateway() {
         assert_eq!(say_to(writer, "/shop", &[("Session-Set", &format!("n=\"{n}\""))]).status, 200);
         assert_eq!(told(reader, "/shop").0, format!("n=\"{n}\""));
     }
+}
+
+/// One of the example's shops.
+struct Shop {
+    process: Child,
+    address: String,
+}
+
+impl Shop {
+    fn start(name: &str) -> Self {
+        let program = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/cart/shop.py");
+        let mut process = Command::new("python3")
+            .args([program, name, "0"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("there is a python3");
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().rsplit(' ').next().unwrap().to_owned();
+        Self { process, address }
+    }
+}
+
+impl Drop for Shop {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn the_shop_of_the_example_keeps_its_carts_whoever_of_it_lives() {
+    let shops = [Shop::start("left"), Shop::start("right")];
+    let example = include_str!("../../examples/cart/cloakroom.toml");
+    let example = example.replace("127.0.0.1:9001", &shops[0].address).replace("127.0.0.1:9002", &shops[1].address);
+    let (_, tables) = example.split_once("address = \"127.0.0.1:8080\"").expect("the listener stands first");
+    let unused = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&unused]).route("/unused", "").with(tables).start();
+    let client = gateway.client();
+    for item in ["book", "pen", "book"] {
+        assert_eq!(client.post_form("/add", &[("item", item)]).send().status, 303);
+    }
+    assert!(client.get("/").send().text().contains("2 book, 1 pen"));
+    assert_eq!(client.navigate("/checkout").send().status, 302, "who orders is known");
+
+    let [left, right] = shops;
+    drop(left);
+    client.post_form("/add", &[("item", "lamp")]).send();
+    let login = [("user", "alice"), ("password", "wonderland"), ("return_to", "/checkout")];
+    let wrong = client.post_form("/login", &[("user", "alice"), ("password", "guess")]).send();
+    assert_eq!((wrong.status, client.get("/checkout").send().status), (403, 401));
+    let response = client.post_form("/login", &login).send();
+    assert_eq!((response.status, response.header("location")), (303, Some("/checkout")));
+    let order = client.get("/checkout").send().text();
+    assert!(order.contains("alice takes: 2 book, 1 pen, 1 lamp"), "{order}");
+    assert_eq!(client.post_form("/logout", &[]).send().status, 303);
+    assert_eq!(client.get("/checkout").send().status, 401);
+    drop(right);
+}
+
+/// The pages that tell of it show nothing that `cloakroom check` refuses.
+#[test]
+fn the_settings_of_the_book_are_valid() {
+    let pages = [include_str!("../../docs/attributes.md"), include_str!("../../docs/backend-login.md")];
+    let mut checked = 0;
+    for block in pages.iter().flat_map(|page| page.split("```toml\n").skip(1)) {
+        let (block, _) = block.split_once("```").unwrap();
+        let mut text = "[[listener]]\naddress = \"127.0.0.1:8080\"\n".to_owned();
+        let pools = ["shop", "legacy", "app"].map(|name| format!("[pool.{name}]\nbackends = [\"127.0.0.1:9001\"]\n"));
+        text.extend(pools);
+        if !block.contains("[login.backend]") {
+            text.push_str("[login.backend]\n");
+        }
+        if !block.contains("[[route]]") {
+            text.push_str("[[route]]\npath = \"/\"\npool = \"app\"\n");
+        }
+        text.push_str(block);
+        let file = tempfile::tempdir().unwrap();
+        let path = file.path().join("cloakroom.toml");
+        std::fs::write(&path, &text).unwrap();
+        cloakroom::config::load(&path).unwrap_or_else(|error| panic!("{error}"));
+        checked += 1;
+    }
+    assert_eq!(checked, 4);
 }
