@@ -441,7 +441,7 @@ fn the_shop_of_the_example_keeps_its_carts_whoever_of_it_lives() {
     let (_, tables) = example.split_once("address = \"127.0.0.1:8080\"").expect("the listener stands first");
     let unused = Backend::echo();
     let gateway = Gateway::in_front_of(&[&unused]).route("/unused", "").with(tables).start();
-    let client = gateway.client();
+    let client = gateway.client().allowing("server");
     for item in ["book", "pen", "book"] {
         assert_eq!(client.post_form("/add", &[("item", item)]).send().status, 303);
     }
