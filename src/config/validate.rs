@@ -468,12 +468,15 @@ impl Check<'_, '_> {
 
     /// A session begins with a login; without one, a route that asks for it would be shut for ever.
     fn someone_can_log_in(&mut self) {
+        let attributes_begin_sessions = self.config.routes.iter().any(|route| route.anonymous);
         let asks = |access: Access| match access {
             Access::Public => false,
-            Access::Optional | Access::Required => true,
+            Access::Optional => !attributes_begin_sessions,
+            Access::Required => true,
         };
-        let attributes_begin_sessions = self.config.routes.iter().any(|route| route.anonymous);
-        if self.config.login.password.is_some() || self.config.login.backend.is_some() || attributes_begin_sessions {
+        let mut directives = self.config.routes.iter().flat_map(|route| &route.directives);
+        let backends_log_in = directives.any(|directive| *directive.get_ref() == Directive::Login);
+        if self.config.login.password.is_some() || backends_log_in {
             return;
         }
         if let Some(route) = self.config.routes.iter().find(|route| asks(*route.access.get_ref())) {
@@ -1207,6 +1210,37 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
         let optional = nobody.clone() + "access = \"optional\"\n";
         assert_eq!(headlines(&optional), ["8:10: route \"/\" asks for a session, but nobody can log in"]);
         assert_eq!(errors(&(nobody + "access = \"public\"\n")), "nothing is wrong");
+    }
+
+    #[test]
+    fn what_backends_may_say_makes_sense_together() {
+        let with = |login: &str, route: &str| GOOD.replace("[pool", &format!("{login}[pool")) + route;
+        let page = "[login.backend]\npage = \"/\"\n";
+        let good = [
+            with("[login.backend]\n", "directives = [\"login\", \"logout\", \"attributes\"]\n"),
+            with(page, "access = \"public\"\ndirectives = [\"login\"]\n"),
+            with("", "access = \"optional\"\ndirectives = [\"attributes\"]\nanonymous = true\n"),
+        ];
+        for text in good {
+            assert_eq!(errors(&text), "nothing is wrong", "{text}");
+        }
+        let cases = [
+            (with("", "directives = [\"login\"]\n"), "without [login.backend]"),
+            (with("", "directives = [\"logout\", \"logout\"]\n"), "there twice"),
+            (with("", "access = \"public\"\ndirectives = [\"attributes\"]\n"), "attributes on a public route"),
+            (with("", "directives = [\"attributes\"]\nanonymous = true\n"), "anonymous sessions begin with attributes"),
+            (with("", "access = \"optional\"\nanonymous = true\n"), "anonymous sessions begin with attributes"),
+            (with(page, "directives = [\"login\"]\n"), "on a route that requires a session"),
+            (with(page, "access = \"public\"\n"), "on a route whose backend may log nobody in"),
+            (with("[login.backend]\npage = \"login\"\n", "directives = [\"login\"]\n"), "it must begin with `/`"),
+            (with("[login.backend]\npage = \"/.cloakroom/x\"\n", "directives = [\"login\"]\n"), "under login.prefix"),
+        ];
+        for (text, expected) in cases {
+            let told = headlines(&text);
+            assert!(told.iter().any(|line| line.contains(expected)), "{text}\nshould say {expected:?}: {told:?}");
+        }
+        let nobody = GOOD.replace("[login.password]\nusers_file = \"users.toml\"\n", "[login.backend]\n");
+        assert_eq!(headlines(&nobody).len(), 1, "no route lets a backend log anybody in");
     }
 
     #[test]

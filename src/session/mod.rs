@@ -729,7 +729,7 @@ mod tests {
         let now = Arc::new(AtomicU64::new(1_000_000_000));
         let clock = Arc::clone(&now);
         let (touched, touches) = mpsc::unbounded_channel();
-        let store = MemoryStore::with_clock(100, Box::new(move || clock.load(Ordering::Relaxed)));
+        let store = MemoryStore::with_clock(1_000, Box::new(move || clock.load(Ordering::Relaxed)));
         let store = Arc::new(Watched {
             store,
             now,
@@ -779,6 +779,31 @@ mod tests {
         for _ in 0..10 {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn one_network_begins_so_many_sessions_of_nobody_and_no_more() {
+        let (sessions, store, _) = watched(30 * MINUTE, 720 * MINUTE);
+        let setting = attributes::Setting { value: "1".into(), time: None };
+        let changes = Changes { unset: Vec::new(), set: BTreeMap::from([("cart".to_owned(), setting)]) };
+        let hints = |last| ClientHints { address: Some([192, 0, 2, last].into()), user_agent: String::new() };
+        let mut users = std::collections::BTreeSet::new();
+        for _ in 0..ANONYMOUS_MAX {
+            let Anonymous::Begun(id) = sessions.begin_anonymous(hints(7), &changes).await.unwrap() else {
+                panic!("there is room")
+            };
+            let session = resume(&sessions, &id).await.expect("it lives");
+            assert_eq!(session.record.method, LoginMethod::Anonymous);
+            users.insert(session.record.identity.user.clone());
+        }
+        assert_eq!(users.len() as u64, ANONYMOUS_MAX, "none is another one's");
+        let refused = sessions.begin_anonymous(hints(7), &changes).await.unwrap();
+        assert!(matches!(refused, Anonymous::TooMany), "{refused:?}");
+        let other = sessions.begin_anonymous(hints(8), &changes).await.unwrap();
+        assert!(matches!(other, Anonymous::Begun(_)), "another network: {other:?}");
+        store.now.fetch_add(MINUTE, Ordering::Relaxed);
+        let later = sessions.begin_anonymous(hints(7), &changes).await.unwrap();
+        assert!(matches!(later, Anonymous::Begun(_)), "{later:?}");
     }
 
     #[tokio::test]

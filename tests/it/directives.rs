@@ -474,7 +474,7 @@ fn the_settings_of_the_book_are_valid() {
         let pools = ["shop", "legacy", "app"].map(|name| format!("[pool.{name}]\nbackends = [\"127.0.0.1:9001\"]\n"));
         text.extend(pools);
         if !block.contains("[login.backend]") {
-            text.push_str("[login.backend]\n");
+            text.push_str("[login.password]\nusers_file = \"users.toml\"\n");
         }
         if !block.contains("[[route]]") {
             text.push_str("[[route]]\npath = \"/\"\npool = \"app\"\n");
