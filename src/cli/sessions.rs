@@ -398,6 +398,7 @@ mod tests {
             created: Moment(NOW.0 - 12 * 60_000),
             ends: Moment(NOW.0 + 11 * 3_600_000),
             idle_left_seconds: 1_790,
+            last_seen: Moment(1_800_000_000_000),
             address: Some("192.0.2.7".parse().unwrap()),
             user_agent: "Browser/1 (of a very long name, as they are today)".into(),
         }
@@ -494,7 +495,8 @@ activity   2027-01-15T07:59:56Z (4 s ago)  192.0.2.7        /
     fn json_has_the_documented_names() {
         let expected = serde_json::json!({
             "session": "739e583973", "user": "ann", "method": "password", "created": "2027-01-15T07:48:00Z",
-            "ends": "2027-01-15T19:00:00Z", "idle_left_seconds": 1790, "address": "192.0.2.7",
+            "ends": "2027-01-15T19:00:00Z", "idle_left_seconds": 1790,
+            "last_seen": "2027-01-15T08:00:00Z", "address": "192.0.2.7",
             "user_agent": "Browser/1 (of a very long name, as they are today)",
         });
         assert_eq!(json!(shown()), expected);

@@ -22,6 +22,8 @@ use crate::session::id::SessionId;
 pub enum Purpose {
     Login,
     Logout,
+    /// To end sessions of one's own.
+    Sessions,
 }
 
 /// The secret that binds forms to a browser.
@@ -51,9 +53,13 @@ pub fn is_same_origin(headers: &HeaderMap, origin: &str) -> bool {
     if headers.contains_key(ORIGIN) {
         return only(headers, ORIGIN.as_str()).is_some_and(|sent| sent.eq_ignore_ascii_case(origin));
     }
-    let Some(referer) = only(headers, REFERER.as_str()) else { return false };
-    let Some((sent, rest)) = referer.split_at_checked(origin.len()) else { return false };
-    sent.eq_ignore_ascii_case(origin) && rest.starts_with('/')
+    referring_page(headers, origin).is_some()
+}
+
+/// Path and query of the page of `origin` that led here, as the browser says.
+pub fn referring_page<'h>(headers: &'h HeaderMap, origin: &str) -> Option<&'h str> {
+    let (sent, rest) = only(headers, REFERER.as_str())?.split_at_checked(origin.len())?;
+    (sent.eq_ignore_ascii_case(origin) && rest.starts_with('/')).then_some(rest)
 }
 
 impl FormKey {
@@ -85,9 +91,10 @@ impl FormKey {
         let purpose = match purpose {
             Purpose::Login => "login",
             Purpose::Logout => "logout",
+            Purpose::Sessions => "sessions",
         };
         // The length keeps purpose and mask apart: no two pairs give the same message.
-        let length = u8::try_from(purpose.len()).expect("both purposes are short");
+        let length = u8::try_from(purpose.len()).expect("every purpose is short");
         keyed(&self.0).chain_update([length]).chain_update(purpose).chain_update(mask)
     }
 }

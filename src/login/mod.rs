@@ -4,6 +4,7 @@
 //! login      GET  the form, or for a live session: who you are, and where to go on     POST  303 to return_to
 //! logout     GET  asks                                                                 POST  303 to the same page
 //! session    GET  the user as JSON, or 401
+//! sessions   GET  where the user is logged in                                          POST  ends one, or all others
 //! style.css  GET
 //! ```
 //!
@@ -17,7 +18,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{ALLOW, SET_COOKIE, USER_AGENT, VARY, WWW_AUTHENTICATE};
@@ -36,6 +37,8 @@ mod password;
 pub mod backend;
 mod throttle;
 mod logout;
+mod sessions;
+mod device;
 #[cfg(test)]
 mod tests;
 
@@ -43,11 +46,12 @@ use crate::config::error::{ConfigError, Problems};
 use crate::config::model;
 use crate::identity::{Identity, Known};
 use crate::metrics::Metrics;
+use crate::session::control::{Control, Moment};
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
 use crate::session::record::{ClientHints, LoginMethod};
 use crate::session::store::{Ending, StoreError};
-use crate::session::{Newcomer, Resumed, Sessions, Started, Use};
+use crate::session::{Newcomer, Resumed, Session, Sessions, Started, Use};
 use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
 use hash::{Busy, PASSWORD_BYTES_MAX};
@@ -70,6 +74,7 @@ pub struct Login {
     /// Where a backend has a login page of its own.
     backend_page: Option<ReturnTo>,
     sessions: Sessions,
+    control: Control,
     metrics: Metrics,
 }
 
@@ -98,8 +103,7 @@ pub struct LoginRequest<'a> {
 struct Visitor {
     id: SessionId,
     identity: Arc<Known>,
-    /// The absolute end, Unix time in ms.
-    ends: u64,
+    session: Session,
 }
 
 /// Why there is no answer now, whatever was asked.
@@ -126,6 +130,7 @@ enum Endpoint {
     Login,
     Logout,
     Session,
+    Sessions,
     Style,
 }
 
@@ -170,6 +175,7 @@ impl Login {
             password: config.password.as_ref().map(|password| PasswordLogin::new(password, store)),
             backend_preset: config.backend.as_ref().map(|backend| backend.preset).unwrap_or_default(),
             backend_page: backend_page.and_then(|page| ReturnTo::parse(page.get_ref())),
+            control: Control::new(sessions.clone()),
             sessions,
             metrics,
         })
@@ -199,13 +205,15 @@ impl Login {
             (Endpoint::Login, &Method::POST) => self.log_in(&request).await.map(by_fetch_metadata),
             (Endpoint::Logout, &Method::GET | &Method::HEAD) => self.logout_page(&request).await,
             (Endpoint::Logout, &Method::POST) => self.log_out(&request).await.map(by_fetch_metadata),
-            (Endpoint::Session, &Method::GET | &Method::HEAD) => Ok(self.session(&request).await),
+            (Endpoint::Session, &Method::GET | &Method::HEAD) => self.session(&request).await,
+            (Endpoint::Sessions, &Method::GET | &Method::HEAD) => self.list_sessions(&request).await,
+            (Endpoint::Sessions, &Method::POST) => self.end_sessions(&request).await.map(by_fetch_metadata),
             (Endpoint::Style, &Method::GET | &Method::HEAD) => Ok(self.stylesheet.answer(request.headers)),
-            (Endpoint::Login | Endpoint::Logout | Endpoint::Session | Endpoint::Style, _) => {
+            (Endpoint::Login | Endpoint::Logout | Endpoint::Session | Endpoint::Sessions | Endpoint::Style, _) => {
                 Ok(self.wrong_method(endpoint, &request))
             }
         };
-        answer.unwrap_or_else(|failure| self.unavailable(&failure, &request))
+        answer.unwrap_or_else(|failure| self.unavailable(&failure, endpoint, &request))
     }
 
     /// The form. Who is logged in already sees that instead of being sent on: when a route does not accept the session,
@@ -227,18 +235,25 @@ impl Login {
             Err(Failure::TooManyGuesses(_)) => Err(None),
             known => known?,
         };
+        let reason = asked("reason").and_then(|reason| Notice::of_label(&reason));
         let visitor = match known {
+            Ok(visitor) if reason == Some(Notice::Confirm) => {
+                let say = Say { notice: reason, ..Say::default() };
+                return self.login_form(request, StatusCode::OK, &say, &return_to, &visitor.identity.user);
+            }
             Ok(visitor) => visitor,
             Err(ending) => {
                 // A page of the application may have led here by itself: then the cookie still says it.
-                let told = ending.and_then(|ending| Notice::of(Some(ending)));
-                let notice = told.or_else(|| asked("reason").and_then(|reason| Notice::of_label(&reason)));
+                let notice = ending.and_then(|ending| Notice::of(Some(ending))).or(reason);
                 return self.login_form(request, StatusCode::OK, &Say { notice, ..Say::default() }, &return_to, "");
             }
         };
         let csrf = FormKey::of_session(&visitor.id).token(Purpose::Logout)?;
         let (prefix, title, name) = (&self.prefix, &self.title, visitor.name());
-        Ok(page(StatusCode::OK, &LoggedInPage { prefix, title, name, csrf: &csrf, return_to: &return_to }))
+        // The others are about a login that has ended.
+        let notice = reason.filter(|reason| *reason == Notice::Unsent).map(Notice::text);
+        let return_to = &return_to;
+        Ok(page(StatusCode::OK, &LoggedInPage { prefix, title, name, notice, csrf: &csrf, return_to }))
     }
 
     async fn log_in(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
@@ -335,32 +350,14 @@ impl Login {
     }
 
     /// The user as JSON, for a front end; never an id. `expires_in` is the time to the absolute end in seconds.
-    async fn session(&self, request: &LoginRequest<'_>) -> Response<Bytes> {
-        match self.visitor(request).await {
-            Ok(Some(visitor)) => {
-                let Identity { user, name, email, groups, claims: _ } = &**visitor.identity;
-                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
-                let left = u128::from(visitor.ends).saturating_sub(now) / 1000;
-                let left = u64::try_from(left).unwrap_or(u64::MAX);
-                let body = serde_json::json!({
-                    "user": user, "name": name, "email": email, "groups": groups, "expires_in": left,
-                });
-                json(StatusCode::OK, &body)
-            }
-            Ok(None) => {
-                let message = "Log in and try again.";
-                let mut response = failure(StatusCode::UNAUTHORIZED, "unauthenticated", message, request.request_id);
-                // 401 must name a scheme (RFC 9110, section 15.5.2); this one opens no dialog in a browser.
-                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
-                response
-            }
-            Err(cause) => {
-                self.note(&cause);
-                let mut response = failure(cause.status(), cause.label(), TRY_AGAIN, request.request_id);
-                pages::set_retry_after(&mut response, cause.retry_after());
-                response
-            }
-        }
+    async fn session(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+        let Some(visitor) = self.visitor(request).await? else { return Ok(unauthenticated(request)) };
+        let Identity { user, name, email, groups, claims: _ } = &**visitor.identity;
+        let left = visitor.session.record.ends.saturating_sub(Moment::now().0) / 1000;
+        let body = serde_json::json!({
+            "user": user, "name": name, "email": email, "groups": groups, "expires_in": left,
+        });
+        Ok(json(StatusCode::OK, &body))
     }
 
     /// Who has a live session and is still welcome.
@@ -371,20 +368,20 @@ impl Login {
     /// As [`Self::visitor`], or why there is none, where the store remembers it.
     async fn known(&self, request: &LoginRequest<'_>) -> Result<Result<Visitor, Option<Ending>>, Failure> {
         let Some(id) = request.cookie.find(request.headers) else { return Ok(Err(None)) };
-        let record = match self.sessions.resume(&id, &Use::of_own_page(request.client, !request.is_silent)).await {
-            Ok(Resumed::Live(session, _)) => session.record,
+        let session = match self.sessions.resume(&id, &Use::of_own_page(request.client, !request.is_silent)).await {
+            Ok(Resumed::Live(session, _)) => session,
             Ok(Resumed::Gone(ending)) => return Ok(Err(ending)),
             // The cookie stays, since nobody said that the session is gone.
             Err(StoreError::Unreadable) => return Ok(Err(None)),
             Ok(Resumed::TooManyGuesses(wait)) => return Err(Failure::TooManyGuesses(wait)),
             Err(error) => return Err(error.into()),
         };
-        let identity = match record.method {
-            LoginMethod::Password => self.users.current(&record.identity.user).map(Arc::clone),
-            LoginMethod::Oidc | LoginMethod::Backend => Some(Arc::new(Known::new(record.identity.clone()))),
+        let identity = match session.record.method {
+            LoginMethod::Password => self.users.current(&session.record.identity.user).map(Arc::clone),
+            LoginMethod::Oidc | LoginMethod::Backend => Some(Arc::new(Known::new(session.record.identity.clone()))),
             LoginMethod::Anonymous => None,
         };
-        Ok(identity.map(|identity| Visitor { id, identity, ends: record.ends }).ok_or(None))
+        Ok(identity.map(|identity| Visitor { id, identity, session }).ok_or(None))
     }
 
     /// Where a login leads: where the visitor came from, when that is a page of this origin, else the configured page.
@@ -403,12 +400,12 @@ impl Login {
     }
 
     fn not_found(&self, request: &LoginRequest<'_>) -> Response<Bytes> {
-        self.message(request, StatusCode::NOT_FOUND, "Not found", "There is no such page.")
+        self.message(request, StatusCode::NOT_FOUND, "not_found", ("Not found", "There is no such page."))
     }
 
     fn wrong_method(&self, endpoint: Endpoint, request: &LoginRequest<'_>) -> Response<Bytes> {
-        let text = "This address does not take that kind of request.";
-        let mut response = self.message(request, StatusCode::METHOD_NOT_ALLOWED, "Not possible", text);
+        let words = ("Not possible", "This address does not take that kind of request.");
+        let mut response = self.message(request, StatusCode::METHOD_NOT_ALLOWED, "wrong_method", words);
         response.headers_mut().insert(ALLOW, HeaderValue::from_static(endpoint.methods()));
         response
     }
@@ -418,8 +415,8 @@ impl Login {
         let form = Form::parse(request.headers, &request.body).map_err(|bad| self.bad_form(request, bad))?;
         if !is_same_origin(request.headers, request.origin) {
             // Another site made this browser send it: no fresh form, and no cookie that could replace a good one.
-            let text = "This request did not come from a page of this site.";
-            return Err(self.message(request, StatusCode::FORBIDDEN, "Refused", text).into());
+            let words = ("Refused", "This request did not come from a page of this site.");
+            return Err(self.message(request, StatusCode::FORBIDDEN, "foreign_origin", words).into());
         }
         Ok(form)
     }
@@ -429,30 +426,40 @@ impl Login {
             BadForm::Type | BadForm::Fields => StatusCode::BAD_REQUEST,
             BadForm::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         };
-        self.message(request, status, "That was not understood", "The form did not arrive as this page sends it.")
+        let words = ("That was not understood", "The form did not arrive as this page sends it.");
+        self.message(request, status, "bad_form", words)
     }
 
-    fn unavailable(&self, failure: &Failure, request: &LoginRequest<'_>) -> Response<Bytes> {
+    fn unavailable(&self, failure: &Failure, endpoint: Endpoint, request: &LoginRequest<'_>) -> Response<Bytes> {
         self.note(failure);
-        let message = Message {
-            status: failure.status(),
-            title: "Not available at the moment",
-            text: TRY_AGAIN,
-            next: None,
-            retry_after: Some(failure.retry_after()),
-            request_id: request.request_id,
-        };
-        message_page(&self.prefix, &message)
+        let (status, retry_after, request_id) = (failure.status(), failure.retry_after(), request.request_id);
+        if endpoint.answers_in_json(request) {
+            let mut response = pages::failure(status, failure.label(), TRY_AGAIN, request_id);
+            pages::set_retry_after(&mut response, retry_after);
+            return response;
+        }
+        let (title, retry_after) = ("Not available at the moment", Some(retry_after));
+        message_page(&self.prefix, &Message { status, title, text: TRY_AGAIN, next: None, retry_after, request_id })
     }
 
-    fn message(&self, request: &LoginRequest<'_>, status: StatusCode, title: &str, text: &str) -> Response<Bytes> {
+    /// A refusal: `words` are its title and its text, `error` is what programs call it.
+    fn message(
+        &self,
+        request: &LoginRequest<'_>,
+        status: StatusCode,
+        error: &str,
+        (title, text): (&str, &str),
+    ) -> Response<Bytes> {
+        let request_id = request.request_id;
+        if !request.wants_page() {
+            return failure(status, error, text, request_id);
+        }
         let (login, back) = (format!("{}login", self.prefix), self.default_return.to_string());
         // Who has a cookie is logged in, or is sent from there to the login; the store need not say which.
         let next = match request.cookie.find(request.headers) {
             Some(_) => Some(Link { href: &back, text: "Continue" }),
             None => self.password.is_some().then_some(Link { href: &login, text: "Log in" }),
         };
-        let request_id = request.request_id;
         message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })
     }
 
@@ -470,6 +477,13 @@ impl Login {
     }
 }
 
+impl LoginRequest<'_> {
+    /// Whether a person is to read the answer.
+    fn wants_page(&self) -> bool {
+        Login::wants_page(self.method, self.headers)
+    }
+}
+
 impl Visitor {
     fn name(&self) -> &str {
         self.identity.name.as_deref().unwrap_or(&self.identity.user)
@@ -482,6 +496,7 @@ impl Endpoint {
             "login" => Some(Self::Login),
             "logout" => Some(Self::Logout),
             "session" => Some(Self::Session),
+            "sessions" => Some(Self::Sessions),
             "style.css" => Some(Self::Style),
             _ => None,
         }
@@ -489,8 +504,16 @@ impl Endpoint {
 
     fn methods(self) -> &'static str {
         match self {
-            Self::Login | Self::Logout => "GET, HEAD, POST",
+            Self::Login | Self::Logout | Self::Sessions => "GET, HEAD, POST",
             Self::Session | Self::Style => "GET, HEAD",
+        }
+    }
+
+    fn answers_in_json(self, request: &LoginRequest<'_>) -> bool {
+        match self {
+            Self::Login | Self::Logout | Self::Style => false,
+            Self::Session => true,
+            Self::Sessions => !request.wants_page(),
         }
     }
 }
@@ -558,6 +581,15 @@ impl fmt::Debug for LoginRequest<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LoginRequest").field("method", self.method).field("path", &self.path).finish_non_exhaustive()
     }
+}
+
+/// For a program, as on a route.
+fn unauthenticated(request: &LoginRequest<'_>) -> Response<Bytes> {
+    let message = "Log in and try again.";
+    let mut response = failure(StatusCode::UNAUTHORIZED, "unauthenticated", message, request.request_id);
+    // 401 must name a scheme (RFC 9110, section 15.5.2); this one opens no dialog in a browser.
+    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
+    response
 }
 
 /// The answer depended on these fields.

@@ -1,11 +1,11 @@
 //! Is there a person before this request? A page is sent on to the login; a program learns the truth from a status.
 
 use bytes::Bytes;
-use http::header::ACCEPT;
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, Method, Response, StatusCode};
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::Login;
+use super::csrf::referring_page;
 use super::pages::redirect;
 use super::return_to::ReturnTo;
 use crate::session::store::Ending;
@@ -17,19 +17,26 @@ pub enum Notice {
     Displaced,
     Revoked,
     Expired,
+    /// The session lives, but what was asked for takes a fresh login.
+    Confirm,
+    /// A form was posted without a session.
+    Unsent,
 }
 
+const NOTICES: [Notice; 5] = [Notice::Displaced, Notice::Revoked, Notice::Expired, Notice::Confirm, Notice::Unsent];
+
 impl Login {
-    /// Whether a request without a session is a page navigation, to be answered by [`Self::login_redirect`]; anything
-    /// else gets 401. The first rule that applies decides:
+    /// Whether a person waits for the answer: it is a page, or leads to one. A program gets a status and JSON. The first
+    /// rule that applies decides:
     ///
-    /// 1. Not GET or HEAD: no. The body of a form would be lost on the way.
+    /// 1. Not GET, HEAD or POST: no. Browsers go from page to page with these alone.
     /// 2. `Sec-Fetch-Mode` is sent: yes when it is `navigate`. The browser knows best.
     /// 3. `Sec-Fetch-Dest` is sent: yes when it is `document`.
     /// 4. `Sec-Fetch-Site`, `Sec-Fetch-User` or `X-Requested-With` is sent: no.
-    /// 5. `Accept` names `text/html`: yes. `*/*` is no such name: it is what programs send.
+    /// 5. A POST whose body is not of a type that a form can send: no.
+    /// 6. `Accept` names `text/html`: yes. `*/*` is no such name: it is what programs send.
     pub fn wants_page(method: &Method, headers: &HeaderMap) -> bool {
-        if method != Method::GET && method != Method::HEAD {
+        if ![Method::GET, Method::HEAD, Method::POST].contains(method) {
             return false;
         }
         if let Some(mode) = headers.get("sec-fetch-mode") {
@@ -41,27 +48,52 @@ impl Login {
         if ["sec-fetch-site", "sec-fetch-user", "x-requested-with"].iter().any(|name| headers.contains_key(*name)) {
             return false;
         }
+        if method == Method::POST && !has_form(headers) {
+            return false;
+        }
         let accepted = headers.get_all(ACCEPT).iter().filter_map(|field| field.to_str().ok());
-        let mut ranges = accepted.flat_map(|field| field.split(','));
-        ranges.any(|range| range.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/html")))
+        accepted.flat_map(|field| field.split(',')).any(|range| is_kind(range, &["text/html"]))
     }
 
     /// Sends a page navigation to the login page, which says why (`notice`), and leads back to `path_and_query` when that
     /// is safe to follow.
     pub fn login_redirect(&self, path_and_query: &str, notice: Option<Notice>) -> Response<Bytes> {
-        let target = self.own_page(path_and_query);
-        let target =
-            target.map(|target| format!("return_to={}", utf8_percent_encode(&target.to_string(), NON_ALPHANUMERIC)));
+        redirect(StatusCode::FOUND, &self.login_address(self.own_page(path_and_query).as_ref(), notice))
+    }
+
+    /// As [`Self::login_redirect`], of a form that was posted: back to the page that held it, as far as the browser says
+    /// which one that was (`Referer`, of our own `origin`). What was typed there is lost, and the login page says so.
+    pub fn form_redirect(&self, headers: &HeaderMap, origin: &str) -> Response<Bytes> {
+        let target = referring_page(headers, origin).and_then(|page| self.own_page(page));
+        redirect(StatusCode::SEE_OTHER, &self.login_address(target.as_ref(), Some(Notice::Unsent)))
+    }
+
+    /// Of the login page that says why, and leads to `target`.
+    pub(super) fn login_address(&self, target: Option<&ReturnTo>, notice: Option<Notice>) -> String {
+        let target = target.map(|target| format!("return_to={}", target.escaped()));
         let reason = notice.map(|notice| format!("reason={}", notice.label()));
         let query = target.into_iter().chain(reason).collect::<Vec<_>>().join("&");
         let separator = if query.is_empty() { "" } else { "?" };
-        redirect(StatusCode::FOUND, &format!("{}login{separator}{query}", self.prefix))
+        format!("{}login{separator}{query}", self.prefix)
     }
 
-    /// A target of this origin that is not one of our own endpoints: a login that led to the login would go in circles.
+    /// A target of this origin. Of our own endpoints only the list of sessions is one: a login that led to the login would
+    /// go in circles.
     pub(super) fn own_page(&self, text: &str) -> Option<ReturnTo> {
-        ReturnTo::parse(text).filter(|target| !self.owns(target.path()))
+        ReturnTo::parse(text).filter(|target| !self.owns(target.path()) || target.path() == self.sessions_path())
     }
+}
+
+/// What a form's `enctype` can say (HTML, 4.10.18.6).
+fn has_form(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    kind.is_some_and(|kind| is_kind(kind, &["application/x-www-form-urlencoded", "multipart/form-data", "text/plain"]))
+}
+
+/// Whether a media type, whatever its parameters, is one of these.
+fn is_kind(text: &str, kinds: &[&str]) -> bool {
+    let kind = text.split(';').next().unwrap_or_default().trim();
+    kinds.iter().any(|other| kind.eq_ignore_ascii_case(other))
 }
 
 impl Notice {
@@ -77,7 +109,7 @@ impl Notice {
     }
 
     pub(super) fn of_label(label: &str) -> Option<Self> {
-        [Self::Displaced, Self::Revoked, Self::Expired].into_iter().find(|notice| notice.label() == label)
+        NOTICES.into_iter().find(|notice| notice.label() == label)
     }
 
     fn label(self) -> &'static str {
@@ -85,6 +117,8 @@ impl Notice {
             Self::Displaced => "displaced",
             Self::Revoked => "revoked",
             Self::Expired => "expired",
+            Self::Confirm => "confirm",
+            Self::Unsent => "unsent",
         }
     }
 
@@ -95,6 +129,11 @@ impl Notice {
             }
             Self::Revoked => "You were logged out here, by you from another device or by whoever runs this site.",
             Self::Expired => "Your last login has ended, as it does after some time. Log in to go on.",
+            Self::Unsent => {
+                "What you just sent was not taken, because you were not logged in any more. After the login, look at the \
+                 page that you sent it from, and send it again."
+            }
+            Self::Confirm => "Please log in once more. What you are about to do takes a login of the last ten minutes.",
         }
     }
 }
@@ -106,13 +145,27 @@ mod tests {
     #[test]
     fn a_person_is_told_from_a_program() {
         const BROWSER: (&str, &str) = ("accept", "text/html,application/xhtml+xml,*/*;q=0.8");
+        const FORM: (&str, &str) = ("content-type", "application/x-www-form-urlencoded");
         type Fields = &'static [(&'static str, &'static str)];
         let cases: &[(Method, Fields, bool)] = &[
             (Method::GET, &[("sec-fetch-mode", "navigate"), ("sec-fetch-dest", "document"), BROWSER], true),
             (Method::GET, &[("sec-fetch-mode", "navigate")], true),
             (Method::GET, &[("sec-fetch-dest", "document")], true),
             (Method::HEAD, &[("sec-fetch-mode", "navigate")], true),
-            (Method::POST, &[("sec-fetch-mode", "navigate"), BROWSER], false),
+            (Method::POST, &[("sec-fetch-mode", "navigate"), BROWSER], true),
+            (
+                Method::POST,
+                &[("sec-fetch-mode", "navigate"), ("content-type", "multipart/form-data; boundary=x")],
+                true,
+            ),
+            (Method::POST, &[("sec-fetch-mode", "cors"), FORM, BROWSER], false),
+            (Method::POST, &[("x-requested-with", "XMLHttpRequest"), FORM, BROWSER], false),
+            (Method::POST, &[FORM, BROWSER], true),
+            (Method::POST, &[("content-type", "Multipart/Form-Data; boundary=x"), BROWSER], true),
+            (Method::POST, &[FORM, ("accept", "*/*")], false),
+            (Method::POST, &[("content-type", "application/json"), BROWSER], false),
+            (Method::POST, &[BROWSER], false),
+            (Method::PUT, &[("sec-fetch-mode", "navigate"), BROWSER], false),
             (Method::PUT, &[BROWSER], false),
             (Method::OPTIONS, &[BROWSER], false),
             (Method::GET, &[("sec-fetch-mode", "cors"), BROWSER], false),
@@ -143,6 +196,7 @@ mod tests {
             assert_eq!(Login::wants_page(method, &headers), *expected, "{method} {fields:?}");
         }
     }
+
     #[test]
     fn what_is_said_of_an_end_is_one_of_our_own_sentences() {
         let endings = [Ending::LoggedOut, Ending::Replaced, Ending::Displaced, Ending::Revoked, Ending::Expired];

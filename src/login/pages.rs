@@ -67,6 +67,7 @@ pub(super) struct LoggedInPage<'a> {
     pub(super) prefix: &'a str,
     pub(super) title: &'a str,
     pub(super) name: &'a str,
+    pub(super) notice: Option<&'a str>,
     pub(super) csrf: &'a str,
     pub(super) return_to: &'a ReturnTo,
 }
@@ -78,6 +79,41 @@ pub(super) struct LogoutPage<'a> {
     pub(super) name: &'a str,
     pub(super) csrf: &'a str,
     pub(super) return_to: &'a ReturnTo,
+}
+
+/// Where the user is logged in.
+#[derive(Template)]
+#[template(path = "sessions.html")]
+pub(super) struct SessionsPage<'a> {
+    pub(super) prefix: &'a str,
+    pub(super) name: &'a str,
+    pub(super) alert: Option<&'a str>,
+    pub(super) notice: Option<&'a str>,
+    /// To end other sessions.
+    pub(super) csrf: &'a str,
+    /// To end this one.
+    pub(super) logout_csrf: &'a str,
+    /// This browser's first, then the latest used.
+    pub(super) sessions: &'a [SessionRow<'a>],
+    /// There are so many more.
+    pub(super) unshown: usize,
+    pub(super) return_to: &'a ReturnTo,
+}
+
+/// One session, in words.
+pub(super) struct SessionRow<'a> {
+    pub(super) handle: &'a str,
+    pub(super) is_this: bool,
+    pub(super) device: &'a str,
+    pub(super) address: &'a str,
+    pub(super) since: Told,
+    pub(super) last_seen: Told,
+}
+
+/// A time, for a program (RFC 3339) and for a person ("2 hours ago").
+pub(super) struct Told {
+    pub(super) exact: String,
+    pub(super) words: String,
 }
 
 #[derive(Template)]
@@ -251,7 +287,35 @@ mod tests {
             ),
             page(
                 StatusCode::OK,
-                &LoggedInPage { prefix: "/p/", title: HOSTILE, name: HOSTILE, csrf: HOSTILE, return_to: &return_to },
+                &LoggedInPage {
+                    prefix: "/p/",
+                    title: HOSTILE,
+                    name: HOSTILE,
+                    notice: Some(HOSTILE),
+                    csrf: HOSTILE,
+                    return_to: &return_to,
+                },
+            ),
+            page(
+                StatusCode::OK,
+                &SessionsPage {
+                    prefix: "/p/",
+                    name: HOSTILE,
+                    alert: Some(HOSTILE),
+                    notice: Some(HOSTILE),
+                    csrf: HOSTILE,
+                    logout_csrf: HOSTILE,
+                    sessions: &[true, false].map(|is_this| SessionRow {
+                        handle: HOSTILE,
+                        is_this,
+                        device: HOSTILE,
+                        address: HOSTILE,
+                        since: Told { exact: HOSTILE.to_owned(), words: HOSTILE.to_owned() },
+                        last_seen: Told { exact: HOSTILE.to_owned(), words: HOSTILE.to_owned() },
+                    }),
+                    unshown: 1,
+                    return_to: &return_to,
+                },
             ),
             page(StatusCode::OK, &LogoutPage { prefix: "/p/", name: HOSTILE, csrf: HOSTILE, return_to: &return_to }),
             message_page(

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -59,6 +60,19 @@ impl FakeStore {
 
     fn set_unreadable(&self, unreadable: bool) {
         self.0.lock().unreadable = unreadable;
+    }
+
+    /// Logged in so much earlier.
+    fn age(&self, time: Duration) {
+        self.0.lock().sessions.values_mut().for_each(|record| record.created -= time.as_millis() as u64);
+    }
+
+    /// So many more sessions of alice.
+    fn multiply(&self, sessions: usize) {
+        let mut kept = self.0.lock();
+        let record = kept.sessions.values().find(|record| record.identity.user == "alice").unwrap().clone();
+        let more = (0..sessions).map(|_| (SessionId::generate("alice").unwrap().key(), record.clone()));
+        kept.sessions.extend(more);
     }
 
     pub(super) fn counters(&self) -> Vec<String> {
@@ -175,12 +189,23 @@ impl SessionStore for FakeStore {
         })
     }
 
-    async fn list(&self, _: &str) -> Result<Vec<Listed>, StoreError> {
-        self.with(|_| Vec::new())
+    async fn list(&self, user: &str) -> Result<Vec<Listed>, StoreError> {
+        self.with(|kept| {
+            let theirs = kept.sessions.iter().filter(|(_, record)| record.identity.user == user);
+            let listed = theirs.map(|(key, record)| {
+                let stored = Stored { record: record.clone().into(), time_to_live: Duration::from_secs(30) };
+                Listed { key: key.clone(), stored }
+            });
+            listed.collect()
+        })
     }
 
-    async fn destroy_all(&self, _: &str, _: Option<&SessionKey>, _: Ending) -> Result<u64, StoreError> {
-        self.with(|_| 0)
+    async fn destroy_all(&self, user: &str, except: Option<&SessionKey>, _: Ending) -> Result<u64, StoreError> {
+        self.with(|kept| {
+            let before = kept.sessions.len();
+            kept.sessions.retain(|key, record| record.identity.user != user || Some(key) == except);
+            (before - kept.sessions.len()) as u64
+        })
     }
 
     fn parts(&self) -> u16 {
@@ -308,13 +333,16 @@ impl Browser {
     }
 
     async fn get(&mut self, target: &str) -> Answered {
-        self.send(Method::GET, target, &[], "").await
+        self.send(Method::GET, target, &[("sec-fetch-mode", "navigate")], "").await
     }
 
     async fn post(&mut self, target: &str, form: &[(&str, &str)]) -> Answered {
         let body = form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
-        let site = self.site;
-        let fields = [("content-type", "application/x-www-form-urlencoded"), ("sec-fetch-site", site)];
+        let fields = [
+            ("content-type", "application/x-www-form-urlencoded"),
+            ("sec-fetch-site", self.site),
+            ("sec-fetch-mode", "navigate"),
+        ];
         self.send(Method::POST, target, &fields, &body).await
     }
 
@@ -607,6 +635,8 @@ async fn a_login_leads_only_to_pages_of_ours() {
         ("https://evil.example/", "/start"),
         ("/.cloakroom/login", "/start"),
         ("/.cloakroom/logout", "/start"),
+        ("/.cloakroom/sessions", "/.cloakroom/sessions"),
+        ("/.cloakroom/sessions/", "/start"),
         ("", "/start"),
     ];
     for (asked, expected) in cases {
@@ -622,6 +652,51 @@ async fn a_login_leads_only_to_pages_of_ours() {
         let form = [("csrf", csrf.as_str()), ("return_to", asked), ("username", "alice"), ("password", PASSWORD)];
         let answer = browser.post("/.cloakroom/login", &form).await;
         assert_eq!((answer.status(), answer.header("location")), (303, expected), "{asked:?}");
+    }
+}
+
+#[tokio::test]
+async fn no_target_from_outside_leads_off_this_site() {
+    let hostile = return_to::tests::HOSTILE;
+    assert!(60 <= hostile.len(), "{}", hostile.len());
+    let config = "default_return = \"/start\"";
+    let (mut stranger, mut browser) = (Browser::with_config(config), Browser::with_config(config));
+    for (turn, asked) in hostile.iter().enumerate() {
+        let escaped: String = form_urlencoded::byte_serialize(asked.as_bytes()).collect();
+        let page = stranger.get(&format!("/.cloakroom/login?return_to={escaped}")).await;
+        assert!(page.html().contains("name=\"return_to\" value=\"/start\""), "{asked:?}: the form");
+        let page = stranger.post("/.cloakroom/login", &[("csrf", "old"), ("return_to", *asked)]).await;
+        assert!(page.html().contains("name=\"return_to\" value=\"/start\""), "{asked:?}: the form, once more");
+        // A login takes a while, and asks in the same way as the form.
+        if turn % 4 == 0 {
+            browser.cookies.clear();
+            let csrf = browser.get("/.cloakroom/login").await.csrf();
+            let form = [("csrf", csrf.as_str()), ("return_to", *asked), ("username", "alice"), ("password", PASSWORD)];
+            let answer = browser.post("/.cloakroom/login", &form).await;
+            assert_eq!((answer.status(), answer.header("location")), (303, "/start"), "{asked:?}: the login");
+        }
+        let page = browser.get(&format!("/.cloakroom/login?return_to={escaped}")).await;
+        assert!(page.html().contains("class=\"button\" href=\"/start\""), "{asked:?}: who is logged in");
+        let page = browser.get(&format!("/.cloakroom/logout?return_to={escaped}")).await;
+        assert!(page.html().contains("<a href=\"/start\">Stay"), "{asked:?}: the logout page");
+        let csrf = page.csrf();
+        let target = format!("/.cloakroom/logout?return_to={escaped}&rd={escaped}");
+        let page = browser.post(&target, &[("csrf", "old"), ("return_to", asked), ("rd", asked)]).await;
+        assert!(page.html().contains("<a href=\"/start\">Stay"), "{asked:?}: the logout page, once more");
+        if turn % 4 == 3 {
+            let answer = browser.post(&target, &[("csrf", &csrf), ("return_to", asked), ("rd", asked)]).await;
+            assert_eq!((answer.status(), answer.header("location")), (303, "/.cloakroom/logout"), "{asked:?}");
+        }
+
+        let answer = stranger.login.login_redirect(asked, None);
+        assert_eq!(answer.headers()["location"], "/.cloakroom/login", "{asked:?}: the way to the login");
+        let referer = format!("{ORIGIN}{asked}");
+        if let Ok(referer) = referer.parse() {
+            let mut headers = HeaderMap::new();
+            headers.insert("referer", referer);
+            let answer = stranger.login.form_redirect(&headers, ORIGIN);
+            assert_eq!(answer.headers()["location"], "/.cloakroom/login?reason=unsent", "{asked:?}: a form's way");
+        }
     }
 }
 
@@ -843,6 +918,240 @@ async fn a_navigation_is_sent_to_the_login_and_told_where_from() {
         assert_eq!(response.headers()["cache-control"], "no-store", "{target}");
     }
     assert!(login.owns("/.cloakroom/login") && !login.owns("/.cloakroomy") && !login.owns("/.cloakroom"));
+}
+
+#[tokio::test]
+async fn a_form_that_came_too_late_leads_back_to_the_page_that_held_it() {
+    let login = Browser::new().login;
+    let back = |referer: &[&str]| {
+        let mut headers = HeaderMap::new();
+        for value in referer {
+            headers.append("referer", value.parse().unwrap());
+        }
+        let response = login.form_redirect(&headers, ORIGIN);
+        assert_eq!(response.status(), StatusCode::SEE_OTHER, "RFC 9110, section 15.4.4: go on with GET");
+        response.headers()["location"].to_str().unwrap().to_owned()
+    };
+    let plain = "/.cloakroom/login?reason=unsent";
+    assert_eq!(back(&["https://app.example/a?b=c"]), "/.cloakroom/login?return_to=%2Fa%3Fb%3Dc&reason=unsent");
+    assert_eq!(back(&["https://app.example/"]), "/.cloakroom/login?return_to=%2F&reason=unsent");
+    for referer in [
+        &[][..],
+        &["https://app.example"],
+        &["https://app.example.evil/a"],
+        &["https://app.example:8443/a"],
+        &["http://app.example/a"],
+        &["https://evil.example/a"],
+        &["https://app.example//evil.example"],
+        &["https://app.example/\\evil.example"],
+        &["https://app.example/.cloakroom/logout"],
+        &["https://app.example/a", "https://app.example/b"],
+        &["/a"],
+    ] {
+        assert_eq!(back(referer), plain, "{referer:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_lost_on_the_way_is_said_whether_one_must_log_in_or_not() {
+    let mut browser = Browser::new();
+    let target = "/.cloakroom/login?return_to=%2Fform&reason=unsent";
+    let page = browser.get(target).await;
+    assert!(page.html().contains("was not taken") && page.html().contains("value=\"/form\""), "{}", page.html());
+    browser.log_in("alice", PASSWORD).await;
+    let page = browser.get(target).await;
+    assert!(page.html().contains("was not taken") && page.html().contains("href=\"/form\""), "{}", page.html());
+}
+
+/// Of one user: a browser, and so many other sessions.
+async fn browser_and_others(others: usize) -> Browser {
+    let mut browser = Browser::new();
+    for _ in 0..others {
+        browser.log_in("alice", PASSWORD).await;
+        browser.cookies.clear();
+    }
+    browser.log_in("bob", PASSWORD).await;
+    browser.cookies.clear();
+    browser.log_in("alice", PASSWORD).await;
+    browser
+}
+
+/// As the page's JSON has it.
+async fn listed(browser: &mut Browser) -> serde_json::Value {
+    let answer = browser.send(Method::GET, "/.cloakroom/sessions", &[], "").await;
+    assert_eq!((answer.status(), answer.header("cache-control")), (200, "no-store"));
+    serde_json::from_str(answer.html()).unwrap()
+}
+
+#[tokio::test]
+async fn a_user_sees_their_own_sessions_and_no_others() {
+    let mut browser = browser_and_others(2).await;
+    let page = browser.get("/.cloakroom/sessions").await;
+    assert_eq!(page.status(), 200);
+    let html = page.html();
+    assert_eq!(html.matches("<li>").count(), 3, "bob's is not among them: {html}");
+    assert_eq!(html.matches("This browser").count(), 1);
+    assert_eq!(html.matches("name=\"end\" value=\"others\"").count(), 1);
+
+    let json = listed(&mut browser).await;
+    let sessions = json["sessions"].as_array().unwrap();
+    assert_eq!((sessions.len(), json["unshown"].as_u64()), (3, Some(0)));
+    assert_eq!((&sessions[0]["current"], &sessions[1]["current"]), (&true.into(), &false.into()));
+    assert_eq!(sessions[0]["address"], "192.0.2.1");
+    let id = &browser.cookies["__Host-session"];
+    assert!(!html.contains(id.as_str()) && !json.to_string().contains(id.as_str()), "an id is never shown");
+}
+
+#[tokio::test]
+async fn one_session_ends_then_all_others_and_this_one_stays() {
+    let mut browser = browser_and_others(4).await;
+    let json = listed(&mut browser).await;
+    let (csrf, one) = (json["csrf"].as_str().unwrap(), json["sessions"][1]["session"].as_str().unwrap());
+    let answer = browser.post("/.cloakroom/sessions", &[("csrf", csrf), ("end", one)]).await;
+    assert_eq!((answer.status(), answer.header("location")), (303, "/.cloakroom/sessions?done"));
+    assert_eq!(listed(&mut browser).await["sessions"].as_array().unwrap().len(), 4);
+
+    let fields = [("content-type", "application/x-www-form-urlencoded"), ("sec-fetch-site", "same-origin")];
+    let body = format!("csrf={csrf}&end=others");
+    let answer = browser.send(Method::POST, "/.cloakroom/sessions", &fields, &body).await;
+    assert_eq!((answer.status(), answer.html()), (200, "{\"ended\":3}"), "a program learns how many");
+    let users: Vec<_> = browser.store.sessions().into_iter().map(|record| record.identity.user).collect();
+    assert_eq!(users.len(), 2, "bob's and this one: {users:?}");
+    assert_eq!(browser.get("/.cloakroom/session").await.status(), 200);
+}
+
+#[tokio::test]
+async fn nothing_ends_without_a_token_of_this_page_from_this_site() {
+    let mut browser = browser_and_others(1).await;
+    let json = listed(&mut browser).await;
+    let (csrf, other) = (json["csrf"].as_str().unwrap(), json["sessions"][1]["session"].as_str().unwrap());
+    let logout = browser.get("/.cloakroom/logout").await.csrf();
+    let foreign = listed(&mut browser_and_others(0).await).await["csrf"].as_str().unwrap().to_owned();
+    for token in ["", "x", &logout, &foreign, &csrf[1..]] {
+        for end in [other, "others"] {
+            let answer = browser.post("/.cloakroom/sessions", &[("csrf", token), ("end", end)]).await;
+            assert_eq!(answer.status(), 403, "{token} {end}");
+            assert!(answer.html().contains("open for too long"), "a person may try again: {}", answer.html());
+        }
+    }
+    let old = browser.cookies.clone();
+    for site in ["cross-site", "same-site", "none"] {
+        browser.site = site;
+        let answer = browser.post("/.cloakroom/sessions", &[("csrf", csrf), ("end", "others")]).await;
+        assert_eq!((answer.status(), answer.header("set-cookie")), (403, ""), "{site}");
+    }
+    browser.site = "same-origin";
+    let own = json["sessions"][0]["session"].as_str().unwrap();
+    for end in ["", "x", "OTHERS", own] {
+        let answer = browser.post("/.cloakroom/sessions", &[("csrf", csrf), ("end", end)]).await;
+        assert_eq!(answer.status(), 400, "{end:?}");
+    }
+    browser.get(&format!("/.cloakroom/sessions?csrf={csrf}&end=others")).await;
+    assert_eq!(browser.store.sessions().len(), 3, "nothing has ended by all this");
+
+    browser.cookies.clear();
+    browser.log_in("bob", PASSWORD).await;
+    let csrf = listed(&mut browser).await["csrf"].as_str().unwrap().to_owned();
+    browser.post("/.cloakroom/sessions", &[("csrf", &csrf), ("end", other)]).await;
+    browser.cookies = old;
+    assert_eq!(listed(&mut browser).await["sessions"].as_array().unwrap().len(), 2, "bob ends none of alice's");
+}
+
+#[tokio::test]
+async fn what_was_captured_before_a_login_is_worth_nothing_after_it() {
+    let mut browser = browser_and_others(1).await;
+    let ended = browser.cookies.clone();
+    let json = listed(&mut browser).await;
+    let (ending, other) = (json["csrf"].as_str().unwrap(), json["sessions"][1]["session"].as_str().unwrap());
+    let leaving = browser.get("/.cloakroom/logout").await.csrf();
+    let page = browser.get("/.cloakroom/login?reason=confirm").await;
+    let form = [("csrf", page.csrf()), ("username", "alice".to_owned()), ("password", PASSWORD.to_owned())];
+    let form: Vec<_> = form.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    assert_eq!(browser.post("/.cloakroom/login", &form).await.status(), 303);
+
+    let sessions = browser.store.sessions().len();
+    for (target, fields) in [
+        ("/.cloakroom/sessions", &[("csrf", ending), ("end", "others")][..]),
+        ("/.cloakroom/sessions", &[("csrf", ending), ("end", other)]),
+        ("/.cloakroom/logout", &[("csrf", &leaving)]),
+        // The key of the login forms went with the login.
+        ("/.cloakroom/login", &form),
+    ] {
+        assert_eq!(browser.post(target, fields).await.status(), 403, "{target}: a token of the session before");
+    }
+    assert_eq!(browser.store.sessions().len(), sessions, "nothing began and nothing ended");
+
+    browser.cookies = ended;
+    assert_eq!(browser.get("/.cloakroom/session").await.status(), 401, "the cookie of before is worth nothing");
+    let answer = browser.post("/.cloakroom/sessions", &[("csrf", ending), ("end", "others")]).await;
+    assert_eq!(answer.status(), 303, "it is asked to log in");
+    assert!(answer.header("location").starts_with("/.cloakroom/login"));
+    assert_eq!(browser.store.sessions().len(), sessions);
+}
+
+#[tokio::test]
+async fn an_old_login_ends_no_other_session_until_one_logs_in_again() {
+    let mut browser = browser_and_others(1).await;
+    browser.store.age(Duration::from_secs(601));
+    let json = listed(&mut browser).await;
+    assert_eq!(json["may_end_others"], false);
+    let (csrf, other) = (json["csrf"].as_str().unwrap(), json["sessions"][1]["session"].as_str().unwrap());
+    let to_login = "/.cloakroom/login?return_to=%2F%2Ecloakroom%2Fsessions&reason=confirm";
+    for end in [other, "others"] {
+        let answer = browser.post("/.cloakroom/sessions", &[("csrf", csrf), ("end", end)]).await;
+        assert_eq!((answer.status(), answer.header("location")), (303, to_login), "{end}");
+        let fields = [("content-type", "application/x-www-form-urlencoded"), ("sec-fetch-site", "same-origin")];
+        let body = format!("csrf={csrf}&end={end}");
+        let answer = browser.send(Method::POST, "/.cloakroom/sessions", &fields, &body).await;
+        assert!(answer.status() == 403 && answer.html().contains("login_too_old"), "{}", answer.html());
+    }
+    assert_eq!(browser.store.sessions().len(), 3, "nothing has ended");
+
+    let page = browser.get(to_login).await;
+    assert!(page.html().contains("value=\"alice\"") && page.html().contains("once more"), "{}", page.html());
+    let old = browser.cookies["__Host-session"].clone();
+    let csrf = page.csrf();
+    let form =
+        [("csrf", csrf.as_str()), ("return_to", "/.cloakroom/sessions"), ("username", "alice"), ("password", PASSWORD)];
+    let answer = browser.post("/.cloakroom/login", &form).await;
+    assert_eq!((answer.status(), answer.header("location")), (303, "/.cloakroom/sessions"));
+    assert_ne!(browser.cookies["__Host-session"], old, "a new login is a new id");
+    let csrf = listed(&mut browser).await["csrf"].as_str().unwrap().to_owned();
+    let answer = browser.post("/.cloakroom/sessions", &[("csrf", &csrf), ("end", "others")]).await;
+    assert_eq!((answer.status(), answer.header("location")), (303, "/.cloakroom/sessions?done"));
+    assert_eq!(browser.store.sessions().len(), 2, "alice's one and bob's");
+}
+
+#[tokio::test]
+async fn who_is_nobody_is_asked_to_log_in_and_comes_back_to_the_list() {
+    let mut browser = Browser::new();
+    let to_login = "/.cloakroom/login?return_to=%2F%2Ecloakroom%2Fsessions";
+    let page = browser.get("/.cloakroom/sessions").await;
+    assert_eq!((page.status(), page.header("location")), (303, to_login));
+    assert!(browser.get(to_login).await.html().contains("value=\"/.cloakroom/sessions\""));
+    let program = browser.send(Method::GET, "/.cloakroom/sessions", &[], "").await;
+    assert_eq!((program.status(), program.header("www-authenticate")), (401, "Session"));
+    let posted = browser.post("/.cloakroom/sessions", &[("end", "others")]).await;
+    assert_eq!((posted.status(), posted.header("location")), (303, to_login));
+
+    browser.log_in("alice", PASSWORD).await;
+    browser.store.set_down(true);
+    for fields in [&[("sec-fetch-mode", "navigate")][..], &[]] {
+        let answer = browser.send(Method::GET, "/.cloakroom/sessions", fields, "").await;
+        assert_eq!((answer.status(), answer.header("retry-after")), (503, "5"));
+        let is_json = answer.header("content-type") == "application/json";
+        assert_eq!(is_json, fields.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_list_has_a_limit() {
+    let mut browser = browser_and_others(0).await;
+    browser.store.multiply(250);
+    let json = listed(&mut browser).await;
+    assert_eq!((json["sessions"].as_array().unwrap().len(), json["unshown"].as_u64()), (100, Some(151)));
+    assert_eq!(json["sessions"][0]["current"], true, "this one is always among them");
+    assert!(browser.get("/.cloakroom/sessions").await.html().contains("151 more"));
 }
 
 #[test]

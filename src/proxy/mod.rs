@@ -479,7 +479,7 @@ impl Gateway {
             Bytes::new()
         };
         let request = downstream.req_header();
-        let origin = format!("{}://{}", connection.listener.scheme, host(request));
+        let origin = origin(request, connection);
         let response = login
             .answer(LoginRequest {
                 method: &request.method,
@@ -608,9 +608,13 @@ fn send_to_login(
     login: &Login,
     connection: &Connection,
 ) -> Decision {
-    let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
     let cookie = &connection.listener.cookie;
-    let mut response = login.login_redirect(target, context.notice);
+    let mut response = if request.method == Method::POST {
+        login.form_redirect(&request.headers, &origin(request, connection))
+    } else {
+        let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
+        login.login_redirect(target, context.notice)
+    };
     if context.session_is_gone {
         response.headers_mut().append(header::SET_COOKIE, cookie.clear());
         if cookie.find_fallback(&request.headers).is_some() {
@@ -642,6 +646,11 @@ fn rejection(error: &Error, context: &RequestContext) -> Option<Rejection> {
 /// The guard has made sure that there is exactly one, and that it is ASCII.
 fn host(request: &RequestHeader) -> &str {
     request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+}
+
+/// Our own, as the browser sees it.
+fn origin(request: &RequestHeader, connection: &Connection) -> String {
+    format!("{}://{}", connection.listener.scheme, host(request))
 }
 
 /// Answers `100 Continue`. Pingora takes it for a sign that the connection ends.

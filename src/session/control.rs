@@ -1,4 +1,5 @@
-//! What can an operator do? See, count and end sessions, named by handles that are good for nothing else.
+//! What can an operator do, and a user with their own? See, count and end sessions, named by handles that are good for
+//! nothing else.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::Sessions;
 use super::record::LoginMethod;
-use super::store::{Activity, Listed, StoreError};
+use super::store::{Activity, Listed, StoreError, Stored};
 
 /// What an operator may ask. Nothing that it gives holds an id, or a key under which a store has a session.
 #[derive(Clone, Debug)]
@@ -36,6 +37,9 @@ pub struct Shown {
     pub ends: Moment,
     /// Until it ends if nobody uses it.
     pub idle_left_seconds: u64,
+    /// The last use, as exactly as uses are written down (a tenth of the idle time, a minute at most); of a session near
+    /// its absolute end, the earliest time that it can have been.
+    pub last_seen: Moment,
     /// Of the client that logged in.
     pub address: Option<IpAddr>,
     pub user_agent: String,
@@ -94,7 +98,7 @@ impl Control {
 
     /// The sessions of a user, the oldest first.
     pub async fn of_user(&self, user: &str) -> Result<Vec<Shown>, StoreError> {
-        Ok(self.sessions.list(user).await?.iter().map(Shown::of).collect())
+        Ok(self.sessions.list(user).await?.iter().map(|listed| self.shown(listed)).collect())
     }
 
     /// Sessions of everybody, from this part on.
@@ -111,7 +115,7 @@ impl Control {
             let mut listed = under_way.join_all().await;
             listed.sort_by_key(|(part, _)| *part);
             for (_, part) in listed {
-                sessions.extend(part?.iter().map(Shown::of));
+                sessions.extend(part?.iter().map(|listed| self.shown(listed)));
             }
             next = end;
         }
@@ -124,7 +128,7 @@ impl Control {
         let activity = self.sessions.activity(&listed.key).await?;
         let identity = &listed.stored.record.identity;
         Ok(Some(Details {
-            session: Shown::of(&listed),
+            session: self.shown(&listed),
             name: identity.name.clone(),
             email: identity.email.clone(),
             groups: identity.groups.clone(),
@@ -186,6 +190,29 @@ impl Control {
         Ok(ended)
     }
 
+    fn shown(&self, listed: &Listed) -> Shown {
+        let Listed { key, stored: Stored { record, time_to_live } } = listed;
+        // A use gives a session the idle time to live, or what is left to its absolute end.
+        let unused = self.sessions.lifetime.idle.saturating_sub(*time_to_live).as_millis();
+        let last_seen = Moment::now().0.saturating_sub(u64::try_from(unused).unwrap_or(u64::MAX));
+        Shown {
+            session: key.log_hash(),
+            user: record.identity.user.clone(),
+            method: match record.method {
+                LoginMethod::Password => "password",
+                LoginMethod::Oidc => "oidc",
+                LoginMethod::Backend => "backend",
+                LoginMethod::Anonymous => "anonymous",
+            },
+            created: Moment(record.created),
+            ends: Moment(record.ends),
+            idle_left_seconds: time_to_live.as_secs(),
+            last_seen: Moment(last_seen.max(record.created)),
+            address: record.client.address,
+            user_agent: record.client.user_agent.clone(),
+        }
+    }
+
     async fn find(&self, user: &str, handle: &Handle) -> Result<Option<Listed>, StoreError> {
         let listed = self.sessions.list(user).await?;
         Ok(listed.into_iter().find(|listed| listed.key.log_hash() == handle.0))
@@ -205,27 +232,6 @@ const HANDLE_CHARS: usize = 10;
 impl fmt::Display for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-impl Shown {
-    fn of(listed: &Listed) -> Self {
-        let record = &listed.stored.record;
-        Self {
-            session: listed.key.log_hash(),
-            user: record.identity.user.clone(),
-            method: match record.method {
-                LoginMethod::Password => "password",
-                LoginMethod::Oidc => "oidc",
-                LoginMethod::Backend => "backend",
-                LoginMethod::Anonymous => "anonymous",
-            },
-            created: Moment(record.created),
-            ends: Moment(record.ends),
-            idle_left_seconds: listed.stored.time_to_live.as_secs(),
-            address: record.client.address,
-            user_agent: record.client.user_agent.clone(),
-        }
     }
 }
 

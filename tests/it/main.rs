@@ -10,6 +10,7 @@ mod directives;
 mod guard;
 mod proxying;
 mod login_journey;
+mod own_pages;
 mod store_down;
 mod outage;
 mod guessing;
