@@ -73,7 +73,7 @@ fn resolve(
         file: _,
         listeners,
         store: Store { redis, memory, grace: _ },
-        login: Login { stylesheet, password, backend: _, prefix: _, title: _, default_return: _ },
+        login: Login { stylesheet, password, backend: _, basic: _, prefix: _, title: _, default_return: _ },
         server: _,
         limits: _,
         session: Session { keys_file, .. },

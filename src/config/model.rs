@@ -293,6 +293,7 @@ pub struct Login {
     pub default_return: Spanned<String>,
     pub password: Option<PasswordLogin>,
     pub backend: Option<BackendLogin>,
+    pub basic: Option<Spanned<BasicLogin>>,
 }
 
 /// `[login.backend]`: backends log users in, on routes with `directives = ["login"]`.
@@ -325,6 +326,14 @@ pub struct PasswordLogin {
     pub hashes_max: usize,
     #[serde(default)]
     pub throttle: Throttle,
+}
+
+/// `[login.basic]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BasicLogin {
+    /// What a script is told that it has to log in to.
+    pub realm: Spanned<String>,
 }
 
 /// `[login.password.throttle]`
@@ -437,6 +446,9 @@ pub struct Route {
     /// Whether attributes may begin a session before anybody has logged in.
     #[serde(default)]
     pub anonymous: bool,
+    /// Whether a request may bring a user name and a password (RFC 7617) in place of a session.
+    #[serde(default = "Route::default_basic")]
+    pub basic: Spanned<bool>,
 }
 
 impl Route {
@@ -451,6 +463,9 @@ impl Route {
     }
     const fn default_fallback() -> bool {
         true
+    }
+    fn default_basic() -> Spanned<bool> {
+        Spanned::new(0..0, false)
     }
 }
 
@@ -594,7 +609,14 @@ impl Default for Login {
             default_return: Spanned::new(0..0, "/".to_owned()),
             password: None,
             backend: None,
+            basic: None,
         }
+    }
+}
+
+impl Default for BasicLogin {
+    fn default() -> Self {
+        Self { realm: Spanned::new(0..0, "Cloakroom".to_owned()) }
     }
 }
 

@@ -21,6 +21,7 @@ pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems
     check.store();
     check.session();
     check.login();
+    check.basic();
     check.identity();
     check.pools();
     check.routes();
@@ -350,6 +351,24 @@ impl Check<'_, '_> {
         }
     }
 
+    fn basic(&mut self) {
+        let Some(basic) = &self.config.login.basic else { return };
+        if self.config.login.password.is_none() {
+            self.problems
+                .add(basic.span(), "[login.basic] without [login.password], which says who has which password")
+                .hint("add [login.password] with users_file = \"users.toml\"");
+        }
+        let realm = &basic.get_ref().realm;
+        let text = realm.get_ref();
+        let is_plain = |byte: u8| (byte.is_ascii_graphic() || byte == b' ') && !matches!(byte, b'"' | b'\\');
+        if !(1..=64).contains(&text.len()) || !text.bytes().all(is_plain) {
+            let message = format!("invalid login.basic.realm {text:?}");
+            self.problems
+                .add(realm.span(), message)
+                .hint("expected 1 to 64 printable ASCII characters, no quote and no backslash");
+        }
+    }
+
     fn identity(&mut self) {
         let identity = &self.config.identity;
         let mut first_lines = BTreeMap::new();
@@ -456,6 +475,18 @@ impl Check<'_, '_> {
                     .hint("write access = \"required\", or remove groups");
             }
             self.directives(index, route);
+            if *route.basic.get_ref() {
+                if self.config.login.basic.is_none() {
+                    self.problems
+                        .add(route.basic.span(), "basic = true, but there is no [login.basic]")
+                        .hint("add [login.basic]; it may be empty");
+                }
+                if route.access.get_ref() == &Access::Public {
+                    self.problems
+                        .add(route.basic.span(), "basic = true on a route that asks nobody who they are")
+                        .hint("write access = \"required\" or \"optional\", or remove basic");
+                }
+            }
             for origin in &route.websocket_origins {
                 if let Err(fault) = web_origin(origin.get_ref()) {
                     let message = format!("invalid origin {:?}: {fault}", origin.get_ref());
@@ -1081,6 +1112,18 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
                 "13:12",
                 "session.fallback.lifetime is 2h: at most 1h",
             ),
+            ("[login.basic]\nrealm = \"a\\\"b\"".into(), "11:9", "invalid login.basic.realm"),
+            ("[login.basic]\nrealm = \"\"".into(), "11:9", "invalid login.basic.realm"),
+            (
+                "[[route]]\npath = \"/api\"\npool = \"app\"\nbasic = true".into(),
+                "13:9",
+                "basic = true, but there is no [login.basic]",
+            ),
+            (
+                "[login.basic]\n[[route]]\npath = \"/api\"\npool = \"app\"\nbasic = true\naccess = \"public\"".into(),
+                "14:9",
+                "asks nobody who they are",
+            ),
             ("[store]\ngrace = \"5m\"".into(), "11:9", "[store.memory] cannot"),
             (
                 "[store]\ngrace = \"5m\"\n[store.redis]\nurl = \"redis://h\"\ncache = \"off\"".into(),
@@ -1195,6 +1238,7 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             "[[route]]\npath = \"/\"\npool = \"app\"\nhost = \"example.org\"",
             "[[route]]\npath = \"/a.b/~c/\"\npool = \"app\"\naccess = \"public\"",
             "[[route]]\npath = \"/ws\"\npool = \"app\"\nwebsocket_origins = [\"https://a.example:8443\", \"http://[::1]:1\"]",
+            "[login.basic]\nrealm = \"Nightly builds\"\n[[route]]\npath = \"/api\"\npool = \"app\"\nbasic = true",
             "[admin]\naddress = \"127.0.0.1:8080\"\nenabled = false",
             "[admin]\naddress = \"0.0.0.0:9900\"",
         ];

@@ -35,6 +35,7 @@ pub mod hash;
 mod form;
 mod password;
 pub mod backend;
+pub mod basic;
 mod throttle;
 mod logout;
 mod sessions;
@@ -52,6 +53,7 @@ use crate::session::id::SessionId;
 use crate::session::record::{ClientHints, LoginMethod};
 use crate::session::store::{Ending, StoreError};
 use crate::session::{Newcomer, Resumed, Session, Sessions, Started, Use};
+use basic::BasicLogin;
 use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
 use hash::{Busy, PASSWORD_BYTES_MAX};
@@ -73,6 +75,7 @@ pub struct Login {
     backend_preset: model::BackendPreset,
     /// Where a backend has a login page of its own.
     backend_page: Option<ReturnTo>,
+    basic: Option<BasicLogin>,
     sessions: Sessions,
     control: Control,
     metrics: Metrics,
@@ -175,6 +178,7 @@ impl Login {
             password: config.password.as_ref().map(|password| PasswordLogin::new(password, store)),
             backend_preset: config.backend.as_ref().map(|backend| backend.preset).unwrap_or_default(),
             backend_page: backend_page.and_then(|page| ReturnTo::parse(page.get_ref())),
+            basic: config.basic.as_ref().map(|basic| BasicLogin::new(basic.get_ref())),
             control: Control::new(sessions.clone()),
             sessions,
             metrics,
@@ -395,8 +399,12 @@ impl Login {
     }
 
     fn log_attempt(&self, request: &LoginRequest<'_>, user: Option<&str>, result: &'static str) {
-        self.metrics.logins.with_label_values(&["password", result]).inc();
-        info!(user, client = %request.client, method = "password", result, "login");
+        self.note_attempt("password", request.client, user, result);
+    }
+
+    fn note_attempt(&self, method: &'static str, client: IpAddr, user: Option<&str>, result: &'static str) {
+        self.metrics.logins.with_label_values(&[method, result]).inc();
+        info!(user, %client, method, result, "login");
     }
 
     fn not_found(&self, request: &LoginRequest<'_>) -> Response<Bytes> {

@@ -185,7 +185,7 @@ pub(super) fn redirect(status: StatusCode, location: &str) -> Response<Bytes> {
 }
 
 /// In whole seconds, never too early.
-pub(super) fn set_retry_after(response: &mut Response<Bytes>, wait: Duration) {
+pub fn set_retry_after(response: &mut Response<Bytes>, wait: Duration) {
     let seconds = wait.as_secs().saturating_add(u64::from(0 < wait.subsec_nanos()));
     response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
 }

@@ -19,6 +19,8 @@ pub enum Who {
     Unknown,
     /// The store was not asked, for this network has asked for too many sessions that do not exist.
     Guesser,
+    /// A user name and a password that are not right.
+    Impostor,
 }
 
 /// What happens to the request next.
@@ -36,6 +38,8 @@ pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
         // Serving a user as a stranger would be a logout in all but name (invariant 4).
         (Access::Optional | Access::Required, Who::Unknown) => Step::Reply(Rejection::StoreUnavailable),
         (Access::Optional | Access::Required, Who::Guesser) => Step::Reply(Rejection::TooManyGuesses),
+        // A script that names a user is not to go on as a stranger without a word.
+        (Access::Optional | Access::Required, Who::Impostor) => Step::Reply(Rejection::BadCredentials),
         (Access::Optional, Who::User(identity)) => Step::Forward(Some(identity)),
         (Access::Optional, Who::Nobody | Who::Unasked) => Step::Forward(None),
         (Access::Required, Who::Nobody | Who::Unasked) => Step::Reply(Rejection::Unauthenticated),
@@ -69,6 +73,9 @@ mod tests {
             (Access::Public, &[], Who::Guesser, forward(false)),
             (Access::Optional, &[], Who::Guesser, Step::Reply(Rejection::TooManyGuesses)),
             (Access::Required, &[], Who::Guesser, Step::Reply(Rejection::TooManyGuesses)),
+            (Access::Public, &[], Who::Impostor, forward(false)),
+            (Access::Optional, &[], Who::Impostor, Step::Reply(Rejection::BadCredentials)),
+            (Access::Required, &[], Who::Impostor, Step::Reply(Rejection::BadCredentials)),
             (Access::Optional, &[], Who::Nobody, forward(false)),
             (Access::Optional, &[], user(), forward(true)),
             (Access::Optional, &[], Who::Unknown, Step::Reply(Rejection::StoreUnavailable)),

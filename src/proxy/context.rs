@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::{HeaderValue, Method, StatusCode, Uri};
 
@@ -94,6 +94,10 @@ pub struct RequestContext {
     pub notice: Option<Notice>,
     /// A new fallback cookie for the browser.
     pub fallback_cookie: Option<HeaderValue>,
+    /// `Authorization` was for us, and goes to no backend.
+    pub keeps_authorization: bool,
+    /// When what was refused is worth another try.
+    pub retry_after: Option<Duration>,
     pub is_upgrade: bool,
     /// We have answered `100 Continue`, so the backend must not be asked for it.
     pub continued: bool,
@@ -134,6 +138,8 @@ impl RequestContext {
             session_is_gone: false,
             notice: None,
             fallback_cookie: None,
+            keeps_authorization: false,
+            retry_after: None,
             is_upgrade: false,
             continued: false,
             body_bytes_max: u64::MAX,

@@ -82,6 +82,9 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
         headers.remove(header::EXPECT);
     }
     headers.remove(header::PROXY_AUTHORIZATION);
+    if context.keeps_authorization {
+        headers.remove(header::AUTHORIZATION);
+    }
 
     headers.reserve(FIELDS_ADDED);
     if let Some(connection) = &context.connection {

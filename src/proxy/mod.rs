@@ -18,7 +18,9 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::model::Access;
 use crate::identity::Known;
+use crate::login::basic::Script;
 use crate::login::navigation::Notice;
+use crate::login::pages::set_retry_after;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::record::LoginMethod;
@@ -385,6 +387,10 @@ impl Gateway {
 
         let who = match route.access {
             Access::Public => Who::Unasked,
+            Access::Optional | Access::Required if route.basic && Login::is_basic(&request.headers) => {
+                // Boxed, because every request would carry along what only scripts need.
+                Box::pin(self.identify_script(request, context, route, &connection)).await
+            }
             Access::Optional | Access::Required => self.resolve(request, context, route, &connection).await,
         };
         let identity = match admit(route.access, &route.groups, who) {
@@ -400,6 +406,30 @@ impl Gateway {
         }
         context.identity = identity;
         Decision::Forward
+    }
+
+    /// Whose name and password are these? Of a browser they do not count: then the cookie does.
+    async fn identify_script(
+        &self,
+        request: &RequestHeader,
+        context: &mut RequestContext,
+        route: &Route,
+        connection: &Connection,
+    ) -> Who {
+        context.keeps_authorization = true;
+        let rules = Arc::clone(&context.rules);
+        match rules.login.script(&request.headers, context.client).await {
+            Script::Nobody => self.resolve(request, context, route, connection).await,
+            Script::User(user) => {
+                context.identity = Some(Arc::clone(&user));
+                Who::User(user)
+            }
+            Script::Refused(retry_after) => {
+                context.retry_after = retry_after;
+                Who::Impostor
+            }
+            Script::Unknown => Who::Unknown,
+        }
     }
 
     /// Who has this cookie?
@@ -626,7 +656,18 @@ fn send_to_login(
 
 fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {
     let wants_page = wants_page(downstream.req_header());
-    let response = rejection.response(wants_page, context.rules.login.prefix(), context.request_id.as_str());
+    let login = &context.rules.login;
+    let mut response = rejection.response(wants_page, login.prefix(), context.request_id.as_str());
+    let headers = &downstream.req_header().headers;
+    if response.status() == http::StatusCode::UNAUTHORIZED
+        && context.route.as_ref().is_some_and(|route| route.basic)
+        && let Some(challenge) = login.basic_challenge(headers)
+    {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.clone());
+    }
+    if let Some(wait) = context.retry_after {
+        set_retry_after(&mut response, wait);
+    }
     Decision::Reply { response, outcome: Outcome::Rejected(rejection) }
 }
 

@@ -18,6 +18,8 @@ const RETRY_AFTER: &str = "2";
 pub enum Rejection {
     /// No session, and the route requires one.
     Unauthenticated,
+    /// A user name and a password that are not right, or were not looked at.
+    BadCredentials,
     /// A session, but not in one of the route's groups.
     MissingGroup,
     /// A WebSocket from a page of another origin.
@@ -67,7 +69,7 @@ pub enum Outcome {
 impl Rejection {
     pub const fn status(self) -> StatusCode {
         match self {
-            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Self::Unauthenticated | Self::BadCredentials => StatusCode::UNAUTHORIZED,
             Self::MissingGroup | Self::ForeignOrigin | Self::TooManySessions => StatusCode::FORBIDDEN,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -85,6 +87,7 @@ impl Rejection {
     pub const fn label(self) -> &'static str {
         match self {
             Self::Unauthenticated => "unauthenticated",
+            Self::BadCredentials => "bad_credentials",
             Self::MissingGroup => "missing_group",
             Self::ForeignOrigin => "foreign_origin",
             Self::TooManySessions => "too_many_sessions",
@@ -105,6 +108,9 @@ impl Rejection {
     const fn words(self) -> (&'static str, &'static str) {
         match self {
             Self::Unauthenticated => ("Not logged in", "Log in and try again."),
+            Self::BadCredentials => {
+                ("Not logged in", "Check the user name and the password. After several failures, wait some minutes.")
+            }
             Self::MissingGroup => {
                 ("Not allowed", "Your account is not in a group that may see this. Ask whoever runs this site.")
             }
@@ -150,7 +156,7 @@ impl Rejection {
         let headers = response.headers_mut();
         match self {
             // RFC 9110, section 11.6.1 asks for a challenge with every 401; no registered scheme means "a cookie".
-            Self::Unauthenticated => {
+            Self::Unauthenticated | Self::BadCredentials => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
             }
             Self::StoreUnavailable | Self::TooManyGuesses | Self::NoBackend => {

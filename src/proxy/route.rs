@@ -31,6 +31,8 @@ pub struct Route {
     pub directives: Allowed,
     /// Attributes may begin a session.
     pub anonymous: bool,
+    /// A user name and a password may come in place of a session.
+    pub basic: bool,
     /// Its `cloakroom_request_seconds`, looked up once: to find it takes longer than to count.
     pub seconds: OnceLock<Histogram>,
     /// Its `cloakroom_requests_total` of what most requests are: forwarded, 200.
@@ -117,6 +119,7 @@ impl Route {
             fallback: route.fallback,
             directives: Allowed::of(&route.directives),
             anonymous: route.anonymous,
+            basic: *route.basic.get_ref(),
             seconds: OnceLock::new(),
             forwarded: OnceLock::new(),
         }
@@ -198,6 +201,7 @@ mod tests {
             fallback: true,
             directives: Vec::new(),
             anonymous: false,
+            basic: Spanned::new(0..0, false),
         }
     }
 
