@@ -57,5 +57,6 @@ pub mod backend;
 pub mod events;
 pub mod admin;
 pub mod config;
+pub mod audit;
 pub mod log;
 pub mod metrics;

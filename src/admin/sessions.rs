@@ -13,6 +13,7 @@ use subtle::ConstantTimeEq;
 
 use super::query::Query;
 use super::{JSON, reply};
+use crate::audit::{self, Event, Revoker};
 use crate::session::Sessions;
 use crate::session::control::{Control, Handle, Interrupted};
 use crate::session::store::StoreError;
@@ -214,9 +215,8 @@ fn required<'q>(query: &'q Query<'_>, name: &str) -> Result<&'q str, Problem> {
 }
 
 /// Who it was cannot be known: all have the same token.
-fn tell_audit(peer: Option<IpAddr>, user: Option<&str>, what: &str, ended: u64) {
-    let peer = peer.map(tracing::field::display);
-    tracing::info!(target: "audit", peer, user, what, ended, "sessions revoked");
+fn tell_audit(client: Option<IpAddr>, user: Option<&str>, what: &str, ended: u64) {
+    audit::tell(Event::Revoked { by: Revoker::Operator, client, user, what, ended });
 }
 
 impl Problem {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::audit::{self, Event};
 use crate::config::model;
 use crate::metrics::Metrics;
 use crate::session::control::Moment;
@@ -194,8 +195,8 @@ impl Shared {
         for event in &events[known.map_or(0, |index| index + 1)..] {
             self.metrics.session_ends.with_label_values(&[event.ending.label()]).inc();
             if self.audit {
-                let (session, user, ending) = (&event.session, &event.user, event.ending.label());
-                tracing::info!(target: "audit", session, user, ending, at = %Moment(event.at), "session ended");
+                let (at, ending) = (Moment(event.at).to_string(), event.ending.label());
+                audit::tell(Event::Ended { session: &event.session, user: &event.user, ending, at: &at });
             }
         }
         waiting.noted = events.last().map(|event| event.token.clone());

@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use http::header::SET_COOKIE;
 use http::{Response, StatusCode};
-use tracing::info;
 
 use super::csrf::{FormKey, Purpose};
 use super::pages::{Link, LogoutPage, Message, message_page, page, redirect};
 use super::{Failure, Login, LoginRequest};
+use crate::audit::{self, Event, LogoutReason};
 use crate::session::store::StoreError;
 use crate::session::{Resumed, Use};
 
@@ -38,8 +38,9 @@ impl Login {
         };
         let user = session.as_ref().map(|session| session.record.identity.user.as_str());
         let ended = self.sessions.end(&id, user).await?;
-        info!(user, client = %request.client, result = if ended { "ended" } else { "none" }, "logout");
         if ended {
+            let (client, session) = (Some(request.client), id.key().log_hash());
+            audit::tell(Event::Logout { user, client, session: &session, reason: LogoutReason::User });
             self.metrics.logouts.with_label_values(&[] as &[&str]).inc();
         }
         let mut response = logged_out();

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use http::header::{ALLOW, SET_COOKIE, USER_AGENT, VARY, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use rand::rngs::SysError;
-use tracing::{info, warn};
+use tracing::warn;
 
 pub mod users;
 pub mod navigation;
@@ -43,6 +43,7 @@ mod device;
 #[cfg(test)]
 mod tests;
 
+use crate::audit::{self, Attempt, Event};
 use crate::config::error::{ConfigError, Problems};
 use crate::config::model;
 use crate::identity::{Identity, Known};
@@ -287,9 +288,8 @@ impl Login {
                 let started =
                     started.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
                 let id = match started {
-                    Started::Begun { id, displaced: 0 } => id,
                     Started::Begun { id, displaced } => {
-                        info!(user = identity.user, displaced, "older sessions made room");
+                        self.note_begun(request, &identity.user, &id, displaced);
                         id
                     }
                     Started::Full(sessions) => {
@@ -298,7 +298,6 @@ impl Login {
                         return self.login_form(request, StatusCode::FORBIDDEN, &say, &return_to, name.as_str());
                     }
                 };
-                self.log_attempt(request, Some(&identity.user), answer.label());
                 let mut response = redirect(StatusCode::SEE_OTHER, &return_to.to_string());
                 response.headers_mut().append(SET_COOKIE, request.cookie.set(&id));
                 response.headers_mut().append(SET_COOKIE, login_cookie.clear());
@@ -316,6 +315,15 @@ impl Login {
                 }
                 Ok(response)
             }
+        }
+    }
+
+    fn note_begun(&self, request: &LoginRequest<'_>, user: &str, id: &SessionId, displaced: u32) {
+        let session = id.key().log_hash();
+        let attempt = Attempt::without_session("password", request.client, "success");
+        self.note_attempt(Attempt { user: Some(user), session: Some(&session), ..attempt });
+        if displaced != 0 {
+            audit::tell(Event::Displaced { user, sessions: displaced });
         }
     }
 
@@ -399,12 +407,13 @@ impl Login {
     }
 
     fn log_attempt(&self, request: &LoginRequest<'_>, user: Option<&str>, result: &'static str) {
-        self.note_attempt("password", request.client, user, result);
+        self.note_attempt(Attempt { user, ..Attempt::without_session("password", request.client, result) });
     }
 
-    fn note_attempt(&self, method: &'static str, client: IpAddr, user: Option<&str>, result: &'static str) {
-        self.metrics.logins.with_label_values(&[method, result]).inc();
-        info!(user, %client, method, result, "login");
+    /// Counts it and tells the audit.
+    fn note_attempt(&self, attempt: Attempt<'_>) {
+        self.metrics.logins.with_label_values(&[attempt.method, attempt.result]).inc();
+        audit::tell(Event::Login(attempt));
     }
 
     fn not_found(&self, request: &LoginRequest<'_>) -> Response<Bytes> {

@@ -10,13 +10,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Response, StatusCode};
 use serde_json::json;
-use tracing::info;
 
 use super::csrf::{FormKey, Purpose};
 use super::device::device;
 use super::navigation::Notice;
 use super::pages::{self, SessionRow, SessionsPage, Told, page, redirect};
 use super::{Failure, Login, LoginRequest, Visitor, unauthenticated};
+use crate::audit::{self, Event, Revoker};
 use crate::session::control::{Handle, Moment, Shown};
 
 /// How old a login may be that ends other sessions.
@@ -85,7 +85,8 @@ impl Login {
             Target::One(handle) => handle.to_string(),
             Target::Others => format!("all but {own}"),
         };
-        info!(target: "audit", client = %request.client, user, what, ended, "sessions revoked");
+        let (by, client, user) = (Revoker::User, Some(request.client), Some(user));
+        audit::tell(Event::Revoked { by, client, user, what: &what, ended });
         if request.wants_page() {
             return Ok(redirect(StatusCode::SEE_OTHER, &format!("{}?done", self.sessions_path())));
         }

@@ -67,6 +67,10 @@ impl FakeStore {
         self.0.lock().sessions.values_mut().for_each(|record| record.created -= time.as_millis() as u64);
     }
 
+    fn handles(&self) -> Vec<String> {
+        self.0.lock().sessions.keys().map(SessionKey::log_hash).collect()
+    }
+
     /// So many more sessions of alice.
     fn multiply(&self, sessions: usize) {
         let mut kept = self.0.lock();
@@ -961,6 +965,60 @@ async fn what_was_lost_on_the_way_is_said_whether_one_must_log_in_or_not() {
     browser.log_in("alice", PASSWORD).await;
     let page = browser.get(target).await;
     assert!(page.html().contains("was not taken") && page.html().contains("href=\"/form\""), "{}", page.html());
+}
+
+#[tokio::test]
+async fn the_audit_says_who_did_what_and_nothing_that_lets_anybody_in() {
+    let limit = Some(Limit { sessions: 2, when_full: WhenFull::EvictOldest });
+    let throttle = "[password.throttle]\nper_account_and_network = 2\n";
+    let listener = crate::audit::tests::Listener::begin();
+    let mut browser = Browser::with(throttle, Options { limit, ..Options::default() });
+    browser.log_in("alice", "wrong").await;
+    browser.log_in("hunter2 typed here", "alice").await;
+    browser.log_in("alice", PASSWORD).await;
+    let mut secrets: Vec<String> = browser.cookies.values().cloned().collect();
+    let first = browser.store.handles();
+    browser.cookies.clear();
+    browser.log_in("alice", PASSWORD).await;
+    secrets.extend(browser.cookies.values().cloned());
+    let csrf = listed(&mut browser).await["csrf"].as_str().unwrap().to_owned();
+    browser.post("/.cloakroom/sessions", &[("csrf", &csrf), ("end", &first[0])]).await;
+    let left = browser.store.handles();
+    let csrf = browser.get("/.cloakroom/logout").await.csrf();
+    browser.post("/.cloakroom/logout", &[("csrf", &csrf)]).await;
+    for _ in 0..3 {
+        browser.log_in("bob", "wrong").await;
+    }
+
+    let login = |user: Option<&str>, result: &str, session: Option<&String>| {
+        let mut event =
+            serde_json::json!({ "message": "login", "client": "192.0.2.1", "method": "password", "result": result });
+        if let Some(user) = user {
+            event["user"] = user.into();
+        }
+        if let Some(session) = session {
+            event["session"] = session.as_str().into();
+        }
+        event
+    };
+    let expected = [
+        login(Some("alice"), "wrong_password", None),
+        login(None, "unknown_user", None),
+        login(Some("alice"), "success", Some(&first[0])),
+        login(Some("alice"), "success", Some(&left[0])),
+        serde_json::json!({ "message": "sessions revoked", "by": "user", "client": "192.0.2.1", "user": "alice",
+                            "what": first[0], "ended": 1 }),
+        serde_json::json!({ "message": "logout", "client": "192.0.2.1", "user": "alice", "session": left[0],
+                            "reason": "user" }),
+        login(Some("bob"), "wrong_password", None),
+        login(Some("bob"), "wrong_password", None),
+        login(Some("bob"), "throttled", None),
+    ];
+    let events = listener.events();
+    assert_eq!(events, expected);
+    let told = serde_json::Value::from(events).to_string();
+    assert!(secrets.iter().all(|secret| !told.contains(secret.as_str())), "{told}");
+    assert!(!told.contains("hunter2") && !told.contains(PASSWORD), "{told}");
 }
 
 /// Of one user: a browser, and so many other sessions.
