@@ -71,6 +71,8 @@ pub struct Login {
     title: String,
     stylesheet: Stylesheet,
     default_return: ReturnTo,
+    /// The same as text.
+    front_page: String,
     users: Arc<Users>,
     password: Option<PasswordLogin>,
     backend_preset: model::BackendPreset,
@@ -174,6 +176,7 @@ impl Login {
             prefix: prefix.clone(),
             title: config.title.clone(),
             stylesheet: Stylesheet::load(stylesheet)?,
+            front_page: default_return.to_string(),
             default_return,
             users,
             password: config.password.as_ref().map(|password| PasswordLogin::new(password, store)),
@@ -194,6 +197,11 @@ impl Login {
     /// Under which our endpoints live; begins and ends with `/`.
     pub fn prefix(&self) -> &str {
         &self.prefix
+    }
+
+    /// Where a login goes that came from nowhere.
+    pub fn front_page(&self) -> &str {
+        &self.front_page
     }
 
     /// For asking, at each request, who a user is now.
@@ -456,7 +464,13 @@ impl Login {
             return response;
         }
         let (title, retry_after) = ("Not available at the moment", Some(retry_after));
-        message_page(&self.prefix, &Message { status, title, text: TRY_AGAIN, next: None, retry_after, request_id })
+        // What a form held goes nowhere with a link: its page comes back empty.
+        let query = request.query.filter(|_| request.method == Method::GET);
+        let again =
+            ReturnTo::parse(&query.map_or(request.path.to_owned(), |query| format!("{}?{query}", request.path)));
+        let again = again.map(|target| target.to_string());
+        let next = again.as_deref().map(|href| Link { href, text: "Try again" });
+        message_page(&self.prefix, &Message { status, title, text: TRY_AGAIN, next, retry_after, request_id })
     }
 
     /// A refusal: `words` are its title and its text, `error` is what programs call it.
@@ -471,10 +485,10 @@ impl Login {
         if !request.wants_page() {
             return failure(status, error, text, request_id);
         }
-        let (login, back) = (format!("{}login", self.prefix), self.default_return.to_string());
+        let login = format!("{}login", self.prefix);
         // Who has a cookie is logged in, or is sent from there to the login; the store need not say which.
         let next = match request.cookie.find(request.headers) {
-            Some(_) => Some(Link { href: &back, text: "Continue" }),
+            Some(_) => Some(Link { href: &self.front_page, text: "Continue" }),
             None => self.password.is_some().then_some(Link { href: &login, text: "Log in" }),
         };
         message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })

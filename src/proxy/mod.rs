@@ -43,7 +43,7 @@ use admit::{Step, Who, admit};
 use connection::Refusals;
 use context::{Connection, Observer, RequestContext, RequestId, RequestLine};
 use guard::Refusal;
-use reply::{Outcome, Rejection};
+use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
 
@@ -311,8 +311,9 @@ impl ProxyHttp for Gateway {
         let mut error_code = 0;
         if let Outcome::Rejected(rejection) = outcome {
             error_code = rejection.status().as_u16();
-            let wants_page = wants_page(downstream.req_header());
-            let response = rejection.response(wants_page, context.rules.login.prefix(), context.request_id.as_str());
+            let rules = &context.rules;
+            let reader = Reader::of(downstream.req_header(), &rules.login, context.request_id.as_str());
+            let response = rejection.response(&reader);
             if let Err(error) = reply::send(downstream, response, context.request_id.as_str(), true).await {
                 tracing::debug!(request_id = context.request_id.as_str(), %error, "client left before its error page");
             }
@@ -655,13 +656,11 @@ fn send_to_login(
 }
 
 fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {
-    let wants_page = wants_page(downstream.req_header());
-    let login = &context.rules.login;
-    let mut response = rejection.response(wants_page, login.prefix(), context.request_id.as_str());
-    let headers = &downstream.req_header().headers;
+    let (request, login) = (downstream.req_header(), &context.rules.login);
+    let mut response = rejection.response(&Reader::of(request, login, context.request_id.as_str()));
     if response.status() == http::StatusCode::UNAUTHORIZED
         && context.route.as_ref().is_some_and(|route| route.basic)
-        && let Some(challenge) = login.basic_challenge(headers)
+        && let Some(challenge) = login.basic_challenge(&request.headers)
     {
         response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.clone());
     }

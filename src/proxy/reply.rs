@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
-use pingora::http::ResponseHeader;
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::proxy::Session as HttpSession;
 use serde::Serialize;
 
-use crate::login::pages::{Message, message_page};
+use crate::login::Login;
+use crate::login::pages::{Link, Message, message_page};
+use crate::login::return_to::ReturnTo;
 
 /// After this many seconds a client may try again what failed for want of a store or a backend.
 const RETRY_AFTER: &str = "2";
@@ -42,6 +44,21 @@ pub enum Rejection {
     BackendTimeout,
     /// Our own mistake.
     Internal,
+}
+
+/// Who reads a rejection, and where they could go on.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    /// It is a person.
+    wants_page: bool,
+    /// Of our own endpoints, which have the style of the page.
+    prefix: &'a str,
+    /// Our page that logs in, or says who one is.
+    login: String,
+    front_page: &'a str,
+    /// What was asked for, where a link can ask for it once more.
+    again: Option<String>,
+    request_id: &'a str,
 }
 
 /// What became of a request, for the log and the metrics; a closed set.
@@ -111,9 +128,10 @@ impl Rejection {
             Self::BadCredentials => {
                 ("Not logged in", "Check the user name and the password. After several failures, wait some minutes.")
             }
-            Self::MissingGroup => {
-                ("Not allowed", "Your account is not in a group that may see this. Ask whoever runs this site.")
-            }
+            Self::MissingGroup => (
+                "Not allowed",
+                "Your account is not in a group that may see this. Log in with another one, or ask whoever runs this site.",
+            ),
             Self::ForeignOrigin => ("Not allowed", "A page of another site may not open this connection."),
             Self::TooManySessions => (
                 "Not logged in",
@@ -140,15 +158,34 @@ impl Rejection {
         }
     }
 
+    /// What a person can do but read: another try of what they asked for, where that may help; a look at who they are; or the
+    /// front page.
+    fn next<'r>(self, reader: &'r Reader<'_>) -> Option<Link<'r>> {
+        match self {
+            Self::StoreUnavailable
+            | Self::TooManyGuesses
+            | Self::NoBackend
+            | Self::BodyTooSlow
+            | Self::BackendFailed
+            | Self::BackendTimeout
+            | Self::Internal => reader.again.as_deref().map(|href| Link { href, text: "Try again" }),
+            Self::Unauthenticated | Self::BadCredentials => Some(Link { href: &reader.login, text: "Log in" }),
+            Self::MissingGroup => Some(Link { href: &reader.login, text: "Log in as somebody else" }),
+            Self::NoRoute => Some(Link { href: reader.front_page, text: "Front page" }),
+            // What the browser still shows is what has to be changed.
+            Self::ForeignOrigin | Self::BodyTooLarge | Self::BodyMalformed => None,
+        }
+    }
+
     /// The response: a page for a person, JSON for a program.
-    ///
-    /// `prefix` is that of our own endpoints, which have the style of the page.
-    pub fn response(self, wants_page: bool, prefix: &str, request_id: &str) -> Response<Bytes> {
+    pub fn response(self, reader: &Reader<'_>) -> Response<Bytes> {
         let (title, text) = self.words();
-        let mut response = if wants_page {
+        let request_id = reader.request_id;
+        let mut response = if reader.wants_page {
+            let next = self.next(reader);
             message_page(
-                prefix,
-                &Message { status: self.status(), title, text, next: None, retry_after: None, request_id },
+                reader.prefix,
+                &Message { status: self.status(), title, text, next, retry_after: None, request_id },
             )
         } else {
             json(self.status(), &Failure { error: self.label(), message: text, request_id })
@@ -174,6 +211,21 @@ impl Rejection {
             | Self::Internal => {}
         }
         response
+    }
+}
+
+impl<'a> Reader<'a> {
+    pub fn of(request: &RequestHeader, login: &'a Login, request_id: &'a str) -> Self {
+        let is_safe = request.method == http::Method::GET;
+        let target = request.uri.path_and_query().filter(|_| is_safe);
+        Self {
+            wants_page: Login::wants_page(&request.method, &request.headers),
+            prefix: login.prefix(),
+            login: format!("{}login", login.prefix()),
+            front_page: login.front_page(),
+            again: target.and_then(|target| ReturnTo::parse(target.as_str())).map(|target| target.to_string()),
+            request_id,
+        }
     }
 }
 
@@ -264,11 +316,40 @@ pub const LINGER: Duration = Duration::from_secs(1);
 mod tests {
     use super::*;
 
+    fn reader(wants_page: bool) -> Reader<'static> {
+        Reader {
+            wants_page,
+            prefix: "/.cloakroom/",
+            login: "/.cloakroom/login".to_owned(),
+            front_page: "/start",
+            again: Some("/report?year=2026&month=1".to_owned()),
+            request_id: "id",
+        }
+    }
+
+    #[test]
+    fn a_page_says_the_next_move() {
+        for (rejection, href, text) in [
+            (Rejection::MissingGroup, "/.cloakroom/login", "Log in as somebody else"),
+            (Rejection::BadCredentials, "/.cloakroom/login", "Log in"),
+            (Rejection::NoRoute, "/start", "Front page"),
+            (Rejection::NoBackend, "/report?year=2026&#38;month=1", "Try again"),
+            (Rejection::BackendTimeout, "/report?year=2026&#38;month=1", "Try again"),
+        ] {
+            let response = rejection.response(&reader(true));
+            let html = std::str::from_utf8(response.body()).unwrap();
+            assert!(html.contains(&format!("href=\"{href}\">{text}</a>")), "{rejection:?}: {html}");
+        }
+        let posted = Reader { again: None, ..reader(true) };
+        let response = Rejection::NoBackend.response(&posted);
+        assert!(!std::str::from_utf8(response.body()).unwrap().contains("class=\"button\""), "a link sends no form");
+    }
+
     #[test]
     fn a_failure_that_passes_says_when_to_come_back() {
         for rejection in [Rejection::StoreUnavailable, Rejection::TooManyGuesses, Rejection::NoBackend] {
             for wants_page in [true, false] {
-                let response = rejection.response(wants_page, "/.cloakroom/", "id");
+                let response = rejection.response(&reader(wants_page));
                 assert_eq!(response.headers()[header::RETRY_AFTER], RETRY_AFTER, "{rejection:?}");
             }
         }
@@ -276,7 +357,7 @@ mod tests {
 
     #[test]
     fn a_program_gets_json_with_the_class_and_no_cause() {
-        let response = Rejection::BackendFailed.response(false, "/.cloakroom/", "id");
+        let response = Rejection::BackendFailed.response(&reader(false));
         let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
         assert_eq!((&body["error"], &body["request_id"]), (&"backend_failed".into(), &"id".into()));
         assert_eq!(response.headers()[header::CACHE_CONTROL], "no-store");
