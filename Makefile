@@ -9,8 +9,8 @@ demo: ## Start two backends and Cloakroom in front of them, and say what to open
 	@scripts/setup cmake cc
 	cargo run --locked -- demo
 
-test: ## Run every test; those with Redis and Valkey start servers of their own
-	@scripts/setup cmake cc redis-server valkey-server
+test: ## Run every test; those with Redis, Valkey and Chromium start their own
+	@scripts/setup cmake cc redis-server valkey-server chromium node browser-tools
 	cargo test --locked
 
 bench: ## Measure what a session costs, beside bare pingora, nginx and HAProxy (about half an hour)

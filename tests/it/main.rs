@@ -11,6 +11,7 @@ mod guard;
 mod proxying;
 mod login_journey;
 mod own_pages;
+mod own_pages_browser;
 mod basic;
 mod store_down;
 mod outage;
