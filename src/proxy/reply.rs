@@ -171,7 +171,7 @@ impl Rejection {
             | Self::Internal => reader.again.as_deref().map(|href| Link { href, text: "Try again" }),
             Self::Unauthenticated | Self::BadCredentials => Some(Link { href: &reader.login, text: "Log in" }),
             Self::MissingGroup => Some(Link { href: &reader.login, text: "Log in as somebody else" }),
-            Self::NoRoute => Some(Link { href: reader.front_page, text: "Front page" }),
+            Self::NoRoute | Self::TooManySessions => Some(Link { href: reader.front_page, text: "Front page" }),
             // What the browser still shows is what has to be changed.
             Self::ForeignOrigin | Self::BodyTooLarge | Self::BodyMalformed => None,
         }
