@@ -24,6 +24,10 @@ pub struct Metrics {
     /// method, result
     pub logins: IntCounterVec,
     pub logouts: IntCounterVec,
+    /// channel, result
+    pub provider_logouts: IntCounterVec,
+    /// result: renewed, not_ours, failed, ended
+    pub token_renewals: IntCounterVec,
     /// ending
     pub session_ends: IntCounterVec,
     /// result: told, refused, away, given_up
@@ -83,6 +87,18 @@ impl Metrics {
                 &["operation"],
             ),
             logins: counter(&registry, "cloakroom_logins_total", "Login attempts.", &["method", "result"]),
+            provider_logouts: counter(
+                &registry,
+                "cloakroom_provider_logouts_total",
+                "Logouts that a provider told of.",
+                &["channel", "result"],
+            ),
+            token_renewals: counter(
+                &registry,
+                "cloakroom_token_renewals_total",
+                "Sessions whose tokens were to be renewed at their provider.",
+                &["result"],
+            ),
             logouts: counter(&registry, "cloakroom_logouts_total", "Logouts.", &[]),
             session_ends: counter(
                 &registry,

@@ -31,6 +31,7 @@ use crate::listener::{self, Desk, Listener, Queue, Worker};
 use crate::log::{LineWriter, Lines};
 use crate::login::Login;
 use crate::login::csrf::login_cookie_name;
+use crate::login::oidc::{ATTEMPT_NAME_CHARS, attempt_cookie_family, rounds_cookie_name};
 use crate::login::users::Users;
 use crate::metrics::Metrics;
 use crate::proxy::Gateway;
@@ -588,7 +589,9 @@ fn session_cookie(config: &Config, secure: bool) -> SessionCookie {
 /// The session cookie and those beside it, which no backend may see or set.
 fn reserved_cookies(config: &Config) -> ReservedCookies {
     let session = config.session.cookie.get_ref();
-    ReservedCookies::new([session.as_str(), &login_cookie_name(session), &fallback_cookie_name(session)])
+    let names = [login_cookie_name(session), fallback_cookie_name(session), rounds_cookie_name(session)];
+    let names = names.iter().map(String::as_str).chain([session.as_str()]);
+    ReservedCookies::new(names).and_family(&attempt_cookie_family(session), ATTEMPT_NAME_CHARS)
 }
 
 fn silent_header(config: &Config) -> Option<HeaderName> {

@@ -13,6 +13,8 @@ pub mod redis_url;
 mod validate;
 pub mod error;
 
+pub use validate::confidential_url;
+
 use error::{ConfigError, Problems};
 use model::{Admin, Config, Events, Listener, Login, PasswordLogin, RedisStore, Session, Store};
 use value::Secret;
@@ -73,7 +75,8 @@ fn resolve(
         file: _,
         listeners,
         store: Store { redis, memory, grace: _ },
-        login: Login { stylesheet, password, backend: _, basic: _, prefix: _, title: _, default_return: _ },
+        login:
+            Login { stylesheet, password, oidc, backend: _, basic: _, prefix: _, title: _, default_return: _, origins: _ },
         server: _,
         limits: _,
         session: Session { keys_file, .. },
@@ -94,6 +97,9 @@ fn resolve(
         let RedisStore { url, ca, cert, key, .. } = redis.get_mut();
         paths.extend(ca.iter_mut().chain(cert).chain(key));
         secrets.push(("store.redis.url", url));
+    }
+    for provider in oidc.values_mut() {
+        secrets.extend(provider.client_secret.as_mut().map(|secret| ("login.oidc.client_secret", secret)));
     }
     secrets.extend(webhook_secret.as_mut().map(|secret| ("events.webhook_secret", secret)));
     secrets.extend(token.as_mut().map(|token| ("admin.token", token)));
@@ -135,7 +141,7 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 17] = [
+    const EXAMPLES: [&str; 28] = [
         "page",
         "cert",
         "key",
@@ -153,6 +159,17 @@ mod tests {
         "webhook",
         "webhook_secret",
         "token",
+        "issuer",
+        "client_id",
+        "client_secret",
+        "title",
+        "prompt",
+        "team",
+        "hd",
+        "acr",
+        "max_age",
+        "access_token",
+        "origins",
     ];
 
     /// The manual with every key in force: `#key = value` and `#[section]` lose their `#`, prose (`# text`) stays.
@@ -240,6 +257,8 @@ mod tests {
             .replace("\"redis://", "\"rediss://")
             // The route of the manual is for those who have logged in, and this page is for the others.
             .replace("page = \"/login\"", "")
+            .replace("tokens = false", "tokens = true")
+            .replace("\"<as the provider shows it>\"", "\"Vq83-nK2\"")
             .replace("\"<openssl rand -base64 32>\"", "\"pA0yXbq9vG3kWm7RzT5sLd2fHj8cNe4u\"");
         let error = parse(&text, Path::new("manual.toml")).unwrap_err().to_string();
         let problems = error.lines().filter(|line| line.starts_with("error: ")).collect::<Vec<_>>();

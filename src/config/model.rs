@@ -291,9 +291,13 @@ pub struct Login {
     pub stylesheet: Option<Spanned<PathBuf>>,
     /// Where a login goes that came from nowhere.
     pub default_return: Spanned<String>,
+    /// Our own origins as browsers see them; a provider sends users back to these alone.
+    pub origins: Vec<Spanned<String>>,
     pub password: Option<PasswordLogin>,
     pub backend: Option<BackendLogin>,
     pub basic: Option<Spanned<BasicLogin>>,
+    /// `[login.oidc.NAME]`
+    pub oidc: BTreeMap<String, OidcLogin>,
 }
 
 /// `[login.backend]`: backends log users in, on routes with `directives = ["login"]`.
@@ -314,6 +318,96 @@ pub enum BackendPreset {
     Session,
     /// WebSEAL's external authentication interface: `am-eai-user-id` and others.
     Eai,
+}
+
+/// `[login.oidc.NAME]`: an OpenID Connect provider.
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OidcLogin {
+    /// Exactly as the provider calls itself.
+    pub issuer: Spanned<String>,
+    pub client_id: Spanned<String>,
+    /// Absent for a public client, which PKCE alone protects.
+    pub client_secret: Option<Spanned<Secret>>,
+    /// What the login page calls it; default: its name here.
+    pub title: Option<String>,
+    #[serde(default = "OidcLogin::default_scopes")]
+    pub scopes: Vec<Spanned<String>>,
+    /// `login`, `consent`, `select_account`.
+    pub prompt: Option<Spanned<String>>,
+    /// Further parameters of the authorization request.
+    #[serde(default)]
+    pub parameters: BTreeMap<Spanned<String>, String>,
+    /// Claims that say who somebody is; a dot leads into an object.
+    #[serde(default = "OidcLogin::default_user")]
+    pub user: Spanned<String>,
+    /// Put before the user, so that two providers never name one user.
+    #[serde(default)]
+    pub user_prefix: String,
+    #[serde(default = "OidcLogin::default_name")]
+    pub name: String,
+    #[serde(default = "OidcLogin::default_email")]
+    pub email: String,
+    #[serde(default = "OidcLogin::default_groups")]
+    pub groups: String,
+    /// Claims for `{claim.NAME}`: name = path of the claim.
+    #[serde(default)]
+    pub claims: BTreeMap<String, String>,
+    /// Take an address that the provider does not say to be verified.
+    #[serde(default)]
+    pub trust_email: bool,
+    /// Each list that is not empty must name the user.
+    #[serde(default)]
+    pub allowed_users: Vec<String>,
+    #[serde(default)]
+    pub allowed_groups: Vec<String>,
+    #[serde(default)]
+    pub allowed_email_domains: Vec<Spanned<String>>,
+    #[serde(default = "OidcLogin::default_userinfo")]
+    pub userinfo: UserInfo,
+    /// Keep the access and the refresh token, and renew them before they end.
+    #[serde(default)]
+    pub tokens: bool,
+    /// Log out at the provider, too.
+    #[serde(default = "OidcLogin::default_logout")]
+    pub logout: bool,
+    /// Whether the provider's pages may end sessions by front-channel logout.
+    #[serde(default)]
+    pub frontchannel_logout: bool,
+}
+
+/// When the provider's UserInfo endpoint is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UserInfo {
+    Never,
+    /// When the ID token lacks a claim that is asked for.
+    WhenMissing,
+    Always,
+}
+
+impl OidcLogin {
+    fn default_scopes() -> Vec<Spanned<String>> {
+        ["openid", "profile", "email"].map(|scope| Spanned::new(0..0, scope.to_owned())).into()
+    }
+    fn default_user() -> Spanned<String> {
+        Spanned::new(0..0, "preferred_username".to_owned())
+    }
+    fn default_name() -> String {
+        "name".to_owned()
+    }
+    fn default_email() -> String {
+        "email".to_owned()
+    }
+    fn default_groups() -> String {
+        "groups".to_owned()
+    }
+    const fn default_userinfo() -> UserInfo {
+        UserInfo::WhenMissing
+    }
+    const fn default_logout() -> bool {
+        true
+    }
 }
 
 /// `[login.password]`
@@ -449,6 +543,13 @@ pub struct Route {
     /// Whether a request may bring a user name and a password (RFC 7617) in place of a session.
     #[serde(default = "Route::default_basic")]
     pub basic: Spanned<bool>,
+    /// The provider must have authenticated the user in one of these ways; empty = any.
+    #[serde(default)]
+    pub acr: Vec<Spanned<String>>,
+    /// The user must have proved who they are not longer ago than this.
+    pub max_age: Option<Spanned<Duration>>,
+    /// The field that carries the provider's access token to the backend.
+    pub access_token: Option<Spanned<String>>,
 }
 
 impl Route {
@@ -607,9 +708,11 @@ impl Default for Login {
             title: "Log in".to_owned(),
             stylesheet: None,
             default_return: Spanned::new(0..0, "/".to_owned()),
+            origins: Vec::new(),
             password: None,
             backend: None,
             basic: None,
+            oidc: BTreeMap::new(),
         }
     }
 }

@@ -8,7 +8,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
-use super::model::{Access, Cache, Config, Directive, Listener, RedisStore, Route, Scheme, SealRecords};
+use super::model::{Access, Cache, Config, Directive, Listener, OidcLogin, RedisStore, Route, Scheme, SealRecords};
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
 
@@ -287,6 +287,15 @@ impl Check<'_, '_> {
         if let Some(page) = login.backend.as_ref().and_then(|backend| backend.page.as_ref()) {
             self.backend_page(page);
         }
+        for origin in &login.origins {
+            if let Err(fault) = web_origin(origin.get_ref()) {
+                let message = format!("invalid origin {:?}: {fault}", origin.get_ref());
+                self.problems.add(origin.span(), message).hint("expected e.g. \"https://app.example.org\"");
+            }
+        }
+        for (name, provider) in &login.oidc {
+            self.oidc(name, provider);
+        }
     }
 
     /// The login page of a backend must be open to those who are not logged in, else it would lead to itself.
@@ -366,6 +375,89 @@ impl Check<'_, '_> {
             self.problems
                 .add(realm.span(), message)
                 .hint("expected 1 to 64 printable ASCII characters, no quote and no backslash");
+        }
+    }
+
+    fn oidc(&mut self, name: &str, provider: &OidcLogin) {
+        let at = self.at_keys(&["login", "oidc", name]);
+        // The name is part of a URL, of a cookie's seal, and a label of metrics.
+        let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if !(1..=32).contains(&name.len()) || !name.bytes().all(is_plain) {
+            let message = format!("invalid provider name {name:?}: expected 1 to 32 lower-case letters, digits or `-`");
+            self.problems.add(at.clone(), message);
+        }
+        if self.config.login.origins.is_empty() {
+            self.problems
+                .add(at, format!("[login.oidc.{name}] needs to know where it leads back to"))
+                .hint("add origins = [\"https://app.example.org\"] to [login]: what users see in the address bar");
+        }
+        let issuer = provider.issuer.get_ref();
+        let fault = if issuer.contains('?') { Err("an issuer has no query") } else { confidential_url(issuer) };
+        if let Err(fault) = fault {
+            let message = format!("invalid issuer {issuer:?}: {fault}");
+            self.problems
+                .add(provider.issuer.span(), message)
+                .hint("expected e.g. \"https://login.example.org/realms/staff\", exactly as the provider writes it");
+        }
+        for (key, text) in [("client_id", &provider.client_id), ("user", &provider.user)] {
+            if text.get_ref().is_empty() {
+                self.problems.add(text.span(), format!("login.oidc.{name}.{key} is empty"));
+            }
+        }
+        if let Some(secret) = &provider.client_secret
+            && is_sample_secret(secret.get_ref().expose())
+        {
+            self.problems
+                .add(secret.span(), format!("login.oidc.{name}.client_secret is a sample, which everybody knows"))
+                .hint("take the one that the provider shows, and refer to it by { file = ... } or { env = ... }");
+        }
+        let seals = provider.client_secret.is_some() || self.config.session.keys_file.is_some();
+        if !seals && self.config.store.redis.is_some() {
+            self.problems
+                .add(provider.client_id.span(), format!("[login.oidc.{name}] has neither client_secret nor keys_file"))
+                .hint(
+                    "what one Cloakroom begins another must be able to end: add client_secret, or keys_file to [session]",
+                );
+        }
+        if !provider.scopes.iter().any(|scope| scope.get_ref() == "openid") {
+            let at = provider.scopes.first().map_or(provider.issuer.span(), Spanned::span);
+            self.problems.add(at, "scopes without \"openid\": the provider would not say who logs in");
+        }
+        for scope in &provider.scopes {
+            // RFC 6749, section 3.3.
+            if scope.get_ref().is_empty() || !scope.get_ref().bytes().all(|b| b.is_ascii_graphic() && b != b'"') {
+                self.problems.add(scope.span(), format!("invalid scope {:?}", scope.get_ref()));
+            }
+        }
+        for name in provider.parameters.keys() {
+            const OURS: [&str; 15] = [
+                "response_type",
+                "client_id",
+                "client_secret",
+                "redirect_uri",
+                "scope",
+                "state",
+                "nonce",
+                "code_challenge",
+                "code_challenge_method",
+                "prompt",
+                "max_age",
+                "acr_values",
+                "response_mode",
+                "request",
+                "request_uri",
+            ];
+            if OURS.contains(&name.get_ref().as_str()) {
+                self.problems
+                    .add(name.span(), format!("parameter {:?} is Cloakroom's own matter", name.get_ref()))
+                    .hint("scopes and prompt are keys of their own; acr and max_age are keys of a route");
+            }
+        }
+        for domain in &provider.allowed_email_domains {
+            if domain.get_ref().contains('@') || host_name_or_address(domain.get_ref()).is_err() {
+                let message = format!("invalid domain {:?}", domain.get_ref());
+                self.problems.add(domain.span(), message).hint("expected e.g. \"example.org\"");
+            }
         }
     }
 
@@ -494,7 +586,42 @@ impl Check<'_, '_> {
                 }
             }
         }
+        for route in routes {
+            self.demand(route);
+        }
         self.someone_can_log_in();
+    }
+
+    /// What a route asks of a login at a provider.
+    fn demand(&mut self, route: &Route) {
+        let asked = route.acr.first().map(|acr| ("acr", acr.span()));
+        let asked = asked.or_else(|| route.max_age.as_ref().map(|age| ("max_age", age.span())));
+        let asked = asked.or_else(|| route.access_token.as_ref().map(|name| ("access_token", name.span())));
+        let Some((key, at)) = asked else { return };
+        let oidc = &self.config.login.oidc;
+        if oidc.is_empty() {
+            self.problems.add(at.clone(), format!("{key} is for logins at a provider")).hint("add [login.oidc.NAME]");
+        }
+        if *route.access.get_ref() == Access::Public {
+            self.problems.add(at, format!("{key} on a public route, where nobody looks who it is"));
+        }
+        for acr in &route.acr {
+            // The values stand in one parameter, with spaces between (OpenID Connect Core 1.0, section 3.1.2.1).
+            let value = acr.get_ref();
+            if !(1..=128).contains(&value.len()) || !value.bytes().all(|byte| byte.is_ascii_graphic()) {
+                self.problems.add(acr.span(), format!("invalid acr {value:?}: expected 1 to 128 visible characters"));
+            }
+        }
+        if let Some(name) = &route.access_token {
+            if let Err(fault) = header_name(name.get_ref()) {
+                self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
+            }
+            if !oidc.is_empty() && !oidc.values().any(|provider| provider.tokens) {
+                self.problems
+                    .add(name.span(), "access_token without a provider whose tokens are kept")
+                    .hint("add tokens = true to [login.oidc.NAME]");
+            }
+        }
     }
 
     /// A session begins with a login; without one, a route that asks for it would be shut for ever.
@@ -507,7 +634,7 @@ impl Check<'_, '_> {
         };
         let mut directives = self.config.routes.iter().flat_map(|route| &route.directives);
         let backends_log_in = directives.any(|directive| *directive.get_ref() == Directive::Login);
-        if self.config.login.password.is_some() || backends_log_in {
+        if self.config.login.password.is_some() || !self.config.login.oidc.is_empty() || backends_log_in {
             return;
         }
         if let Some(route) = self.config.routes.iter().find(|route| asks(*route.access.get_ref())) {
@@ -515,14 +642,14 @@ impl Check<'_, '_> {
             let at = if is_default { route.path.span() } else { route.access.span() };
             self.problems
                 .add(at, format!("route {:?} asks for a session, but nobody can log in", route.path.get_ref()))
-                .hint("add [login.password] with users_file = \"users.toml\", or write access = \"public\"");
+                .hint("add [login.password] with users_file = \"users.toml\" or [login.oidc.NAME], or write access = \"public\"");
         }
     }
 
     fn events(&mut self) {
         let events = &self.config.events;
         if let Some(webhook) = &events.webhook
-            && let Err(fault) = webhook_url(webhook.get_ref())
+            && let Err(fault) = confidential_url(webhook.get_ref())
         {
             // Without the URL itself, which may hold a secret.
             self.problems
@@ -619,8 +746,8 @@ fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
 
 const SECRET_CHARS_MIN: usize = 32;
 
-/// Where session ends may be sent: over TLS, or to this machine itself.
-fn webhook_url(text: &str) -> Result<(), &'static str> {
+/// Whether what is secret may be sent to this URL: by TLS, or within this machine.
+pub fn confidential_url(text: &str) -> Result<(), &'static str> {
     if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err("white space, or more than ASCII");
     }
@@ -630,7 +757,7 @@ fn webhook_url(text: &str) -> Result<(), &'static str> {
     let (scheme, rest) = text.split_once("://").ok_or("no scheme")?;
     let authority = rest.split(['/', '?']).next().unwrap_or_default();
     if authority.contains('@') {
-        return Err("a user or password in a URL is easily shown; who it is from says webhook_secret");
+        return Err("a user or password in a URL is easily shown");
     }
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, port),
@@ -646,7 +773,7 @@ fn webhook_url(text: &str) -> Result<(), &'static str> {
     match scheme {
         "https" => Ok(()),
         "http" if is_here => Ok(()),
-        "http" => Err("plain http:// would show to the network who has logged out"),
+        "http" => Err("plain http:// would show what is secret to the network"),
         _ => Err("unknown scheme, expected https"),
     }
 }
@@ -826,7 +953,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::parse;
-    use super::webhook_url;
+    use super::confidential_url;
 
     const GOOD: &str = r#"[[listener]]
 address = "127.0.0.1:8080"
@@ -863,7 +990,7 @@ pool = "app"
             "http://localhost:9000",
         ];
         for url in good {
-            assert_eq!(webhook_url(url), Ok(()), "{url}");
+            assert_eq!(confidential_url(url), Ok(()), "{url}");
         }
         let bad = [
             "",
@@ -887,7 +1014,7 @@ pool = "app"
             "https://exa_mple..org/",
         ];
         for url in bad {
-            assert!(webhook_url(url).is_err(), "{url}");
+            assert!(confidential_url(url).is_err(), "{url}");
         }
     }
 

@@ -66,6 +66,12 @@ impl IdentityHeaders {
         Self { headers, of_session, groups: preset.groups, reserved, edition }
     }
 
+    /// Further names that a client may never send to a backend.
+    pub fn reserving<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Self {
+        names.into_iter().for_each(|name| self.reserved.add(name));
+        self
+    }
+
     /// Whether a client may not send this to a backend: every name of every preset, the names that belong to the same
     /// families, the own headers, and what `identity.strip` names.
     pub fn is_reserved(&self, name: &str) -> bool {

@@ -120,7 +120,7 @@ impl Login {
                 self.note_attempt(Attempt::without_session("basic", client, failure.label()));
                 match failure {
                     Failure::TooManyGuesses(wait) => Script::Refused(Some(wait)),
-                    Failure::Store(_) | Failure::Busy | Failure::Random(_) => Script::Unknown,
+                    Failure::Store(_) | Failure::Busy | Failure::Random(_) | Failure::Provider(_) => Script::Unknown,
                 }
             }
         }

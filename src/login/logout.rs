@@ -43,7 +43,11 @@ impl Login {
             audit::tell(Event::Logout { user, client, session: &session, reason: LogoutReason::User });
             self.metrics.logouts.with_label_values(&[] as &[&str]).inc();
         }
-        let mut response = logged_out();
+        let at_provider = match &session {
+            Some(session) => self.log_out_at_provider(request, &id, session).await,
+            None => None,
+        };
+        let mut response = at_provider.unwrap_or_else(logged_out);
         response.headers_mut().append(SET_COOKIE, request.cookie.clear());
         if request.cookie.find_fallback(request.headers).is_some() {
             response.headers_mut().append(SET_COOKIE, request.cookie.clear_fallback());
@@ -58,7 +62,7 @@ impl Login {
         Ok(page(status, &LogoutPage { prefix: &self.prefix, name, csrf: &csrf, return_to }))
     }
 
-    fn logged_out_page(&self) -> Response<Bytes> {
+    pub(super) fn logged_out_page(&self) -> Response<Bytes> {
         let login = format!("{}login", self.prefix);
         let message = Message {
             status: StatusCode::OK,

@@ -6,6 +6,7 @@
 //! session    GET  the user as JSON, or 401
 //! sessions   GET  where the user is logged in                                          POST  ends one, or all others
 //! style.css  GET
+//! oidc/...   by the word of a provider: see `login/oidc/`
 //! ```
 //!
 //! What holds here: (a) nothing changes by GET; (b) a form counts only when a page of ours sent it, in the same browser;
@@ -40,6 +41,7 @@ mod throttle;
 mod logout;
 mod sessions;
 mod device;
+pub mod oidc;
 #[cfg(test)]
 mod tests;
 
@@ -51,7 +53,7 @@ use crate::metrics::Metrics;
 use crate::session::control::{Control, Moment};
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
-use crate::session::record::{ClientHints, LoginMethod};
+use crate::session::record::{ClientHints, LoginMethod, Record};
 use crate::session::store::{Ending, StoreError};
 use crate::session::{Newcomer, Resumed, Session, Sessions, Started, Use};
 use basic::BasicLogin;
@@ -59,6 +61,7 @@ use csrf::{FormKey, LoginCookie, Purpose, is_same_origin};
 use form::{BadForm, Form};
 use hash::{Busy, PASSWORD_BYTES_MAX};
 use navigation::Notice;
+use oidc::{ProviderError, Providers};
 use pages::{Link, LoggedInPage, LoginPage, Message, Stylesheet, failure, json, message_page, page, redirect};
 use password::{Answer, PasswordLogin};
 use return_to::ReturnTo;
@@ -79,6 +82,7 @@ pub struct Login {
     /// Where a backend has a login page of its own.
     backend_page: Option<ReturnTo>,
     basic: Option<BasicLogin>,
+    providers: Providers,
     sessions: Sessions,
     control: Control,
     metrics: Metrics,
@@ -120,6 +124,7 @@ enum Failure {
     Random(SysError),
     /// From this network, which is to wait for so long.
     TooManyGuesses(Duration),
+    Provider(ProviderError),
 }
 
 /// What the login page says above its form.
@@ -172,6 +177,9 @@ impl Login {
         let backend_page = config.backend.as_ref().and_then(|backend| backend.page.as_ref());
         let stylesheet = config.stylesheet.as_ref().map(|path| path.get_ref().as_path());
         let store = Arc::clone(sessions.store());
+        let providers = Providers::new(config, sessions.ring()).map_err(|error| {
+            ConfigError::of_file(Path::new("login"), &format!("the system gives no random bytes: {error}"), "try again")
+        })?;
         Ok(Self {
             prefix: prefix.clone(),
             title: config.title.clone(),
@@ -184,6 +192,7 @@ impl Login {
             backend_page: backend_page.and_then(|page| ReturnTo::parse(page.get_ref())),
             basic: config.basic.as_ref().map(|basic| BasicLogin::new(basic.get_ref())),
             control: Control::new(sessions.clone()),
+            providers,
             sessions,
             metrics,
         })
@@ -212,6 +221,11 @@ impl Login {
     /// The answer to a request that is ours. The answer to HEAD has the body that GET would have; it is not to be sent.
     pub async fn answer(&self, request: LoginRequest<'_>) -> Response<Bytes> {
         let name = request.path.strip_prefix(&self.prefix).unwrap_or_default();
+        if let Some(path) = name.strip_prefix("oidc/") {
+            let answer = self.answer_for_provider(path, &request).await;
+            let answer = answer.unwrap_or_else(|| Ok(self.not_found(&request)));
+            return answer.unwrap_or_else(|failure| self.unavailable(&failure, Endpoint::Login, &request));
+        }
         let Some(endpoint) = Endpoint::named(name) else { return self.not_found(&request) };
         let answer = match (endpoint, request.method) {
             (Endpoint::Login, &Method::GET | &Method::HEAD) => self.login_page(&request).await,
@@ -232,7 +246,7 @@ impl Login {
     /// The form. Who is logged in already sees that instead of being sent on: when a route does not accept the session,
     /// being sent on would lead back here, in a circle.
     async fn login_page(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
-        if self.password.is_none() && self.backend_page.is_none() {
+        if self.password.is_none() && self.backend_page.is_none() && self.providers.titles().next().is_none() {
             return Ok(self.not_found(request));
         }
         let asked = |wanted: &str| {
@@ -355,6 +369,13 @@ impl Login {
         return_to: &ReturnTo,
         username: &str,
     ) -> Result<Response<Bytes>, Failure> {
+        let methods = self.methods(return_to);
+        if let (None, [only]) = (&self.password, &methods[..])
+            && say.alert.is_none()
+            && say.notice.is_none()
+        {
+            return Ok(redirect(StatusCode::SEE_OTHER, &only.href)); // nothing to choose, and nothing to read
+        }
         let login_cookie = LoginCookie::beside(request.cookie, request.secure);
         let key = match login_cookie.find(request.headers) {
             Some(key) => key,
@@ -363,10 +384,23 @@ impl Login {
         let csrf = key.token(Purpose::Login)?;
         let (prefix, title) = (&self.prefix, &self.title);
         let (alert, notice) = (say.alert.as_deref(), say.notice.map(Notice::text));
-        let page_of_form = LoginPage { prefix, title, alert, notice, csrf: &csrf, return_to, username };
+        let (methods, has_password) = (&methods[..], self.password.is_some());
+        let page_of_form =
+            LoginPage { prefix, title, alert, notice, csrf: &csrf, return_to, username, methods, has_password };
         let mut response = page(status, &page_of_form);
         response.headers_mut().append(SET_COOKIE, login_cookie.set(&key));
         Ok(response)
+    }
+
+    /// The ways to log in besides a password.
+    fn methods(&self, return_to: &ReturnTo) -> Vec<pages::Method> {
+        let query =
+            form_urlencoded::Serializer::new(String::new()).append_pair("return_to", &return_to.to_string()).finish();
+        let method = |(name, title): (&str, &str)| pages::Method {
+            name: title.to_owned(),
+            href: format!("{}oidc/{name}/login?{query}", self.prefix),
+        };
+        self.providers.titles().map(method).collect()
     }
 
     /// The user as JSON, for a front end; never an id. `expires_in` is the time to the absolute end in seconds.
@@ -398,10 +432,17 @@ impl Login {
         };
         let identity = match session.record.method {
             LoginMethod::Password => self.users.current(&session.record.identity.user).map(Arc::clone),
-            LoginMethod::Oidc | LoginMethod::Backend => Some(Arc::new(Known::new(session.record.identity.clone()))),
+            LoginMethod::Oidc => self.vouched_for(&session.record),
+            LoginMethod::Backend => Some(Arc::new(Known::new(session.record.identity.clone()))),
             LoginMethod::Anonymous => None,
         };
         Ok(identity.map(|identity| Visitor { id, identity, session }).ok_or(None))
+    }
+
+    /// Who a provider said this is, as long as it is one of ours.
+    pub fn vouched_for(&self, record: &Record) -> Option<Arc<Known>> {
+        let counts = self.providers.vouches_for(record.login.as_ref());
+        counts.then(|| Arc::new(Known::new(record.identity.clone())))
     }
 
     /// Where a login leads: where the visitor came from, when that is a page of this origin, else the configured page.
@@ -459,7 +500,7 @@ impl Login {
         self.note(failure);
         let (status, retry_after, request_id) = (failure.status(), failure.retry_after(), request.request_id);
         if endpoint.answers_in_json(request) {
-            let mut response = pages::failure(status, failure.label(), TRY_AGAIN, request_id);
+            let mut response = pages::failure(status, failure.label(), failure.text(), request_id);
             pages::set_retry_after(&mut response, retry_after);
             return response;
         }
@@ -468,9 +509,11 @@ impl Login {
         let query = request.query.filter(|_| request.method == Method::GET);
         let again =
             ReturnTo::parse(&query.map_or(request.path.to_owned(), |query| format!("{}?{query}", request.path)));
-        let again = again.map(|target| target.to_string());
+        // An answer of a provider counts once: it takes a new attempt.
+        let is_of_provider = request.path.strip_prefix(&self.prefix).is_some_and(|name| name.starts_with("oidc/"));
+        let again = if is_of_provider { Some(format!("{}login", self.prefix)) } else { again.map(|it| it.to_string()) };
         let next = again.as_deref().map(|href| Link { href, text: "Try again" });
-        message_page(&self.prefix, &Message { status, title, text: TRY_AGAIN, next, retry_after, request_id })
+        message_page(&self.prefix, &Message { status, title, text: failure.text(), next, retry_after, request_id })
     }
 
     /// A refusal: `words` are its title and its text, `error` is what programs call it.
@@ -486,10 +529,11 @@ impl Login {
             return failure(status, error, text, request_id);
         }
         let login = format!("{}login", self.prefix);
+        let can_log_in = self.password.is_some() || self.providers.titles().next().is_some();
         // Who has a cookie is logged in, or is sent from there to the login; the store need not say which.
         let next = match request.cookie.find(request.headers) {
             Some(_) => Some(Link { href: &self.front_page, text: "Continue" }),
-            None => self.password.is_some().then_some(Link { href: &login, text: "Log in" }),
+            None => can_log_in.then_some(Link { href: &login, text: "Log in" }),
         };
         message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })
     }
@@ -504,6 +548,7 @@ impl Login {
             Failure::Busy => warn!("all places for computing password hashes are taken, and so is the queue"),
             Failure::Random(error) => warn!(%error, "the system gives no random bytes"),
             Failure::TooManyGuesses(_) => self.metrics.session_guesses.with_label_values(&["refused"]).inc(),
+            Failure::Provider(error) => warn!(%error, "a provider does not answer as it should"),
         }
     }
 }
@@ -557,19 +602,30 @@ impl Failure {
             Self::Busy => "busy",
             Self::Random(_) => "no_random",
             Self::TooManyGuesses(_) => "too_many_guesses",
+            Self::Provider(error) => error.label(),
+        }
+    }
+
+    /// For people.
+    fn text(&self) -> &'static str {
+        match self {
+            Self::Store(_) | Self::Busy | Self::Random(_) | Self::TooManyGuesses(_) => TRY_AGAIN,
+            Self::Provider(_) => {
+                "The login service does not answer. Who is logged in stays so; please try again in a few seconds."
+            }
         }
     }
 
     fn status(&self) -> StatusCode {
         match self {
-            Self::Store(_) | Self::Busy | Self::Random(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Store(_) | Self::Busy | Self::Random(_) | Self::Provider(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::TooManyGuesses(_) => StatusCode::TOO_MANY_REQUESTS,
         }
     }
 
     fn retry_after(&self) -> Duration {
         match self {
-            Self::Store(_) | Self::Busy | Self::Random(_) => RETRY_AFTER,
+            Self::Store(_) | Self::Busy | Self::Random(_) | Self::Provider(_) => RETRY_AFTER,
             Self::TooManyGuesses(wait) => *wait,
         }
     }
@@ -605,6 +661,12 @@ impl From<Busy> for Failure {
 impl From<SysError> for Failure {
     fn from(error: SysError) -> Self {
         Self::Random(error)
+    }
+}
+
+impl From<ProviderError> for Failure {
+    fn from(error: ProviderError) -> Self {
+        Self::Provider(error)
     }
 }
 

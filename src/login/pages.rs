@@ -58,6 +58,16 @@ pub(super) struct LoginPage<'a> {
     pub(super) csrf: &'a str,
     pub(super) return_to: &'a ReturnTo,
     pub(super) username: &'a str,
+    pub(super) methods: &'a [Method],
+    /// Whether there is a form at all.
+    pub(super) has_password: bool,
+}
+
+/// One way to log in besides a password.
+#[derive(Debug)]
+pub(super) struct Method {
+    pub(super) name: String,
+    pub(super) href: String,
 }
 
 /// Instead of the form, for who has a session.
@@ -283,6 +293,8 @@ mod tests {
                     csrf: HOSTILE,
                     return_to: &return_to,
                     username: HOSTILE,
+                    methods: &[Method { name: HOSTILE.to_owned(), href: HOSTILE.to_owned() }],
+                    has_password: true,
                 },
             ),
             page(
@@ -351,6 +363,8 @@ mod tests {
                     csrf: "t",
                     return_to: &return_to,
                     username,
+                    methods: &[],
+                    has_password: true,
                 },
             );
             text(&page).to_owned()

@@ -31,8 +31,9 @@ pub enum Step {
     Reply(Rejection),
 }
 
-/// `groups` are those of the route: the user must be in one, unless there are none.
-pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
+/// `groups` are those of the route: the user must be in one, unless there are none. `is_enough`: the login is as strong
+/// and as recent as the route demands.
+pub fn admit(access: Access, groups: &[String], who: Who, is_enough: bool) -> Step {
     match (access, who) {
         (Access::Public, _) => Step::Forward(None),
         // Serving a user as a stranger would be a logout in all but name (invariant 4).
@@ -40,6 +41,7 @@ pub fn admit(access: Access, groups: &[String], who: Who) -> Step {
         (Access::Optional | Access::Required, Who::Guesser) => Step::Reply(Rejection::TooManyGuesses),
         // A script that names a user is not to go on as a stranger without a word.
         (Access::Optional | Access::Required, Who::Impostor) => Step::Reply(Rejection::BadCredentials),
+        (Access::Optional | Access::Required, Who::User(_)) if !is_enough => Step::Reply(Rejection::StepUp),
         (Access::Optional, Who::User(identity)) => Step::Forward(Some(identity)),
         (Access::Optional, Who::Nobody | Who::Unasked) => Step::Forward(None),
         (Access::Required, Who::Nobody | Who::Unasked) => Step::Reply(Rejection::Unauthenticated),
@@ -90,7 +92,11 @@ mod tests {
         ];
         for (access, groups, who, expected) in cases {
             let case = format!("{access:?} {groups:?} {who:?}");
-            assert_eq!(admit(access, groups, who), expected, "{case}");
+            assert_eq!(admit(access, groups, who, true), expected, "{case}");
         }
+        for access in [Access::Optional, Access::Required] {
+            assert_eq!(admit(access, &[], user(), false), Step::Reply(Rejection::StepUp), "{access:?}");
+        }
+        assert_eq!(admit(Access::Public, &[], Who::Unasked, false), forward(false), "nobody looked");
     }
 }

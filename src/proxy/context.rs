@@ -92,6 +92,8 @@ pub struct RequestContext {
     pub session_is_gone: bool,
     /// Why it is gone, to be told on the login page.
     pub notice: Option<Notice>,
+    /// The provider's, for the backend of a route that asks for it.
+    pub access_token: Option<HeaderValue>,
     /// A new fallback cookie for the browser.
     pub fallback_cookie: Option<HeaderValue>,
     /// `Authorization` was for us, and goes to no backend.
@@ -137,6 +139,7 @@ impl RequestContext {
             source: None,
             session_is_gone: false,
             notice: None,
+            access_token: None,
             fallback_cookie: None,
             keeps_authorization: false,
             retry_after: None,

@@ -86,6 +86,13 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
         headers.remove(header::AUTHORIZATION);
     }
 
+    if let Some(name) = context.route.as_ref().and_then(|route| route.access_token.as_ref()) {
+        headers.remove(name);
+        if let Some(token) = &context.access_token {
+            headers.insert(name, token.clone());
+        }
+    }
+
     headers.reserve(FIELDS_ADDED);
     if let Some(connection) = &context.connection {
         let peer = &connection.forwarded_for;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -23,8 +23,9 @@ use crate::login::navigation::Notice;
 use crate::login::pages::set_retry_after;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
-use crate::session::record::LoginMethod;
-use crate::session::store::StoreError;
+use crate::session::id::SessionId;
+use crate::session::record::{LoginMethod, Record};
+use crate::session::store::{Found, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use};
 
 pub mod context;
@@ -56,6 +57,9 @@ const FORWARD: bool = false;
 const REPEATS_MAX: u8 = 1;
 /// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
+
+/// A renewal of tokens that takes longer goes on without the request.
+const RENEWAL_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// The application that pingora drives. One for all workers; each worker has a pingora proxy around a clone.
 #[derive(Clone, Debug)]
@@ -394,10 +398,19 @@ impl Gateway {
             }
             Access::Optional | Access::Required => self.resolve(request, context, route, &connection).await,
         };
-        let identity = match admit(route.access, &route.groups, who) {
+        let record = context.session.as_ref().map(|session| Arc::clone(&session.record));
+        let is_enough = match &record {
+            Some(record) => !route.demand.exceeds(record, unix_seconds()),
+            // A script has proved who it is just now, and by nothing but a password.
+            None => route.demand.acr.is_empty() || !matches!(who, Who::User(_)),
+        };
+        let identity = match admit(route.access, &route.groups, who, is_enough) {
             Step::Forward(identity) => identity,
             Step::Reply(Rejection::Unauthenticated) if wants_page(request) => {
                 return send_to_login(request, context, &rules.login, &connection);
+            }
+            Step::Reply(Rejection::StepUp) if wants_page(request) => {
+                return step_up(request, &rules.login, route, record.as_deref());
             }
             Step::Reply(rejection) => return reject(downstream, context, rejection),
         };
@@ -462,6 +475,10 @@ impl Gateway {
                     let renewed = self.sessions.renewed_fallback(&session, usage.fallback);
                     context.fallback_cookie = renewed.map(|(value, life)| cookie.set_fallback(value, life));
                 }
+                if matches!(who, Who::User(_)) && session.record.login.is_some() {
+                    // Boxed, because every request would carry along what only these need.
+                    Box::pin(self.look_after_tokens(context, route, &id, &session)).await;
+                }
                 context.session = Some(session);
                 context.source = Some(source);
                 (source.label(), who)
@@ -491,6 +508,30 @@ impl Gateway {
         };
         metrics.note_resolved(result, context.started.elapsed().as_secs_f64());
         who
+    }
+
+    /// The provider's tokens in this session: renewed when they are about to end, and one of them taken along where the
+    /// route says so. Only who would have nothing but a token that has ended waits for the renewal, and not for long.
+    async fn look_after_tokens(&self, context: &mut RequestContext, route: &Route, id: &SessionId, session: &Session) {
+        let mut record = Arc::clone(&session.record);
+        if context.rules.login.are_tokens_due(&session.key, &record) {
+            let (rules, id) = (Arc::clone(&context.rules), id.clone());
+            let has_ended = context.rules.login.has_token_ended(&record);
+            let renewal = tokio::spawn(async move { rules.login.renew_tokens(&id).await });
+            if has_ended && route.access_token.is_some() {
+                let _ = tokio::time::timeout(RENEWAL_WAIT_MAX, renewal).await;
+                if let Ok(Found::Live(stored)) = self.sessions.store().load(&session.key).await {
+                    record = stored.record;
+                }
+            }
+        }
+        let Some(name) = &route.access_token else { return };
+        let Some(token) = context.rules.login.access_token(id, &record) else { return };
+        let value = if *name == header::AUTHORIZATION { format!("Bearer {token}") } else { token };
+        context.access_token = HeaderValue::try_from(value).ok().map(|mut value| {
+            value.set_sensitive(true);
+            value
+        });
     }
 
     /// One of our own endpoints.
@@ -624,12 +665,26 @@ fn user_of(session: &Session, rules: &Rules) -> Who {
             // Nobody: removed or disabled since.
             session.record.known.get(users.edition(), current).map_or(Who::Nobody, Who::User)
         }
-        LoginMethod::Oidc | LoginMethod::Backend => {
+        LoginMethod::Oidc => {
+            let vouched_for = || rules.login.vouched_for(&session.record);
+            session.record.known.get(rules.login.users().edition(), vouched_for).map_or(Who::Nobody, Who::User)
+        }
+        LoginMethod::Backend => {
             let known = || Some(Arc::new(Known::new(session.record.identity.clone())));
             session.record.known.get(rules.login.users().edition(), known).map_or(Who::Nobody, Who::User)
         }
         LoginMethod::Anonymous => Who::Nobody,
     }
+}
+
+/// To a better login at the provider, and back.
+fn step_up(request: &RequestHeader, login: &Login, route: &Route, record: Option<&Record>) -> Decision {
+    let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
+    let response = match record {
+        Some(record) => login.step_up(target, &route.demand, record),
+        None => login.login_redirect(target, None),
+    };
+    Decision::Reply { response, outcome: Outcome::LoginRedirect }
 }
 
 /// To the login page and back. The cookie goes only when the store said that its session is gone (invariant 4).
@@ -653,6 +708,10 @@ fn send_to_login(
         }
     }
     Decision::Reply { response, outcome: Outcome::LoginRedirect }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {

@@ -24,6 +24,8 @@ pub enum Rejection {
     BadCredentials,
     /// A session, but not in one of the route's groups.
     MissingGroup,
+    /// A session whose login is too weak or too old for the route.
+    StepUp,
     /// A WebSocket from a page of another origin.
     ForeignOrigin,
     /// A login on a backend's word, of a user who has as many sessions as allowed.
@@ -86,7 +88,7 @@ pub enum Outcome {
 impl Rejection {
     pub const fn status(self) -> StatusCode {
         match self {
-            Self::Unauthenticated | Self::BadCredentials => StatusCode::UNAUTHORIZED,
+            Self::Unauthenticated | Self::BadCredentials | Self::StepUp => StatusCode::UNAUTHORIZED,
             Self::MissingGroup | Self::ForeignOrigin | Self::TooManySessions => StatusCode::FORBIDDEN,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -106,6 +108,8 @@ impl Rejection {
             Self::Unauthenticated => "unauthenticated",
             Self::BadCredentials => "bad_credentials",
             Self::MissingGroup => "missing_group",
+            // The name of RFC 9470, section 3.
+            Self::StepUp => "insufficient_user_authentication",
             Self::ForeignOrigin => "foreign_origin",
             Self::TooManySessions => "too_many_sessions",
             Self::NoRoute => "no_route",
@@ -132,6 +136,9 @@ impl Rejection {
                 "Not allowed",
                 "Your account is not in a group that may see this. Log in with another one, or ask whoever runs this site.",
             ),
+            Self::StepUp => {
+                ("Log in again", "This needs a stronger or a more recent login. Open it as a page of its own.")
+            }
             Self::ForeignOrigin => ("Not allowed", "A page of another site may not open this connection."),
             Self::TooManySessions => (
                 "Not logged in",
@@ -169,7 +176,9 @@ impl Rejection {
             | Self::BackendFailed
             | Self::BackendTimeout
             | Self::Internal => reader.again.as_deref().map(|href| Link { href, text: "Try again" }),
-            Self::Unauthenticated | Self::BadCredentials => Some(Link { href: &reader.login, text: "Log in" }),
+            Self::Unauthenticated | Self::BadCredentials | Self::StepUp => {
+                Some(Link { href: &reader.login, text: "Log in" })
+            }
             Self::MissingGroup => Some(Link { href: &reader.login, text: "Log in as somebody else" }),
             Self::NoRoute | Self::TooManySessions => Some(Link { href: reader.front_page, text: "Front page" }),
             // What the browser still shows is what has to be changed.
@@ -195,6 +204,10 @@ impl Rejection {
             // RFC 9110, section 11.6.1 asks for a challenge with every 401; no registered scheme means "a cookie".
             Self::Unauthenticated | Self::BadCredentials => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Session"));
+            }
+            Self::StepUp => {
+                let challenge = HeaderValue::from_static("Session error=\"insufficient_user_authentication\"");
+                headers.insert(header::WWW_AUTHENTICATE, challenge);
             }
             Self::StoreUnavailable | Self::TooManyGuesses | Self::NoBackend => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));

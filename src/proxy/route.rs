@@ -4,12 +4,14 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use http::HeaderName;
 use percent_encoding::percent_decode_str;
 use prometheus::{Histogram, IntCounter};
 use toml::Spanned;
 
 use crate::config::model;
 use crate::config::value::Bytes;
+use crate::login::oidc::Demand;
 
 /// What is decided about a request before its session is known.
 #[derive(Clone, Debug)]
@@ -33,6 +35,10 @@ pub struct Route {
     pub anonymous: bool,
     /// A user name and a password may come in place of a session.
     pub basic: bool,
+    /// How, and how recently, the provider must have authenticated the user.
+    pub demand: Demand,
+    /// The field that carries the provider's access token.
+    pub access_token: Option<HeaderName>,
     /// Its `cloakroom_request_seconds`, looked up once: to find it takes longer than to count.
     pub seconds: OnceLock<Histogram>,
     /// Its `cloakroom_requests_total` of what most requests are: forwarded, 200.
@@ -120,6 +126,11 @@ impl Route {
             directives: Allowed::of(&route.directives),
             anonymous: route.anonymous,
             basic: *route.basic.get_ref(),
+            demand: Demand {
+                acr: route.acr.iter().map(|acr| acr.get_ref().clone()).collect(),
+                max_age: route.max_age.as_ref().map(|age| age.get_ref().get()),
+            },
+            access_token: route.access_token.as_ref().and_then(|name| name.get_ref().parse().ok()),
             seconds: OnceLock::new(),
             forwarded: OnceLock::new(),
         }
@@ -202,6 +213,9 @@ mod tests {
             directives: Vec::new(),
             anonymous: false,
             basic: Spanned::new(0..0, false),
+            acr: Vec::new(),
+            max_age: None,
+            access_token: None,
         }
     }
 

@@ -30,8 +30,15 @@ impl Rules {
         Self {
             routes: Routes::build(&config.routes, config.limits.body_bytes),
             pools: pools.collect(),
-            identity: IdentityHeaders::compile(&config.identity),
+            identity: IdentityHeaders::compile(&config.identity).reserving(access_token_fields(config)),
             login,
         }
     }
+}
+
+/// A field that carries an access token somewhere is nobody else's to send anywhere. `Authorization` is: where it carries
+/// none it is the client's own.
+fn access_token_fields(config: &Config) -> impl Iterator<Item = &str> {
+    let fields = config.routes.iter().filter_map(|route| route.access_token.as_ref());
+    fields.map(|name| name.get_ref().as_str()).filter(|name| !name.eq_ignore_ascii_case("authorization"))
 }

@@ -26,6 +26,8 @@ pub struct SessionCookie {
 pub struct ReservedCookies {
     /// Without prefix.
     names: Vec<String>,
+    /// How names begin, without prefix, and how many characters follow.
+    families: Vec<(String, usize)>,
 }
 
 /// What becomes of a request's `Cookie` fields on the way to a backend.
@@ -50,6 +52,11 @@ impl SessionCookie {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the browser keeps it from requests that another site began.
+    pub fn is_strict(&self) -> bool {
+        self.same_site == SameSite::Strict
     }
 
     /// The id in the request's `Cookie` fields: none when absent, malformed, or there twice.
@@ -97,7 +104,14 @@ impl SessionCookie {
 impl ReservedCookies {
     /// `configured`: the names as configured. Each is reserved with and without its prefix.
     pub fn new<'n>(configured: impl IntoIterator<Item = &'n str>) -> Self {
-        Self { names: configured.into_iter().map(|name| without_prefix(name).to_owned()).collect() }
+        let names = configured.into_iter().map(|name| without_prefix(name).to_owned()).collect();
+        Self { names, families: Vec::new() }
+    }
+
+    /// Also all names that begin so and have so many further characters, see [`named_like`].
+    pub fn and_family(mut self, family: &str, chars: usize) -> Self {
+        self.families.push((without_prefix(family).to_owned(), chars));
+        self
     }
 
     /// The request's `Cookie` fields without the cookies of ours. All other bytes stay as they are, in their order;
@@ -155,11 +169,17 @@ impl ReservedCookies {
     fn ends_with_ours(&self, text: &[u8]) -> bool {
         let ends = text.iter().rposition(|byte| !may_follow_a_name(*byte)).map_or(0, |last| last + 1);
         let text = &text[..ends];
-        self.names.iter().any(|ours| {
+        let ends_with = |text: &[u8], ours: &str| {
             let Some(starts) = text.len().checked_sub(ours.len()) else { return false };
             let (before, name) = text.split_at(starts);
             name.eq_ignore_ascii_case(ours.as_bytes()) && begins_a_name(before)
-        })
+        };
+        let is_of = |(family, chars): &(String, usize)| {
+            let Some(starts) = text.len().checked_sub(*chars) else { return false };
+            let (start, own) = text.split_at(starts);
+            own.iter().all(is_own_char) && ends_with(start, family)
+        };
+        self.names.iter().any(|ours| ends_with(text, ours)) || self.families.iter().any(is_of)
     }
 }
 
@@ -177,6 +197,22 @@ pub fn sole_value<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h [u8]> {
     });
     let value = values.next()?;
     values.next().is_none().then_some(value)
+}
+
+/// The cookies whose names begin with `family` and have `chars` further characters of base64url, whichever they are.
+pub fn named_like<'h>(headers: &'h HeaderMap, family: &str, chars: usize) -> impl Iterator<Item = (&'h str, &'h [u8])> {
+    let pairs = headers.get_all(COOKIE).iter().flat_map(|field| pairs(field.as_bytes()));
+    pairs.filter_map(move |pair| {
+        let pair = pair.trim_ascii_start();
+        let end = pair.iter().position(|byte| *byte == b'=')?;
+        let own = pair[..end].strip_prefix(family.as_bytes())?;
+        let name = std::str::from_utf8(&pair[..end]).ok()?;
+        (own.len() == chars && own.iter().all(is_own_char)).then_some((name, &pair[end + 1..]))
+    })
+}
+
+fn is_own_char(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
 }
 
 const PREFIXES: [&str; 2] = ["__Host-", "__Secure-"];

@@ -385,6 +385,11 @@ impl Sessions {
         self.store.activity(key).await
     }
 
+    /// The key ring, for who seals something else with it.
+    pub fn ring(&self) -> Option<&Arc<KeyRing>> {
+        self.ring.as_ref()
+    }
+
     pub fn has_fallback(&self) -> bool {
         self.fallback.is_some()
     }

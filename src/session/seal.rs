@@ -147,6 +147,18 @@ impl KeyRing {
         self.keys.store(Arc::new(keys));
     }
 
+    /// For what is sealed elsewhere: a key of its own for this purpose from each of the ring's, the one that seals first
+    /// (RFC 5869).
+    pub fn derived(&self, purpose: &[u8]) -> Vec<[u8; KEY_BYTES]> {
+        let derived = |key: &Key| {
+            let mut derived = [0; KEY_BYTES];
+            let expanded = Hkdf::<Sha256>::new(None, &key.secret).expand(purpose, &mut derived);
+            expanded.expect("32 bytes are one block of SHA-256, and up to 255 may be asked for");
+            derived
+        };
+        self.keys.load().iter().map(derived).collect()
+    }
+
     pub(super) fn seal(&self, purpose: Purpose, session: &SessionKey, plain: &[u8]) -> Result<Vec<u8>, SealError> {
         let keys = self.keys.load();
         let key = keys.first().ok_or(SealError::UnknownKey(NO_KEY))?;

@@ -13,6 +13,8 @@ mod login_journey;
 mod own_pages;
 mod own_pages_browser;
 mod basic;
+mod oidc;
+mod oidc_conformance;
 mod store_down;
 mod outage;
 mod guessing;

@@ -50,7 +50,8 @@ pub(crate) struct Setup {
     users: Vec<String>,
     store: Store,
     tls: bool,
-    password: String,
+    /// Lines of `[login.password]`; none = there is no such table.
+    password: Option<String>,
     rest: String,
     pace: Pace,
 }
@@ -73,7 +74,7 @@ impl Gateway {
             users: Vec::new(),
             store: Store::Memory,
             tls: false,
-            password: String::new(),
+            password: Some(String::new()),
             rest: String::new(),
             pace: Pace::default(),
         }
@@ -208,7 +209,13 @@ impl Setup {
 
     /// Further lines of `[login.password]`.
     pub(crate) fn password(mut self, keys: &str) -> Self {
-        let _ = writeln!(self.password, "{keys}");
+        let _ = writeln!(self.password.get_or_insert_default(), "{keys}");
+        self
+    }
+
+    /// Nobody logs in with a password.
+    pub(crate) fn without_passwords(mut self) -> Self {
+        self.password = None;
         self
     }
 
@@ -265,7 +272,9 @@ impl Setup {
                 let _ = writeln!(text, "[store.redis]\n{keys}");
             }
         }
-        let _ = writeln!(text, "[login.password]\nusers_file = {users_file:?}\n{}", self.password);
+        if let Some(keys) = &self.password {
+            let _ = writeln!(text, "[login.password]\nusers_file = {users_file:?}\n{keys}");
+        }
         for (table, keys) in [
             ("[server]", "threads = 2"),
             ("[admin]", "address = \"127.0.0.1:0\""),

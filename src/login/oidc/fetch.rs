@@ -1,0 +1,139 @@
+//! How is a provider asked? Over HTTPS, without following redirects, each answer limited in time and size.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use ureq::Agent;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+use super::ProviderError;
+use crate::config::confidential_url;
+
+/// Asks providers; all of them share it.
+pub(super) struct Fetcher {
+    agent: Agent,
+    places: Arc<Semaphore>,
+}
+
+/// What a provider answered.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) content_type: String,
+    pub(super) body: Vec<u8>,
+}
+
+/// For all of one answer, from the look-up of the name to its last byte.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
+/// Questions at a time: a provider that hangs takes so many threads, and no more.
+const PLACES: usize = 32;
+
+impl Fetcher {
+    /// `is_needed`: else no authorities are read.
+    pub(super) fn new(is_needed: bool) -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let trust = TlsConfig::builder()
+            .root_certs(if is_needed { authorities() } else { RootCerts::WebPki })
+            .unversioned_rustls_crypto_provider(provider);
+        let config = Agent::config_builder()
+            .tls_config(trust.build())
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_global(Some(TIMEOUT))
+            // A redirect could carry a code or a secret to somebody else.
+            .max_redirects(0)
+            .http_status_as_error(false)
+            .proxy(None)
+            .user_agent(concat!("cloakroom/", env!("CARGO_PKG_VERSION")))
+            .max_idle_age(Duration::from_secs(10));
+        Self { agent: config.build().new_agent(), places: Arc::new(Semaphore::new(PLACES)) }
+    }
+
+    /// `bearer`: an access token.
+    pub(super) async fn get(&self, url: &str, bearer: Option<&str>) -> Result<Answer, ProviderError> {
+        let mut request = self.agent.get(url).header("Accept", "application/json");
+        if let Some(token) = bearer {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        self.ask(url, move || request.call()).await
+    }
+
+    /// `authorization`: the value of that field, where the client shows who it is in it.
+    pub(super) async fn post(
+        &self,
+        url: &str,
+        form: &[(&str, &str)],
+        authorization: Option<String>,
+    ) -> Result<Answer, ProviderError> {
+        let body = form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
+        let mut request = self
+            .agent
+            .post(url)
+            .header("Accept", "application/json")
+            .header("Content-Type", "application/x-www-form-urlencoded");
+        if let Some(value) = authorization {
+            request = request.header("Authorization", value);
+        }
+        self.ask(url, move || request.send(body)).await
+    }
+
+    async fn ask(
+        &self,
+        url: &str,
+        question: impl FnOnce() -> Result<ureq::http::Response<ureq::Body>, ureq::Error> + Send + 'static,
+    ) -> Result<Answer, ProviderError> {
+        confidential_url(url).map_err(|fault| ProviderError::Wrong(format!("the URL {url:?}: {fault}")))?;
+        let busy = |_| ProviderError::Away("too many questions at a time".to_owned());
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(busy)?;
+        let asked = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            let mut response = question()?;
+            let content_type = response.headers().get("content-type").and_then(|value| value.to_str().ok());
+            let content_type = content_type.unwrap_or_default().to_ascii_lowercase();
+            let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec()?;
+            Ok::<_, ureq::Error>(Answer { status: response.status().as_u16(), content_type, body })
+        });
+        match asked.await {
+            Ok(Ok(answer)) => match answer.status {
+                429 | 500..=599 => Err(ProviderError::Away(format!("it answers {}", answer.status))),
+                _ => Ok(answer),
+            },
+            Ok(Err(ureq::Error::BodyExceedsLimit(_))) => {
+                Err(ProviderError::Wrong("its answer is too large".to_owned()))
+            }
+            Ok(Err(error)) => Err(ProviderError::Away(error.to_string())),
+            Err(error) => Err(ProviderError::Away(error.to_string())),
+        }
+    }
+}
+
+impl Answer {
+    /// The body, where the answer is 200 and says that it is JSON.
+    pub(super) fn json(&self) -> Result<serde_json::Map<String, serde_json::Value>, ProviderError> {
+        if self.status != 200 {
+            return Err(ProviderError::Wrong(format!("it answers {}", self.status)));
+        }
+        let kind = self.content_type.split(';').next().unwrap_or_default().trim();
+        if kind != "application/json" && !(kind.starts_with("application/") && kind.ends_with("+json")) {
+            return Err(ProviderError::Wrong("its answer is not JSON".to_owned()));
+        }
+        serde_json::from_slice(&self.body)
+            .map_err(|_| ProviderError::Wrong("its answer is not a JSON object".to_owned()))
+    }
+}
+
+/// The system's, so that a company's own counts; Mozilla's, which are built in, where the system has none.
+fn authorities() -> RootCerts {
+    let system = rustls_native_certs::load_native_certs().certs;
+    if system.is_empty() {
+        return RootCerts::WebPki;
+    }
+    RootCerts::new_with_certs(&system.iter().map(|der| Certificate::from_der(der).to_owned()).collect::<Vec<_>>())
+}
+
+impl std::fmt::Debug for Fetcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Fetcher")
+    }
+}

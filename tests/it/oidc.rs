@@ -1,0 +1,437 @@
+//! Does a login at a provider keep its promises, from the first redirect to the last logout?
+
+use crate::harness::backend::Backend;
+use crate::harness::client::{Client, Response};
+use crate::harness::gateway::{Gateway, Setup, Store};
+use crate::harness::provider::{FakeProvider, Script, remove, set};
+use crate::harness::redis::RedisServer;
+use crate::harness::wait_until;
+
+pub(crate) const ORIGIN: &str = "http://app.test";
+pub(crate) const LOGIN: &str = "/.cloakroom/oidc/fake/login";
+
+/// Known to browsers as [`ORIGIN`]; `keys` are lines of the provider's table.
+pub(crate) fn gateway(backend: &Backend, provider: &FakeProvider, keys: &str) -> Setup {
+    let login = format!("[login]\norigins = [\"{ORIGIN}\"]\n");
+    Gateway::in_front_of(&[backend]).without_passwords().with(&format!("{login}{}", provider.table("fake", keys)))
+}
+
+/// A browser that comes to the gateway by its name.
+pub(crate) fn browser(gateway: &Gateway) -> Client {
+    gateway.client().with_host("app.test").allowing("refresh")
+}
+
+pub(crate) fn location(response: &Response) -> String {
+    response.header("location").unwrap_or_else(|| panic!("a redirect: {response:?}")).to_owned()
+}
+
+/// The path of a URL of ours.
+#[track_caller]
+pub(crate) fn own_path(url: &str) -> &str {
+    url.strip_prefix(ORIGIN).unwrap_or_else(|| panic!("an address of ours: {url}"))
+}
+
+/// From a page of ours to the provider and back: the answer of the callback.
+#[track_caller]
+pub(crate) fn log_in(client: &Client, provider: &FakeProvider, page: &str) -> Response {
+    let sent = client.navigate(page).send();
+    assert!([302, 303].contains(&sent.status), "sent to the provider: {} {}", sent.status, sent.text());
+    let target = location(&sent);
+    if target.starts_with('/') {
+        return log_in(client, provider, &target);
+    }
+    let callback = provider.authorize(&target);
+    client.navigate(own_path(&callback)).send()
+}
+
+/// Somebody who is logged in.
+#[track_caller]
+pub(crate) fn logged_in(gateway: &Gateway, provider: &FakeProvider) -> Client {
+    let client = browser(gateway);
+    let response = log_in(&client, provider, LOGIN);
+    assert_eq!(response.status, 303, "logged in: {}", response.text());
+    client
+}
+
+fn is_logged_in(client: &Client) -> bool {
+    client.get("/.cloakroom/session").send().status == 200
+}
+
+#[test]
+fn a_page_leads_to_the_provider_and_back_to_itself_with_the_identity_at_the_backend() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+
+    let response = log_in(&client, &provider, "/report?year=2026");
+    assert_eq!((response.status, location(&response).as_str()), (303, "/report?year=2026"), "{}", response.text());
+    assert_eq!(response.header("cache-control"), Some("no-store"));
+
+    let seen = client.get("/report?year=2026").send().seen();
+    assert_eq!(seen.headers("x-forwarded-user"), ["ann"]);
+    assert_eq!(seen.headers("x-forwarded-email"), ["ann@example.org"]);
+    assert_eq!(seen.headers("x-forwarded-groups"), ["staff"]);
+    assert_eq!(seen.headers("cookie"), Vec::<&str>::new(), "no cookie of ours reaches a backend");
+    let names: Vec<_> = client.cookies().into_iter().map(|(name, _)| name).collect();
+    assert!(!names.iter().any(|name| name.contains("attempt")), "the attempt is over: {names:?}");
+}
+
+#[test]
+fn the_provider_is_asked_for_nothing_before_somebody_logs_in_and_may_be_away() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    provider.go_away();
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+
+    let refused = client.navigate(LOGIN).send();
+    assert_eq!(refused.status, 503, "{}", refused.text());
+    assert!(refused.header("retry-after").is_some() && refused.text().contains("login service"), "{}", refused.text());
+
+    provider.come_back();
+    wait_until("the provider is found again", || client.navigate(LOGIN).send().status == 303);
+    let ann = logged_in(&gateway, &provider);
+    provider.go_away();
+    assert_eq!(ann.get("/").send().seen().headers("x-forwarded-user"), ["ann"], "who is logged in stays so");
+}
+
+#[test]
+fn several_tabs_log_in_at_once_and_a_late_one_just_goes_on() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+    let begin = |page: &str| {
+        let to_login = location(&client.navigate(page).send());
+        let to_method = location(&client.navigate(&to_login).send());
+        location(&client.navigate(&to_method).send())
+    };
+    let tabs = ["/one", "/two", "/three"].map(|page| (page, begin(page)));
+    let callbacks = tabs.map(|(page, target)| (page, provider.authorize(&target)));
+    for (page, callback) in &callbacks {
+        let response = client.navigate(own_path(callback)).send();
+        assert_eq!((response.status, location(&response).as_str()), (303, *page), "{}", response.text());
+    }
+    let again = client.navigate(own_path(&callbacks[0].1)).send();
+    assert_eq!((again.status, location(&again).as_str()), (303, "/"), "back in the history, with a good session");
+
+    let stranger = browser(&gateway);
+    let foreign = stranger.navigate(own_path(&callbacks[1].1)).send();
+    assert_eq!(foreign.status, 400, "an answer is good in the browser that asked, and nowhere else");
+    assert!(stranger.cookie("session").is_none());
+}
+
+#[test]
+fn no_more_than_five_attempts_lie_in_a_browser() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+    for _ in 0..8 {
+        assert_eq!(client.navigate(LOGIN).send().status, 303);
+    }
+    let attempts = client.cookies().iter().filter(|(name, _)| name.contains("attempt")).count();
+    assert_eq!(attempts, 5);
+}
+
+#[test]
+fn a_circle_ends_with_a_page() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+    let statuses: Vec<_> = (0..12).map(|_| client.navigate(LOGIN).send().status).collect();
+    assert_eq!(statuses[..10], [303; 10]);
+    assert_eq!(statuses[10..], [429; 2], "a browser that comes again and again is told so");
+}
+
+#[test]
+fn a_login_gives_a_new_id_and_ends_the_old_session() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = logged_in(&gateway, &provider);
+    let before = client.cookie("session").unwrap();
+    assert_eq!(log_in(&client, &provider, LOGIN).status, 303);
+    let after = client.cookie("session").unwrap();
+    assert_ne!(before, after);
+    let thief = browser(&gateway);
+    thief.set_cookie("session", &before);
+    assert!(!is_logged_in(&thief), "the old id is worth nothing");
+}
+
+#[test]
+fn the_provider_must_be_asked_from_an_address_that_is_ours() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = gateway.client().with_host("evil.test");
+    assert_eq!(client.navigate(LOGIN).send().status, 400);
+    assert_eq!(provider.count("/"), 0, "nobody is asked for it");
+}
+
+#[test]
+fn only_allowed_users_come_in() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "allowed_groups = [\"ops\"]").start();
+    let client = browser(&gateway);
+    let refused = log_in(&client, &provider, LOGIN);
+    assert_eq!(refused.status, 403, "{}", refused.text());
+    assert!(!is_logged_in(&client));
+    provider.with_user(|user| user["groups"] = serde_json::json!(["staff", "ops"]));
+    assert_eq!(log_in(&client, &provider, LOGIN).status, 303);
+}
+
+#[test]
+fn what_the_id_token_lacks_comes_from_userinfo() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    provider.play(Script { claims: remove("preferred_username"), ..Script::default() });
+    let client = logged_in(&gateway, &provider);
+    assert_eq!(client.get("/").send().seen().headers("x-forwarded-user"), ["ann"]);
+    assert_eq!(provider.count("/userinfo"), 1);
+}
+
+#[test]
+fn two_providers_are_never_mixed_up() {
+    let (backend, one, other) = (Backend::echo(), FakeProvider::start(), FakeProvider::start());
+    other.with_user(|user| user["preferred_username"] = "bob".into());
+    let setup = gateway(&backend, &one, "title = \"The one\"");
+    let gateway = setup.with(&other.table("other", "user_prefix = \"other:\"")).start();
+    let client = browser(&gateway);
+
+    let page = client.navigate("/.cloakroom/login?return_to=/x").send().text();
+    assert!(page.contains("The one") && page.contains("/oidc/other/login?return_to=%2Fx"), "both are offered: {page}");
+
+    // The answer of the one, sent to the callback of the other.
+    let target = location(&client.navigate(LOGIN).send());
+    let callback = one.authorize(&target).replace("/oidc/fake/", "/oidc/other/");
+    assert_eq!(client.navigate(own_path(&callback)).send().status, 400);
+    assert_eq!((one.count("/token"), other.count("/token")), (0, 0), "no code goes to somebody else");
+
+    assert_eq!(log_in(&client, &other, "/.cloakroom/oidc/other/login").status, 303);
+    assert_eq!(client.get("/").send().seen().headers("x-forwarded-user"), ["other:bob"]);
+}
+
+#[test]
+fn a_route_asks_for_a_stronger_or_a_younger_login() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "")
+        .route("/", "")
+        .route("/gold", "acr = [\"gold\"]")
+        .route("/fresh", "max_age = \"10m\"")
+        .start();
+    provider.play(Script { claims: set("auth_time", 1_700_000_000), ..Script::default() });
+    let client = logged_in(&gateway, &provider);
+    assert_eq!(client.get("/").send().status, 200);
+    for page in ["/gold", "/fresh"] {
+        let refused = client.get(page).send();
+        assert_eq!(refused.status, 401, "{page} is more than this login is good for: {}", refused.text());
+        assert!(refused.header("www-authenticate").unwrap().contains("insufficient_user_authentication"));
+    }
+    let before = client.cookie("session").unwrap();
+    let refused = log_in(&client, &provider, "/fresh");
+    assert_eq!(refused.status, 403, "a provider that does not do it leads to no circle: {}", refused.text());
+
+    provider.play(Script::default());
+    let response = log_in(&client, &provider, "/gold?x=1");
+    assert_eq!((response.status, location(&response).as_str()), (303, "/gold?x=1"), "{}", response.text());
+    assert_ne!(client.cookie("session").unwrap(), before, "the id changes with the login");
+    assert_eq!(client.get("/gold").send().status, 200);
+    assert_eq!(client.get("/fresh").send().status, 200);
+}
+
+#[test]
+fn the_access_token_goes_where_a_route_asks_for_it_and_nowhere_else() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "tokens = true")
+        .route("/", "")
+        .route("/api", "access_token = \"Authorization\"")
+        .route("/named", "access_token = \"X-Access-Token\"")
+        .start();
+    let client = logged_in(&gateway, &provider);
+    let seen = client.get("/api").header("Authorization", "Bearer forged").send().seen();
+    let [token] = seen.headers("authorization")[..] else { panic!("one field: {seen:?}") };
+    assert!(token.starts_with("Bearer access-"), "{token}");
+    let seen = client.get("/named").header("X_Access_Token", "forged").send().seen();
+    assert!(seen.headers("x-access-token")[0].starts_with("access-"), "{seen:?}");
+    assert!(seen.headers("x_access_token").is_empty(), "{seen:?}");
+    let seen = client.get("/").header("X-Access-Token", "forged").send().seen();
+    assert!(seen.headers("x-access-token").is_empty() && seen.headers("authorization").is_empty(), "{seen:?}");
+    let told = client.get("/.cloakroom/session").send().text();
+    assert!(!told.contains("access-"), "no token for the browser: {told}");
+}
+
+#[test]
+fn twenty_requests_at_two_gateways_renew_the_tokens_once() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let setup = |keys| gateway(&backend, &provider, keys).route("/", "access_token = \"X-Access-Token\"");
+    let gateways = [(); 2].map(|()| setup("tokens = true").store(Store::of(&redis)).start());
+    provider.play(Script { tokens: set("expires_in", 1), ..Script::default() });
+    let client = logged_in(&gateways[0], &provider);
+    let session = client.cookie("session").unwrap();
+    provider.play(Script::default());
+    std::thread::scope(|scope| {
+        for n in 0..20 {
+            let (gateway, session) = (&gateways[n % 2], &session);
+            scope.spawn(move || {
+                let client = browser(gateway);
+                client.set_cookie("session", session);
+                assert_eq!(client.get("/").send().status, 200, "nobody waits in vain");
+            });
+        }
+    });
+    wait_until("the new token is in use everywhere", || {
+        gateways.iter().all(|gateway| {
+            let client = browser(gateway);
+            client.set_cookie("session", &session);
+            let seen = client.get("/").send().seen();
+            seen.headers("x-access-token").iter().all(|token| !token.ends_with("access-2"))
+        })
+    });
+    assert_eq!(provider.count("grant_type=refresh_token"), 1, "a refresh token is used once");
+}
+
+#[test]
+fn a_refused_refresh_ends_the_session_and_a_silent_provider_does_not() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "tokens = true").start();
+    provider.play(Script { tokens: set("expires_in", 1), ..Script::default() });
+    let (ann, later) = (logged_in(&gateway, &provider), logged_in(&gateway, &provider));
+
+    provider.play(Script { failing: [("/token", 503)].into(), ..Script::default() });
+    assert_eq!(ann.get("/").send().status, 200);
+    wait_until("the provider was asked", || provider.count("grant_type=refresh_token") == 1);
+    assert!(is_logged_in(&ann), "its failure is not the user's");
+
+    provider.play(Script { failing: [("/token", 400)].into(), ..Script::default() });
+    wait_until("the session has ended", || later.get("/").send().status == 401);
+    assert!(is_logged_in(&ann), "another session is another matter");
+}
+
+#[test]
+fn a_refresh_that_speaks_of_somebody_else_ends_the_session() {
+    for change in [set("sub", "somebody else"), set("iss", "https://other.example"), set("aud", "other")] {
+        let (backend, provider) = (Backend::echo(), FakeProvider::start());
+        let gateway = gateway(&backend, &provider, "tokens = true").start();
+        provider.play(Script { tokens: set("expires_in", 1), ..Script::default() });
+        let client = logged_in(&gateway, &provider);
+        provider.play(Script { claims: change, ..Script::default() });
+        wait_until("the session has ended", || client.get("/").send().status == 401);
+    }
+}
+
+#[test]
+fn a_logout_goes_on_to_the_provider_and_comes_back() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = logged_in(&gateway, &provider);
+    let fields = gateway.log_out_form(&client);
+    let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let response = client.post_form("/.cloakroom/logout", &fields).send();
+    assert_eq!(response.status, 200, "a page that leads on: {}", response.text());
+    assert!(client.cookie("session").is_none(), "our own session has ended first");
+    let refresh = response.header("refresh").unwrap();
+    let target = refresh.strip_prefix("0; url=").unwrap();
+    assert!(target.starts_with(&format!("{}/end-session?", provider.issuer())), "{target}");
+    let query = target.split_once('?').unwrap().1;
+    let asked: Vec<(String, String)> = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+    let value = |name: &str| asked.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str()).unwrap();
+    assert_eq!(value("id_token_hint").split('.').count(), 3, "the provider knows whom");
+    let back = format!("{ORIGIN}/.cloakroom/oidc/fake/after-logout");
+    assert_eq!(value("post_logout_redirect_uri"), back);
+
+    let forged = client.navigate("/.cloakroom/oidc/fake/after-logout?state=another-state-of-nobody").send();
+    assert_eq!(forged.status, 400, "another state is no answer");
+    let without = client.navigate("/.cloakroom/oidc/fake/after-logout").send();
+    assert_eq!(without.status, 400, "none is no answer either");
+    let done = client.navigate(&format!("/.cloakroom/oidc/fake/after-logout?state={}", value("state"))).send();
+    assert_eq!(done.status, 200);
+    assert!(done.text().contains("logged out"), "{}", done.text());
+}
+
+#[test]
+fn a_logout_works_while_the_provider_is_away() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "logout = false").start();
+    let client = logged_in(&gateway, &provider);
+    provider.go_away();
+    gateway.log_out(&client);
+    assert!(!is_logged_in(&client));
+}
+
+/// What the provider sends to our back channel.
+#[track_caller]
+pub(crate) fn say_logout(gateway: &Gateway, token: &str) -> Response {
+    let body = form_urlencoded::Serializer::new(String::new()).append_pair("logout_token", token).finish();
+    gateway
+        .client()
+        .request("POST", "/.cloakroom/oidc/fake/backchannel")
+        .header("Content-Type", "application/x-www-form-urlencoded")
+        .body(body)
+        .send()
+}
+
+#[test]
+fn a_logout_at_the_provider_ends_sessions_at_every_gateway() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let gateways = [(); 2].map(|()| gateway(&backend, &provider, "").store(Store::of(&redis)).start());
+    let first = logged_in(&gateways[0], &provider);
+    provider.with_user(|user| user["sid"] = "another session of ann".into());
+    let second = logged_in(&gateways[1], &provider);
+    provider.with_user(|user| {
+        user["sub"] = "of bob".into();
+        user["preferred_username"] = "bob".into();
+        user["sid"] = "session of bob".into();
+    });
+    let bob = logged_in(&gateways[1], &provider);
+    assert!(is_logged_in(&first) && is_logged_in(&second) && is_logged_in(&bob));
+
+    let of_sid = provider.logout_token(|claims| {
+        claims["sid"] = "session-of-ann".into();
+        claims["sub"] = "248289761001".into();
+    });
+    let told = say_logout(&gateways[1], &of_sid);
+    assert_eq!((told.status, told.header("cache-control")), (200, Some("no-store")), "{}", told.text());
+    wait_until("the one session ends at the other gateway", || !is_logged_in(&first));
+    assert!(is_logged_in(&second), "a sid means one session");
+
+    let of_sub = provider.logout_token(|claims| {
+        claims["sub"] = "248289761001".into();
+        claims.as_object_mut().unwrap().remove("sid");
+    });
+    assert_eq!(say_logout(&gateways[0], &of_sub).status, 200);
+    wait_until("all of the user's end", || !is_logged_in(&second));
+    assert!(is_logged_in(&bob), "and nobody else's");
+
+    for gateway in &gateways {
+        assert_eq!(say_logout(gateway, &of_sub).status, 400, "a logout token is good for once, at any instance");
+    }
+}
+
+#[test]
+fn the_front_channel_is_closed_unless_it_is_opened() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let issuer = provider.issuer();
+    let target = |issuer: &str, sid: &str| {
+        let query =
+            form_urlencoded::Serializer::new(String::new()).append_pair("iss", issuer).append_pair("sid", sid).finish();
+        format!("/.cloakroom/oidc/fake/frontchannel?{query}")
+    };
+    let closed = gateway(&backend, &provider, "").start();
+    let client = logged_in(&closed, &provider);
+    assert_eq!(browser(&closed).get(&target(&issuer, "session-of-ann")).send().status, 404);
+    assert!(is_logged_in(&client));
+
+    let open = gateway(&backend, &provider, "frontchannel_logout = true").start();
+    let client = logged_in(&open, &provider);
+    let frame = browser(&open); // no cookie of ours travels into a frame of another site
+    for (issuer, sid) in [("https://other.example", "session-of-ann"), (issuer.as_str(), "")] {
+        assert_eq!(frame.get(&target(issuer, sid)).send().status, 400, "{issuer} {sid}");
+    }
+    assert_eq!(frame.get("/.cloakroom/oidc/fake/frontchannel").send().status, 400);
+    assert_eq!(frame.get(&target(&issuer, "unknown")).send().status, 200);
+    assert!(is_logged_in(&client));
+    let done = frame.get(&target(&issuer, "session-of-ann")).send();
+    assert_eq!(done.status, 200);
+    let policy = done.header("content-security-policy").unwrap();
+    assert!(
+        policy.contains(&format!("frame-ancestors {issuer}")) && done.header("x-frame-options").is_none(),
+        "{policy}"
+    );
+    assert!(!is_logged_in(&client));
+}
