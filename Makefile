@@ -10,7 +10,7 @@ demo: ## Start two backends and Cloakroom in front of them, and say what to open
 	cargo run --locked -- demo
 
 test: ## Run every test; those with Redis, Valkey and Chromium start their own
-	@scripts/setup cmake cc redis-server valkey-server chromium node browser-tools
+	@scripts/setup cmake cc redis-server valkey-server chromium node browser-tools openssl
 	cargo test --locked
 
 bench: ## Measure what a session costs, beside bare pingora, nginx and HAProxy (about half an hour)

@@ -120,7 +120,7 @@ fn copies(criterion: &mut Criterion) {
 fn admission(criterion: &mut Criterion) {
     let (ann, groups) = (Arc::new(Known::new(ann())), ["admins".to_owned(), "editors".to_owned()]);
     criterion.bench_function("admit, one of two groups", |bencher| {
-        bencher.iter(|| admit(Access::Required, black_box(&groups), Who::User(Arc::clone(&ann))));
+        bencher.iter(|| admit(Access::Required, black_box(&groups), Who::User(Arc::clone(&ann)), true));
     });
 }
 

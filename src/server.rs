@@ -31,7 +31,7 @@ use crate::listener::{self, Desk, Listener, Queue, Worker};
 use crate::log::{LineWriter, Lines};
 use crate::login::Login;
 use crate::login::csrf::login_cookie_name;
-use crate::login::oidc::{ATTEMPT_NAME_CHARS, attempt_cookie_family, rounds_cookie_name};
+use crate::login::oidc::{ATTEMPT_NAME_CHARS, Providers, attempt_cookie_family, rounds_cookie_name};
 use crate::login::users::Users;
 use crate::metrics::Metrics;
 use crate::proxy::Gateway;
@@ -140,6 +140,11 @@ fn prepare_all(
 }
 
 impl Prepared {
+    /// Who else may say who somebody is.
+    pub fn providers(&self) -> &Providers {
+        self.rules.login.providers()
+    }
+
     /// Ended sessions are found and told of at another pace than the usual one.
     pub fn with_pace(mut self, pace: Pace) -> Self {
         self.pace = pace;

@@ -39,6 +39,9 @@ pub enum Command {
     Check {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+        /// Ask the identity providers, too, what they are.
+        #[arg(long)]
+        online: bool,
     },
     /// See, count and end sessions.
     Sessions(sessions::Arguments),
@@ -134,7 +137,7 @@ impl std::error::Error for Unsaid {
 fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
     match command {
         Command::Run { config } => run::run(&config, terminal),
-        Command::Check { files } => check::check(&files, terminal),
+        Command::Check { files, online } => check::check(&files, online, terminal),
         Command::Sessions(arguments) => sessions::run(&arguments, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
         Command::DemoBackend { name } => demo_backend::run(&name, terminal),

@@ -15,6 +15,7 @@ mod own_pages_browser;
 mod basic;
 mod oidc;
 mod oidc_conformance;
+mod oidc_browser;
 mod store_down;
 mod outage;
 mod guessing;

@@ -435,3 +435,55 @@ fn the_front_channel_is_closed_unless_it_is_opened() {
     );
     assert!(!is_logged_in(&client));
 }
+
+fn check(arguments: &[&str]) -> std::process::Output {
+    std::process::Command::new(env!("CARGO_BIN_EXE_cloakroom")).arg("check").args(arguments).output().unwrap()
+}
+
+#[test]
+fn every_set_up_in_the_book_passes_the_check() {
+    let book = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/oidc.md"));
+    let blocks = book.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let mut checked = 0;
+    for block in blocks {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = folder.path().join("cloakroom.toml");
+        let mut text =
+            "[[listener]]\naddress = \"127.0.0.1:0\"\n[pool.app]\nbackends = [\"127.0.0.1:9001\"]\n".to_owned();
+        text.push_str("[[route]]\npath = \"/\"\npool = \"app\"\n");
+        text.push_str(block);
+        if !block.contains("[login.oidc.") {
+            text.push_str("[login]\norigins = [\"https://app.example.org\"]\n[login.oidc.any]\n");
+            text.push_str("issuer = \"https://login.example.org\"\nclient_id = \"us\"\n");
+        }
+        std::fs::write(&file, &text).unwrap();
+        std::fs::write(folder.path().join("client-secret"), "Zk3-a-secret-of-nobody-91Qp\n").unwrap();
+        let output = check(&[file.to_str().unwrap()]);
+        assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        checked += 1;
+    }
+    assert_eq!(checked, 5, "Keycloak, Entra, Google, Dex, and a route");
+}
+
+#[test]
+fn the_check_asks_the_provider_when_it_is_told_to() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "scopes = [\"openid\", \"groups\"]").start();
+    let file = gateway.config_file();
+    let online = || {
+        let output = check(&["--online", file.to_str().unwrap()]);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, said) = online();
+    assert!(said.contains("[login.oidc.fake]: ok") && said.contains("scope \"groups\""), "{said}");
+    assert_eq!(code, Some(0), "{said}");
+
+    provider.play(Script { metadata: set("issuer", "https://other.example"), ..Script::default() });
+    let (code, said) = online();
+    assert!(said.contains("failed: it calls itself \"https://other.example\""), "{said}");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(check(&[file.to_str().unwrap()]).status.success(), "offline, nobody is asked");
+
+    provider.go_away();
+    assert_eq!(online().0, Some(1));
+}

@@ -98,9 +98,8 @@ impl Login {
             // Section 2.8.
             json_page(StatusCode::BAD_REQUEST, &json!({ "error": "invalid_request" }))
         };
-        let form = match Form::parse(request.headers, &request.body) {
-            Ok(form) => form,
-            Err(_) => return Ok(refused(&"it is no form", "refused")),
+        let Ok(form) = Form::parse(request.headers, &request.body) else {
+            return Ok(refused(&"it is no form", "refused"));
         };
         let Some(token) = form.get("logout_token") else { return Ok(refused(&"no logout_token", "refused")) };
         let token = match provider.logout_token(token, now()).await {
