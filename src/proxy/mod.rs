@@ -399,10 +399,12 @@ impl Gateway {
             Access::Optional | Access::Required => self.resolve(request, context, route, &connection).await,
         };
         let record = context.session.as_ref().map(|session| Arc::clone(&session.record));
-        let is_enough = match &record {
-            Some(record) => !route.demand.exceeds(record, unix_seconds()),
+        let is_enough = match (&record, context.source) {
+            // The cookie says who it is, and nothing of when and how they logged in.
+            (Some(_), Some(Source::Fallback)) => route.demand.is_none(),
+            (Some(record), _) => !route.demand.exceeds(record, unix_seconds()),
             // A script has proved who it is just now, and by nothing but a password.
-            None => route.demand.acr.is_empty() || !matches!(who, Who::User(_)),
+            (None, _) => route.demand.acr.is_empty() || !matches!(who, Who::User(_)),
         };
         let identity = match admit(route.access, &route.groups, who, is_enough) {
             Step::Forward(identity) => identity,

@@ -214,11 +214,6 @@ impl AttemptCookies {
         (rounds < ROUNDS_MAX).then(|| self.field(&self.rounds, &format!("{begun}.{}", rounds + 1), ROUNDS_WINDOW))
     }
 
-    /// The next login begins to count anew.
-    pub(super) fn forget_rounds(&self) -> HeaderValue {
-        self.field(&self.rounds, "", 0)
-    }
-
     fn name(&self, state: &str) -> Option<String> {
         let is_plain = |text: &&str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
         let start = state.get(..NAME_CHARS).filter(is_plain)?;

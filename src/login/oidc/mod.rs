@@ -155,11 +155,16 @@ impl Providers {
         findings
     }
 
-    /// Whether a session that this login began still counts: its provider may have been removed since.
+    /// Whether a session that this login began still counts: its provider may have been removed since. The fallback cookie
+    /// carries no login, and for its short life it is enough that there are providers.
     pub fn vouches_for(&self, login: Option<&ExternalLogin>) -> bool {
-        login.is_some_and(|login| {
-            self.by_name.get(&login.provider).is_some_and(|provider| provider.issuer == login.issuer)
-        })
+        match login {
+            Some(login) => {
+                let provider = self.by_name.get(&login.provider);
+                provider.is_some_and(|provider| provider.issuer == login.issuer)
+            }
+            None => !self.by_name.is_empty(),
+        }
     }
 
     /// The path of an endpoint: `NAME/callback`.
@@ -178,6 +183,10 @@ impl Providers {
 }
 
 impl Demand {
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Whether this login, at this Unix time in s, is not enough.
     pub fn exceeds(&self, record: &Record, now: u64) -> bool {
         let login = record.login.as_ref();
@@ -384,11 +393,6 @@ impl Login {
             redirect(StatusCode::SEE_OTHER, &return_to)
         };
         response.headers_mut().append(SET_COOKIE, request.cookie.set(&id));
-        let cookies = AttemptCookies::beside(request.cookie, request.secure);
-        if !attempt.acr.is_empty() || attempt.max_age.is_some() {
-            // Asked for and proved: this was no circle.
-            response.headers_mut().append(SET_COOKIE, cookies.forget_rounds());
-        }
         Ok(Ok(response))
     }
 

@@ -35,7 +35,8 @@ pub(super) struct Asked<'a> {
 pub(super) struct IdToken {
     pub(super) subject: String,
     pub(super) sid: Option<String>,
-    /// Unix time in s.
+    /// When the user proved who they are, Unix time in s, by our clock: however wrong the provider's is, it knows how long
+    /// before this token that was.
     pub(super) auth_time: Option<u64>,
     pub(super) acr: Option<String>,
     pub(super) claims: Map<String, Value>,
@@ -87,7 +88,7 @@ impl IdToken {
         if kind.is_some_and(|kind| kind != "jwt") {
             return Err(TokenError::Kind);
         }
-        parties.check(&claims)?;
+        let issued = parties.check(&claims)?;
         if let Some(nonce) = asked.nonce {
             let given = text(&claims, "nonce")?.ok_or(TokenError::Nonce)?;
             if !bool::from(given.as_bytes().ct_eq(nonce.as_bytes())) {
@@ -99,13 +100,13 @@ impl IdToken {
         {
             return Err(TokenError::AccessTokenHash);
         }
-        let auth_time = number(&claims, "auth_time")?;
-        if let Some(max_age) = asked.max_age {
-            let auth_time = auth_time.ok_or(TokenError::Claim("auth_time"))?;
-            if auth_time.saturating_add(max_age).saturating_add(SKEW) < parties.now {
-                return Err(TokenError::TooOld);
-            }
+        let age = number(&claims, "auth_time")?.map(|auth_time| issued.saturating_sub(auth_time));
+        if let Some(max_age) = asked.max_age
+            && max_age < age.ok_or(TokenError::Claim("auth_time"))?
+        {
+            return Err(TokenError::TooOld);
         }
+        let auth_time = age.map(|age| parties.now.saturating_sub(age));
         let acr = text(&claims, "acr")?.map(str::to_owned);
         if !asked.acr.is_empty() && !acr.as_ref().is_some_and(|acr| asked.acr.contains(acr)) {
             return Err(TokenError::Acr);
@@ -262,7 +263,7 @@ mod tests {
     fn an_id_token_keeps_every_rule_or_is_refused() {
         let good = json!({
             "iss": "https://p", "aud": "us", "sub": "s", "exp": NOW + 300, "iat": NOW, "nonce": "n",
-            "auth_time": NOW - 100, "acr": "gold",
+            "auth_time": NOW - 60, "acr": "gold",
         });
         let acr = ["gold".to_owned()];
         let strict = Asked { acr: &acr, max_age: Some(60), ..ASKED };
@@ -300,7 +301,8 @@ mod tests {
             (json!({ "at_hash": "x" }), ASKED, Some(TokenError::AccessTokenHash)),
             (json!({ "acr": "silver" }), strict, Some(TokenError::Acr)),
             (json!({ "acr": "absent" }), strict, Some(TokenError::Acr)),
-            (json!({ "auth_time": NOW - 121 }), strict, Some(TokenError::TooOld)),
+            (json!({ "auth_time": NOW - 61 }), strict, Some(TokenError::TooOld)),
+            (json!({ "auth_time": NOW - 110, "iat": NOW - 50 }), strict, None),
             (json!({ "auth_time": "absent" }), strict, Some(TokenError::Claim("auth_time"))),
         ];
         for (change, asked, expected) in cases {
