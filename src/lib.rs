@@ -58,5 +58,6 @@ pub mod events;
 pub mod admin;
 pub mod config;
 pub mod audit;
+pub mod outgoing;
 pub mod log;
 pub mod metrics;

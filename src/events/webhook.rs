@@ -1,15 +1,14 @@
 //! How is a webhook told? A POST of JSON, signed; only 2xx means that it has been heard.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hmac::{Hmac, KeyInit, Mac};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use ureq::Agent;
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::config::value::Secret;
+use crate::outgoing;
 use crate::session::control::Moment;
 use crate::session::store::EndEvent;
 
@@ -35,18 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Webhook {
     pub(super) fn new(url: &str, secret: Option<Secret>) -> Self {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let trust = TlsConfig::builder().root_certs(authorities(url)).unversioned_rustls_crypto_provider(provider);
-        let config = Agent::config_builder()
-            .tls_config(trust.build())
-            .timeout_global(Some(TIMEOUT))
-            .max_redirects(0)
-            .http_status_as_error(false)
-            // Where events go is said by our own file alone, not by HTTP_PROXY.
-            .proxy(None)
-            .user_agent(concat!("cloakroom/", env!("CARGO_PKG_VERSION")))
-            .max_idle_age(Duration::from_secs(10));
-        Self { agent: config.build().new_agent(), url: url.to_owned(), secret }
+        Self { agent: outgoing::agent(url.starts_with("https:"), TIMEOUT), url: url.to_owned(), secret }
     }
 
     /// Blocks for up to [`TIMEOUT`].
@@ -87,18 +75,6 @@ impl Delivery {
             Self::Away(_) => "away",
         }
     }
-}
-
-/// The system's, so that a company's own counts; Mozilla's, which are built in, where the system has none.
-fn authorities(url: &str) -> RootCerts {
-    if !url.starts_with("https:") {
-        return RootCerts::WebPki;
-    }
-    let system = rustls_native_certs::load_native_certs().certs;
-    if system.is_empty() {
-        return RootCerts::WebPki;
-    }
-    RootCerts::new_with_certs(&system.iter().map(|der| Certificate::from_der(der).to_owned()).collect::<Vec<_>>())
 }
 
 /// The same each time that an end is told, so that a receiver can drop what it has heard before.

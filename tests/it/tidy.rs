@@ -10,15 +10,16 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
     ("listener", &["proxy", "config", "metrics"]),
     ("admin", &["proxy", "session", "audit", "metrics"]),
-    ("events", &["session", "config", "audit", "metrics"]),
+    ("events", &["session", "config", "audit", "outgoing", "metrics"]),
     ("proxy", &["login", "session", "identity", "backend", "config", "audit", "log", "metrics"]),
-    ("login", &["session", "identity", "config", "audit", "metrics"]),
+    ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),
     ("session", &["identity", "config"]),
     ("identity", &["config"]),
     ("backend", &["config"]),
     ("config", &[]),
     // For a link in its text alone.
     ("audit", &["session"]),
+    ("outgoing", &[]),
     ("log", &[]),
     ("metrics", &[]),
 ];

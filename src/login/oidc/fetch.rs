@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use ureq::Agent;
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use super::ProviderError;
 use crate::config::confidential_url;
+use crate::outgoing;
 
 /// Asks providers; all of them share it.
 pub(super) struct Fetcher {
@@ -25,7 +25,6 @@ pub(super) struct Answer {
 
 /// For all of one answer, from the look-up of the name to its last byte.
 const TIMEOUT: Duration = Duration::from_secs(10);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 /// Questions at a time: a provider that hangs takes so many threads, and no more.
 const PLACES: usize = 32;
@@ -33,21 +32,7 @@ const PLACES: usize = 32;
 impl Fetcher {
     /// `is_needed`: else no authorities are read.
     pub(super) fn new(is_needed: bool) -> Self {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let trust = TlsConfig::builder()
-            .root_certs(if is_needed { authorities() } else { RootCerts::WebPki })
-            .unversioned_rustls_crypto_provider(provider);
-        let config = Agent::config_builder()
-            .tls_config(trust.build())
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_global(Some(TIMEOUT))
-            // A redirect could carry a code or a secret to somebody else.
-            .max_redirects(0)
-            .http_status_as_error(false)
-            .proxy(None)
-            .user_agent(concat!("cloakroom/", env!("CARGO_PKG_VERSION")))
-            .max_idle_age(Duration::from_secs(10));
-        Self { agent: config.build().new_agent(), places: Arc::new(Semaphore::new(PLACES)) }
+        Self { agent: outgoing::agent(is_needed, TIMEOUT), places: Arc::new(Semaphore::new(PLACES)) }
     }
 
     /// `bearer`: an access token.
@@ -121,15 +106,6 @@ impl Answer {
         serde_json::from_slice(&self.body)
             .map_err(|_| ProviderError::Wrong("its answer is not a JSON object".to_owned()))
     }
-}
-
-/// The system's, so that a company's own counts; Mozilla's, which are built in, where the system has none.
-fn authorities() -> RootCerts {
-    let system = rustls_native_certs::load_native_certs().certs;
-    if system.is_empty() {
-        return RootCerts::WebPki;
-    }
-    RootCerts::new_with_certs(&system.iter().map(|der| Certificate::from_der(der).to_owned()).collect::<Vec<_>>())
 }
 
 impl std::fmt::Debug for Fetcher {
