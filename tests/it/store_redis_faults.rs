@@ -482,19 +482,18 @@ async fn what_was_read_is_answered_from_here_and_taken_back_at_once() {
     assert!(store.recall(&own).is_none(), "who logs somebody out knows it first");
 }
 
-#[tokio::test]
-async fn a_logout_on_one_worker_is_known_to_all_of_the_process_before_it_is_asked_for() {
-    let server = RedisServer::start();
-    let proxy = FaultProxy::to(server.port());
-    let lasting =
-        model::RedisStore { lease: Spanned::new(0..0, ConfigDuration::from_millis(60_000)), ..settings(&proxy.url()) };
-    let store = Arc::new(RedisStore::new(&lasting, StoreOptions::default()).unwrap());
-    let key = create(&store, "ann").await;
-    let (told, mut turn) = tokio::sync::watch::channel(false);
-    let (ready, is_ready) = tokio::sync::oneshot::channel();
-    let sibling = std::thread::spawn({
-        let (store, key) = (Arc::clone(&store), key.clone());
-        move || {
+/// Another worker of the process, which has a copy of a session and then sees no push: its runtime gets no turn.
+struct Sibling {
+    may_look: std::sync::mpsc::Sender<()>,
+    thread: std::thread::JoinHandle<bool>,
+}
+
+impl Sibling {
+    async fn with_copy(store: &Arc<RedisStore>, key: &SessionKey) -> Self {
+        let (may_look, look) = std::sync::mpsc::channel();
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        let (store, key) = (Arc::clone(store), key.clone());
+        let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 eventually("a copy is kept", async || {
@@ -503,18 +502,34 @@ async fn a_logout_on_one_worker_is_known_to_all_of_the_process_before_it_is_aske
                 })
                 .await;
                 ready.send(()).unwrap();
-                turn.wait_for(|is_mine| *is_mine).await.unwrap();
+                look.recv().unwrap();
                 store.recall(&key).is_some()
             })
-        }
-    });
-    is_ready.await.unwrap();
+        });
+        is_ready.await.unwrap();
+        Self { may_look, thread }
+    }
+
+    /// Whether it would use its copy now.
+    async fn recalls(self) -> bool {
+        self.may_look.send(()).unwrap();
+        tokio::task::spawn_blocking(|| self.thread.join().unwrap()).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_logout_on_one_worker_is_known_to_all_of_the_process_before_it_is_asked_for() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::to(server.port());
+    let lasting =
+        model::RedisStore { lease: Spanned::new(0..0, ConfigDuration::from_millis(60_000)), ..settings(&proxy.url()) };
+    let store = Arc::new(RedisStore::new(&lasting, StoreOptions::default()).unwrap());
+    let key = create(&store, "ann").await;
+    let sibling = Sibling::with_copy(&store, &key).await;
     // From here on no push comes through.
     proxy.set(Fault::SILENT);
     assert!(timeout(Duration::from_millis(1), store.destroy(&key, None, Ending::LoggedOut)).await.is_err());
-    told.send_replace(true);
-    let recalled = tokio::task::spawn_blocking(|| sibling.join().unwrap()).await.unwrap();
-    assert!(!recalled, "a worker of the process that ends it used its copy");
+    assert!(!sibling.recalls().await, "a worker of the process that ends it used its copy");
 }
 
 #[tokio::test]
@@ -559,26 +574,7 @@ async fn who_ends_sessions_by_their_user_has_told_all_workers_of_the_process() {
     let store = Arc::new(RedisStore::new(&lasting, StoreOptions::default()).unwrap());
     for way in ["all of the user", "all of the part", "displaced"] {
         let key = create(&store, "ann").await;
-        let (told, is_told) = std::sync::mpsc::channel::<()>();
-        let (ready, is_ready) = tokio::sync::oneshot::channel();
-        let sibling = std::thread::spawn({
-            let (store, key) = (Arc::clone(&store), key.clone());
-            move || {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(async {
-                    eventually("a copy is kept", async || {
-                        load(&store, &key).await.ok()?;
-                        store.recall(&key)
-                    })
-                    .await;
-                    ready.send(()).unwrap();
-                    // Without leaving the runtime a turn: it sees no push.
-                    is_told.recv().unwrap();
-                    store.recall(&key).is_some()
-                })
-            }
-        });
-        is_ready.await.unwrap();
+        let sibling = Sibling::with_copy(&store, &key).await;
         match way {
             "all of the user" => assert_eq!(store.destroy_all("ann", None, Ending::Revoked).await.unwrap(), 1),
             "all of the part" => assert_eq!(store.destroy_part(key.bucket(), Ending::Revoked).await.unwrap(), 1),
@@ -589,9 +585,7 @@ async fn who_ends_sessions_by_their_user_has_told_all_workers_of_the_process() {
                 assert_eq!(created, Creation::Begun { displaced: 1 });
             }
         }
-        told.send(()).unwrap();
-        let recalled = tokio::task::spawn_blocking(|| sibling.join().unwrap()).await.unwrap();
-        assert!(!recalled, "{way}: a worker of the process that ended it used its copy");
+        assert!(!sibling.recalls().await, "{way}: a worker of the process that ended it used its copy");
     }
 }
 
