@@ -89,12 +89,12 @@ impl IdentityHeaders {
     /// beginning or the end is written `%XX`, so that percent-decoding gives back the text exactly: `Alice Smith` stays
     /// as it is, `Zoë` becomes `Zo%C3%AB`. In a list of groups, the separator (and the quote, where there are some)
     /// inside a group is encoded too: split first, then decode.
-    pub fn render(&self, identity: &Identity) -> Lines {
+    pub fn render(&self, identity: &Identity) -> HeaderLines {
         let mut text = String::with_capacity(VALUE_BYTES_USUAL);
         let mut values = Vec::with_capacity(self.headers.len());
+        let nothing = BTreeMap::new();
         for (header, Header { parts, .. }) in self.headers.iter().enumerate() {
             let begin = text.len();
-            let nothing = BTreeMap::new();
             let is_whole = parts.iter().all(|part| part.write(identity, &nothing, self.groups, &mut text).is_some());
             if is_whole && HeaderValue::from_str(&text[begin..]).is_ok() {
                 values.push((header, begin..text.len()));
@@ -102,7 +102,7 @@ impl IdentityHeaders {
                 text.truncate(begin);
             }
         }
-        Lines { edition: self.edition, text: text.into(), values }
+        HeaderLines { edition: self.edition, text: text.into(), values }
     }
 
     /// The header lines that say what this session holds, by the rules of [`Self::render`]. `identity`: none of a session
@@ -128,14 +128,14 @@ impl IdentityHeaders {
 /// The header lines of one user, in one piece of memory: that of a user who was away for a while is in no cache of the
 /// processor, and each piece would be waited for.
 #[derive(Clone)]
-pub struct Lines {
+pub struct HeaderLines {
     edition: u64,
     text: Bytes,
     /// Which header, and where its value is in `text`.
     values: Vec<(usize, Range<usize>)>,
 }
 
-impl Lines {
+impl HeaderLines {
     /// Whether they say what these headers would say.
     pub fn are_of(&self, headers: &IdentityHeaders) -> bool {
         self.edition == headers.edition
@@ -152,9 +152,9 @@ impl Lines {
     }
 }
 
-impl fmt::Debug for Lines {
+impl fmt::Debug for HeaderLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lines").field("count", &self.values.len()).finish_non_exhaustive()
+        f.debug_struct("HeaderLines").field("count", &self.values.len()).finish_non_exhaustive()
     }
 }
 

@@ -11,7 +11,7 @@ pub mod headers;
 pub mod presets;
 pub mod attributes;
 
-use headers::{IdentityHeaders, Lines};
+use headers::{HeaderLines, IdentityHeaders};
 
 /// What a backend may know of a user. Values are as the login gave them: any Unicode.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,7 +26,7 @@ pub struct Identity {
 /// A user, and the header lines that tell a backend who that is: they are made for the first request, and serve all.
 #[derive(Debug)]
 pub struct Known {
-    lines: OnceLock<Lines>,
+    lines: OnceLock<HeaderLines>,
     identity: Identity,
 }
 
@@ -36,7 +36,7 @@ impl Known {
     }
 
     /// What [`IdentityHeaders::render`] gives.
-    pub fn lines(&self, headers: &IdentityHeaders) -> Cow<'_, Lines> {
+    pub fn lines(&self, headers: &IdentityHeaders) -> Cow<'_, HeaderLines> {
         let lines = self.lines.get_or_init(|| headers.render(&self.identity));
         // Another configuration may name other headers.
         if lines.are_of(headers) { Cow::Borrowed(lines) } else { Cow::Owned(headers.render(&self.identity)) }

@@ -149,6 +149,8 @@ enum Endpoint {
 const REFUSED: &str =
     "That did not work. Check the user name and the password. After several failures, wait some minutes.";
 const FORM_TOO_OLD: &str = "This page was open for too long. Please log in again.";
+/// Of the backend's own page, in a list of methods.
+const BACKEND_PAGE: &str = "Log in with the account of this application";
 const TRY_AGAIN: &str = "Please try again in a few seconds.";
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -246,7 +248,7 @@ impl Login {
     /// The form. Who is logged in already sees that instead of being sent on: when a route does not accept the session,
     /// being sent on would lead back here, in a circle.
     async fn login_page(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
-        if self.password.is_none() && self.backend_page.is_none() && self.providers.titles().next().is_none() {
+        if !self.can_log_in() {
             return Ok(self.not_found(request));
         }
         let asked = |wanted: &str| {
@@ -254,9 +256,6 @@ impl Login {
             pairs.find(|(name, _)| name == wanted).map(|(_, value)| value)
         };
         let return_to = self.return_to(asked("return_to").as_deref());
-        if let (None, Some(page)) = (&self.password, &self.backend_page) {
-            return Ok(redirect(StatusCode::SEE_OTHER, &page.leading_to(&return_to)));
-        }
         let known = match self.known(request).await {
             // Whoever else guesses in this network, its users can log in.
             Err(Failure::TooManyGuesses(_)) => Err(None),
@@ -369,7 +368,7 @@ impl Login {
         return_to: &ReturnTo,
         username: &str,
     ) -> Result<Response<Bytes>, Failure> {
-        let methods = self.methods(return_to);
+        let methods = self.methods(return_to, say.notice);
         if let (None, [only]) = (&self.password, &methods[..])
             && say.alert.is_none()
             && say.notice.is_none()
@@ -392,15 +391,25 @@ impl Login {
         Ok(response)
     }
 
-    /// The ways to log in besides a password.
-    fn methods(&self, return_to: &ReturnTo) -> Vec<pages::Method> {
-        let query =
-            form_urlencoded::Serializer::new(String::new()).append_pair("return_to", &return_to.to_string()).finish();
-        let method = |(name, title): (&str, &str)| pages::Method {
+    fn can_log_in(&self) -> bool {
+        self.password.is_some() || self.backend_page.is_some() || self.providers.titles().next().is_some()
+    }
+
+    /// The ways to log in besides a password of ours. Who is here to confirm who they are is to be asked again.
+    fn methods(&self, return_to: &ReturnTo, notice: Option<Notice>) -> Vec<pages::Method> {
+        let of_backend =
+            |page: &ReturnTo| pages::Method { name: BACKEND_PAGE.to_owned(), href: page.leading_to(return_to) };
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.append_pair("return_to", &return_to.to_string());
+        if notice == Some(Notice::Confirm) {
+            query.append_pair("max_age", &sessions::RECENT.as_secs().to_string());
+        }
+        let query = query.finish();
+        let of_provider = |(name, title): (&str, &str)| pages::Method {
             name: title.to_owned(),
             href: format!("{}oidc/{name}/login?{query}", self.prefix),
         };
-        self.providers.titles().map(method).collect()
+        self.backend_page.iter().map(of_backend).chain(self.providers.titles().map(of_provider)).collect()
     }
 
     /// The user as JSON, for a front end; never an id. `expires_in` is the time to the absolute end in seconds.
@@ -529,11 +538,10 @@ impl Login {
             return failure(status, error, text, request_id);
         }
         let login = format!("{}login", self.prefix);
-        let can_log_in = self.password.is_some() || self.providers.titles().next().is_some();
         // Who has a cookie is logged in, or is sent from there to the login; the store need not say which.
         let next = match request.cookie.find(request.headers) {
             Some(_) => Some(Link { href: &self.front_page, text: "Continue" }),
-            None => can_log_in.then_some(Link { href: &login, text: "Log in" }),
+            None => self.can_log_in().then_some(Link { href: &login, text: "Log in" }),
         };
         message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id })
     }

@@ -14,13 +14,14 @@ use serde_json::json;
 use super::csrf::{FormKey, Purpose};
 use super::device::device;
 use super::navigation::Notice;
+use super::oidc::Demand;
 use super::pages::{self, SessionRow, SessionsPage, Told, page, redirect};
 use super::{Failure, Login, LoginRequest, Visitor, unauthenticated};
 use crate::audit::{self, Event, Revoker};
 use crate::session::control::{Handle, Moment, Shown};
 
 /// How old a login may be that ends other sessions.
-const RECENT: Duration = Duration::from_secs(600);
+pub(super) const RECENT: Duration = Duration::from_secs(600);
 
 /// So many are listed; a user may have more (`session.max_per_user`).
 const LISTED_MAX: usize = 100;
@@ -170,7 +171,8 @@ impl Login {
 
 /// By our clock, and not the store's, which made the record: they differ by less than matters here.
 fn is_recent(visitor: &Visitor, now: Moment) -> bool {
-    u128::from(now.0.saturating_sub(visitor.session.record.created)) <= RECENT.as_millis()
+    let demand = Demand { max_age: Some(RECENT), ..Demand::default() };
+    !demand.exceeds(&visitor.session.record, now.0 / 1000)
 }
 
 fn for_a_program(shown: &Shown, own: &str) -> serde_json::Value {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -20,13 +20,14 @@ use crate::config::model::Access;
 use crate::identity::Known;
 use crate::login::basic::Script;
 use crate::login::navigation::Notice;
+use crate::login::oidc::Demand;
 use crate::login::pages::set_retry_after;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::id::SessionId;
-use crate::session::record::{LoginMethod, Record};
+use crate::session::record::LoginMethod;
 use crate::session::store::{Found, StoreError};
-use crate::session::{Resumed, Session, Sessions, Source, Use};
+use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
 pub mod connection;
@@ -398,21 +399,14 @@ impl Gateway {
             }
             Access::Optional | Access::Required => self.resolve(request, context, route, &connection).await,
         };
-        let record = context.session.as_ref().map(|session| Arc::clone(&session.record));
-        let is_enough = match (&record, context.source) {
-            // The cookie says who it is, and nothing of when and how they logged in.
-            (Some(_), Some(Source::Fallback)) => route.demand.is_none(),
-            (Some(record), _) => !route.demand.exceeds(record, unix_seconds()),
-            // A script has proved who it is just now, and by nothing but a password.
-            (None, _) => route.demand.acr.is_empty() || !matches!(who, Who::User(_)),
-        };
+        let is_enough = route.demand.is_none() || is_enough(&route.demand, context, &who);
         let identity = match admit(route.access, &route.groups, who, is_enough) {
             Step::Forward(identity) => identity,
             Step::Reply(Rejection::Unauthenticated) if wants_page(request) => {
                 return send_to_login(request, context, &rules.login, &connection);
             }
             Step::Reply(Rejection::StepUp) if wants_page(request) => {
-                return step_up(request, &rules.login, route, record.as_deref());
+                return step_up(request, context, &rules.login, route);
             }
             Step::Reply(rejection) => return reject(downstream, context, rejection),
         };
@@ -679,11 +673,22 @@ fn user_of(session: &Session, rules: &Rules) -> Who {
     }
 }
 
+/// Whether this login is what the route demands.
+fn is_enough(demand: &Demand, context: &RequestContext, who: &Who) -> bool {
+    match (&context.session, context.source) {
+        // The cookie says who it is, and nothing of when and how they logged in.
+        (Some(_), Some(Source::Fallback)) => false,
+        (Some(session), _) => !demand.exceeds(&session.record, unix_now() / 1000),
+        // A script has proved who it is just now, and by nothing but a password.
+        (None, _) => demand.acr.is_empty() || !matches!(who, Who::User(_)),
+    }
+}
+
 /// To a better login at the provider, and back.
-fn step_up(request: &RequestHeader, login: &Login, route: &Route, record: Option<&Record>) -> Decision {
+fn step_up(request: &RequestHeader, context: &RequestContext, login: &Login, route: &Route) -> Decision {
     let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
-    let response = match record {
-        Some(record) => login.step_up(target, &route.demand, record),
+    let response = match &context.session {
+        Some(session) => login.step_up(target, &route.demand, &session.record),
         None => login.login_redirect(target, None),
     };
     Decision::Reply { response, outcome: Outcome::LoginRedirect }
@@ -712,14 +717,11 @@ fn send_to_login(
     Decision::Reply { response, outcome: Outcome::LoginRedirect }
 }
 
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 fn reject(downstream: &HttpSession, context: &RequestContext, rejection: Rejection) -> Decision {
     let (request, login) = (downstream.req_header(), &context.rules.login);
     let mut response = rejection.response(&Reader::of(request, login, context.request_id.as_str()));
-    if response.status() == http::StatusCode::UNAUTHORIZED
+    // To whom a password is not enough, it is no use to ask for one.
+    if matches!(rejection, Rejection::Unauthenticated | Rejection::BadCredentials)
         && context.route.as_ref().is_some_and(|route| route.basic)
         && let Some(challenge) = login.basic_challenge(&request.headers)
     {

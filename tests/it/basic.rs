@@ -15,7 +15,7 @@ fn setup(backend: &Backend) -> Setup {
         .with("[login.basic]\nrealm = \"Builds\"")
 }
 
-fn basic(user: &str, password: &str) -> String {
+pub(crate) fn basic(user: &str, password: &str) -> String {
     format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
 }
 

@@ -1,8 +1,9 @@
 //! Does a login at a provider keep its promises, from the first redirect to the last logout?
 
+use crate::basic::basic;
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Response};
-use crate::harness::gateway::{Gateway, Setup, Store};
+use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
 use crate::harness::provider::{FakeProvider, Script, remove, set};
 use crate::harness::redis::RedisServer;
 use crate::harness::wait_until;
@@ -86,6 +87,7 @@ fn the_provider_is_asked_for_nothing_before_somebody_logs_in_and_may_be_away() {
     let refused = client.navigate(LOGIN).send();
     assert_eq!(refused.status, 503, "{}", refused.text());
     assert!(refused.header("retry-after").is_some() && refused.text().contains("login service"), "{}", refused.text());
+    assert!(refused.text().contains("href=\"/.cloakroom/login\""), "the next try is a new one: {}", refused.text());
 
     provider.come_back();
     wait_until("the provider is found again", || client.navigate(LOGIN).send().status == 303);
@@ -233,6 +235,58 @@ fn a_route_asks_for_a_stronger_or_a_younger_login() {
     assert_ne!(client.cookie("session").unwrap(), before, "the id changes with the login");
     assert_eq!(client.get("/gold").send().status, 200);
     assert_eq!(client.get("/fresh").send().status, 200);
+}
+
+#[test]
+fn a_login_of_which_nobody_says_when_it_was_is_not_young() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").route("/", "").route("/fresh", "max_age = \"10m\"").start();
+    // A silent login: the provider knew the user, and asked for nothing.
+    provider.play(Script { claims: remove("auth_time"), ..Script::default() });
+    let client = logged_in(&gateway, &provider);
+    assert_eq!(client.get("/").send().status, 200);
+    assert_eq!(client.get("/fresh").send().status, 401, "the session is new, and that says nothing of the login");
+    assert!(client.get("/.cloakroom/sessions").send().text().contains("\"may_end_others\":false"));
+
+    provider.play(Script::default());
+    let asked = client.navigate("/.cloakroom/login?reason=confirm").send().text();
+    assert!(asked.contains("max_age=600"), "who confirms a login is asked by the provider again: {asked}");
+    let response = log_in(&client, &provider, "/.cloakroom/oidc/fake/login?max_age=600");
+    assert_eq!(response.status, 303, "{}", response.text());
+    assert_eq!(client.get("/fresh").send().status, 200);
+    assert!(client.get("/.cloakroom/sessions").send().text().contains("\"may_end_others\":true"));
+}
+
+#[test]
+fn a_password_of_a_script_is_no_stronger_login() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let login = format!("[login]\norigins = [\"{ORIGIN}\"]\n[login.basic]\n{}", provider.table("fake", ""));
+    let gateway = Gateway::in_front_of(&[&backend])
+        .route("/gold", "basic = true\nacr = [\"gold\"]")
+        .route("/fresh", "basic = true\nmax_age = \"10m\"")
+        .with(&login)
+        .start();
+    let answer = |page| gateway.client().get(page).header("Authorization", &basic("ann", PASSWORD)).send();
+    let refused = answer("/gold");
+    assert_eq!(refused.status, 401);
+    let challenge = refused.header("www-authenticate").unwrap();
+    assert!(challenge.contains("insufficient_user_authentication"), "not one more password: {challenge}");
+    assert_eq!(answer("/fresh").status, 200, "it was proved just now");
+}
+
+#[test]
+fn the_login_page_offers_every_way_that_there_is() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "")
+        .route("/", "")
+        .route("/legacy", "access = \"public\"\ndirectives = [\"login\"]")
+        .with("[login.backend]\npage = \"/legacy\"")
+        .start();
+    let page = browser(&gateway).navigate("/.cloakroom/login?return_to=/a").send();
+    assert_eq!(page.status, 200, "a choice: {}", page.text());
+    for way in ["/legacy?return_to=%2Fa", "/.cloakroom/oidc/fake/login?return_to=%2Fa"] {
+        assert!(page.text().contains(way), "{way}: {}", page.text());
+    }
 }
 
 #[test]

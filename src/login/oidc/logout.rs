@@ -152,24 +152,15 @@ impl Login {
                 _ => {}
             }
         }
-        let ([issuer], [sid]) = (&issuer[..], &sid[..]) else {
-            self.metrics.provider_logouts.with_label_values(&["frontchannel", "refused"]).inc();
-            return Ok(self.message(
-                request,
-                StatusCode::BAD_REQUEST,
-                "no_such_session",
-                ("Refused", "This ends no session."),
-            ));
+        let named = match (&issuer[..], &sid[..]) {
+            ([issuer], [sid]) if **issuer == *provider.issuer && !sid.is_empty() => Some((issuer, sid)),
+            _ => None,
         };
-        if **issuer != *provider.issuer || sid.is_empty() {
+        let Some((issuer, sid)) = named else {
             self.metrics.provider_logouts.with_label_values(&["frontchannel", "refused"]).inc();
-            return Ok(self.message(
-                request,
-                StatusCode::BAD_REQUEST,
-                "no_such_session",
-                ("Refused", "This ends no session."),
-            ));
-        }
+            let words = ("Refused", "This ends no session.");
+            return Ok(self.message(request, StatusCode::BAD_REQUEST, "no_such_session", words));
+        };
         let ended = self.sessions.revoke_bound(&ExternalLogin::handle_of_sid(issuer, sid)).await?;
         self.note_provider_logout(provider, request, "frontchannel", ended);
         let mut response = self.logged_out_page();

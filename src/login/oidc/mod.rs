@@ -192,8 +192,10 @@ impl Demand {
         let login = record.login.as_ref();
         let acr = login.and_then(|login| login.acr.as_ref());
         let too_weak = !self.acr.is_empty() && !acr.is_some_and(|acr| self.acr.contains(acr));
-        let proved = login.and_then(|login| login.auth_time).unwrap_or(record.created / 1000);
-        too_weak || self.max_age.is_some_and(|max_age| proved.saturating_add(max_age.as_secs()) < now)
+        // When somebody proved something to a provider, only the provider knows; asked for it, it must say.
+        let proved = login.map_or(Some(record.created / 1000), |login| login.auth_time);
+        let is_too_old = |max_age: Duration| proved.is_none_or(|at| at.saturating_add(max_age.as_secs()) < now);
+        too_weak || self.max_age.is_some_and(is_too_old)
     }
 }
 
