@@ -63,18 +63,22 @@ async function somebody() {
 
 /** On the provider's pages: the name, and yes to what it asks. */
 async function logIn(page, target) {
+  const asked = page.url();
   await page.locator("input[name=login]").fill("ann");
   await page.locator("input[name=password]").fill("any");
   await page.locator("button[type=submit]").click();
+  await page.waitForURL((url) => url.href !== asked);
   await consent(page, target);
 }
 
 async function consent(page, target) {
   const there = (url) => url.href === target;
   await page.waitForURL((url) => there(url) || url.pathname.startsWith("/interaction/"));
-  for (let asked = 0; !there(new URL(page.url())) && asked < 3; asked++) {
+  while (!there(new URL(page.url()))) {
+    // Each question has a page of its own: who clicks before it is left would answer the same one twice.
+    const asked = page.url();
     await page.locator("button[type=submit]").click();
-    await page.waitForURL((url) => there(url) || url.pathname.startsWith("/interaction/"));
+    await page.waitForURL((url) => there(url) || (url.href !== asked && url.pathname.startsWith("/interaction/")));
   }
 }
 
