@@ -23,8 +23,9 @@ pub enum Event<'a> {
     Revoked { by: Revoker, client: Option<IpAddr>, user: Option<&'a str>, what: &'a str, ended: u64 },
     /// The store let go of a session, for whatever reason; with `[events] audit`, by one instance for all.
     Ended { session: &'a str, user: &'a str, ending: &'a str, at: &'a str },
-    /// A backend asked for what its route does not allow, or what is malformed; nothing of it was done.
-    DirectiveRefused { route: &'a str, backend: &'a str, directive: &'a str, reason: &'a str },
+    /// A backend asked for what its route does not allow, or what is malformed; nothing of it was done. `directive` names
+    /// the fields.
+    DirectiveRefused { request_id: &'a str, route: &'a str, backend: &'a str, directive: &'a str, reason: &'a str },
 }
 
 /// A login, and what became of it.
@@ -32,7 +33,7 @@ pub enum Event<'a> {
 pub struct Attempt<'a> {
     /// Where it is one.
     pub user: Option<&'a str>,
-    pub client: IpAddr,
+    pub client: Option<IpAddr>,
     /// As in `cloakroom_logins_total`.
     pub method: &'a str,
     /// Of several, by its name.
@@ -61,13 +62,16 @@ pub enum Revoker {
     Operator,
     /// The user, from another session.
     User,
+    /// The user's OpenID provider, over a channel of its own.
+    Provider,
 }
 
 /// One line. What is absent is left out.
 pub fn tell(event: Event<'_>) {
     match event {
         Event::Login(Attempt { user, client, method, provider, result, session }) => {
-            info!(target: "audit", user, %client, method, provider, result, session, "login");
+            let client = client.map(display);
+            info!(target: "audit", user, client, method, provider, result, session, "login");
         }
         Event::Displaced { user, sessions } => {
             info!(target: "audit", user, sessions, "sessions displaced");
@@ -83,16 +87,16 @@ pub fn tell(event: Event<'_>) {
         Event::Ended { session, user, ending, at } => {
             info!(target: "audit", session, user, ending, at, "session ended");
         }
-        Event::DirectiveRefused { route, backend, directive, reason } => {
-            info!(target: "audit", route, backend, directive, reason, "directive refused");
+        Event::DirectiveRefused { request_id, route, backend, directive, reason } => {
+            info!(target: "audit", request_id, route, backend, directive, reason, "directive refused");
         }
     }
 }
 
 impl<'a> Attempt<'a> {
     /// Of nobody who is known, and without a provider.
-    pub fn without_session(method: &'a str, client: IpAddr, result: &'a str) -> Self {
-        Self { user: None, client, method, provider: None, result, session: None }
+    pub fn without_session(method: &'a str, client: impl Into<Option<IpAddr>>, result: &'a str) -> Self {
+        Self { user: None, client: client.into(), method, provider: None, result, session: None }
     }
 }
 
@@ -111,6 +115,7 @@ impl Revoker {
         match self {
             Self::Operator => "operator",
             Self::User => "user",
+            Self::Provider => "provider",
         }
     }
 }
@@ -186,7 +191,7 @@ pub(crate) mod tests {
         let client = IpAddr::from([192, 0, 2, 7]);
         let (user, session) = (Some("ann"), "60dc1c7bf0");
         let attempt =
-            Attempt { user, client, method: "password", provider: None, result: "success", session: Some(session) };
+            Attempt { session: Some(session), user, ..Attempt::without_session("password", client, "success") };
         for event in [
             Event::Login(attempt),
             Event::Login(Attempt { user: None, result: "unknown_user", session: None, ..attempt }),
@@ -195,7 +200,13 @@ pub(crate) mod tests {
             Event::Logout { user, client: None, session, reason: LogoutReason::Provider },
             Event::Revoked { by: Revoker::Operator, client: None, user: None, what: "everyone", ended: 7 },
             Event::Ended { session, user: "ann", ending: "expired", at: "2027-01-15T08:00:00Z" },
-            Event::DirectiveRefused { route: "/", backend: "b:1", directive: "login", reason: "not_allowed" },
+            Event::DirectiveRefused {
+                request_id: "4f1a",
+                route: "/",
+                backend: "b:1",
+                directive: "session-login",
+                reason: "its route does not allow it",
+            },
         ] {
             tell(event);
         }
@@ -210,8 +221,8 @@ pub(crate) mod tests {
             json!({ "message": "sessions revoked", "by": "operator", "what": "everyone", "ended": 7 }),
             json!({ "message": "session ended", "session": session, "user": "ann", "ending": "expired",
                     "at": "2027-01-15T08:00:00Z" }),
-            json!({ "message": "directive refused", "route": "/", "backend": "b:1", "directive": "login",
-                    "reason": "not_allowed" }),
+            json!({ "message": "directive refused", "request_id": "4f1a", "route": "/", "backend": "b:1",
+                    "directive": "session-login", "reason": "its route does not allow it" }),
         ];
         assert_eq!(listener.events(), expected);
     }

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use http::{HeaderMap, HeaderName};
 use sfv::{BareItem, Dictionary, InnerList, Item, ListEntry, Parser};
-use tracing::info;
 
 use super::Login;
 use super::return_to::ReturnTo;
+use crate::audit::Attempt;
 use crate::config::model::BackendPreset;
 use crate::identity::Identity;
 use crate::session::attributes::Changes;
@@ -124,16 +124,15 @@ impl Login {
         replaces: Option<&SessionId>,
     ) -> Result<Started, StoreError> {
         let (user, address) = (identity.user.clone(), client.address);
+        let attempt = |result| Attempt::without_session("backend", address, result);
         let (method, secrets, attributes) = (LoginMethod::Backend, BTreeMap::new(), BTreeMap::new());
         let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
         let started = self.sessions.begin(newcomer, replaces, changes).await;
-        let result = match &started {
-            Ok(Started::Begun { .. }) => "success",
-            Ok(Started::Full(_)) => "full",
-            Err(_) => "store_unavailable",
-        };
-        self.metrics.logins.with_label_values(&["backend", result]).inc();
-        info!(user, client = address.map(tracing::field::display), method = "backend", result, "login");
+        match &started {
+            Ok(Started::Begun { id, displaced }) => self.note_begun(attempt("success"), &user, id, *displaced),
+            Ok(Started::Full(_)) => self.note_attempt(Attempt { user: Some(&user), ..attempt("full") }),
+            Err(_) => self.note_attempt(Attempt { user: Some(&user), ..attempt("store_unavailable") }),
+        }
         started
     }
 }

@@ -310,7 +310,8 @@ impl Login {
                     started.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
                 let id = match started {
                     Started::Begun { id, displaced } => {
-                        self.note_begun(request, &identity.user, &id, displaced);
+                        let attempt = Attempt::without_session("password", request.client, "success");
+                        self.note_begun(attempt, &identity.user, &id, displaced);
                         id
                     }
                     Started::Full(sessions) => {
@@ -339,9 +340,9 @@ impl Login {
         }
     }
 
-    fn note_begun(&self, request: &LoginRequest<'_>, user: &str, id: &SessionId, displaced: u32) {
+    /// A login that succeeded, and what it cost older sessions.
+    fn note_begun(&self, attempt: Attempt<'_>, user: &str, id: &SessionId, displaced: u32) {
         let session = id.key().log_hash();
-        let attempt = Attempt::without_session("password", request.client, "success");
         self.note_attempt(Attempt { user: Some(user), session: Some(&session), ..attempt });
         if displaced != 0 {
             audit::tell(Event::Displaced { user, sessions: displaced });

@@ -14,6 +14,7 @@ use pingora::proxy::Session as HttpSession;
 use pingora::{Error, ErrorType, Result};
 use sfv::{BareItem, Dictionary, Item, List, ListEntry, Parser};
 
+use crate::audit::{self, Event, LogoutReason};
 use crate::config::model::BackendPreset;
 use crate::login::backend::{Introduction, text_of};
 use crate::session::attributes::{Changes, Setting};
@@ -36,6 +37,9 @@ const SESSION_SET: HeaderName = HeaderName::from_static("session-set");
 const SESSION_UNSET: HeaderName = HeaderName::from_static("session-unset");
 const SERVER_TASK: HeaderName = HeaderName::from_static("am-eai-server-task");
 const EAI: &str = "am-eai-";
+
+/// Of the fields that one response was refused, so many are named in the audit.
+const NAMES_TOLD_MAX: usize = 8;
 
 /// An attribute that is to end later than this ends with its session anyway.
 const TTL_SECONDS_MAX: i64 = 366 * 24 * 60 * 60;
@@ -73,9 +77,14 @@ impl Gateway {
         let is_final = !response.status.is_informational();
         let allowed = context.route.as_ref().map(|route| route.directives).filter(|_| is_final).unwrap_or_default();
         let refused: Vec<_> = fields.keys().filter(|name| !is_allowed(name, allowed, preset)).cloned().collect();
-        for name in refused {
-            fields.remove(&name);
-            self.note_refusal(context, &name, "its route does not allow it");
+        for name in &refused {
+            fields.remove(name);
+            self.count(Kind::of(name).unwrap_or(Kind::Alien), "refused");
+        }
+        if !refused.is_empty() {
+            // One line however many they are: what an echoing backend repeats must not fill the log.
+            let names = refused.iter().take(NAMES_TOLD_MAX).map(HeaderName::as_str).collect::<Vec<_>>().join(" ");
+            tell_refusal(context, &names, "its route does not allow it");
         }
         let asked = Asked::read(&fields, response).map_err(|fault| self.misunderstood(context, &fields, fault))?;
         let Asked { login, logout, changes } = asked;
@@ -136,9 +145,11 @@ impl Gateway {
         match self.sessions.end(&id, user.as_deref()).await {
             Ok(ended) => {
                 self.count(Kind::Logout, "done");
-                let result = if ended { "ended" } else { "none" };
-                tracing::info!(user, client = %context.client, method = "backend", result, "logout");
                 if ended {
+                    // A session that only held attributes was nobody's.
+                    let user = user.as_deref().filter(|user| !user.is_empty());
+                    let (client, session) = (Some(context.client), id.key().log_hash());
+                    audit::tell(Event::Logout { user, client, session: &session, reason: LogoutReason::Backend });
                     self.observer.metrics.logouts.with_label_values(&[] as &[&str]).inc();
                 }
                 context.fallback_cookie = None;
@@ -197,11 +208,9 @@ impl Gateway {
     }
 
     /// The response goes on without it.
-    fn note_refusal(&self, context: &RequestContext, name: &HeaderName, why: &'static str) {
+    fn note_refusal(&self, context: &RequestContext, name: &HeaderName, why: &str) {
         self.count(Kind::of(name).unwrap_or(Kind::Alien), "refused");
-        let (route, backend) = names(context);
-        let request_id = context.request_id.as_str();
-        tracing::warn!(request_id, route, backend, directive = name.as_str(), why, "a directive was refused");
+        tell_refusal(context, name.as_str(), why);
     }
 
     fn misunderstood(&self, context: &mut RequestContext, fields: &HeaderMap, fault: &str) -> Box<Error> {
@@ -212,6 +221,7 @@ impl Gateway {
     /// The backend asked for what cannot be done. Nothing of it was done.
     fn failed(&self, context: &mut RequestContext, kind: Kind, fault: &str) -> Box<Error> {
         self.count(kind, "failed");
+        tell_refusal(context, kind.label(), fault);
         context.failure = Some(Rejection::BackendFailed);
         Error::explain(ErrorType::InvalidHTTPHeader, format!("the backend's directive: {fault}")).into_in()
     }
@@ -382,9 +392,11 @@ fn hints(downstream: &HttpSession, context: &RequestContext) -> ClientHints {
     ClientHints { address: Some(context.client), user_agent: agent.unwrap_or_default().to_owned() }
 }
 
-fn names(context: &RequestContext) -> (&str, &str) {
+fn tell_refusal(context: &RequestContext, directive: &str, reason: &str) {
     let route = context.route.as_ref().map_or("-", |route| route.name.as_str());
-    (route, context.backend.as_ref().map_or("-", |backend| backend.name()))
+    let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
+    let request_id = context.request_id.as_str();
+    audit::tell(Event::DirectiveRefused { request_id, route, backend, directive, reason });
 }
 
 #[cfg(test)]

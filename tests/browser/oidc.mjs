@@ -144,6 +144,10 @@ try {
   console.log("done: refresh");
 
   step = "step-up";
+  // Nobody has said yet how old the login is: the provider is asked, and the user only where it is too old.
+  await page.goto(`${site}/fresh`);
+  if (page.url().startsWith(issuer)) await logIn(page, `${site}/fresh`);
+  expect(page.url() === `${site}/fresh`, `the page is reached, and not ${page.url()}`);
   await until("the login is too old for the page", async () => (await status(page, "/fresh")) === 401);
   const before = (await context.cookies(site)).find((cookie) => cookie.name === "session").value;
   await page.goto(`${site}/fresh`);

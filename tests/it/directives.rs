@@ -12,7 +12,7 @@ use crate::harness::wait_until;
 
 /// A backend that says what it is asked to: `/say?Session-Set=a%3D%221%22` is answered with that field. Its body is what
 /// it was told of the session.
-fn obliging() -> Backend {
+pub(crate) fn obliging() -> Backend {
     Backend::answering(say)
 }
 
@@ -31,7 +31,7 @@ fn saying(path: &str, fields: &[(&str, &str)]) -> String {
     format!("{path}?{query}")
 }
 
-fn say_to(client: &Client, path: &str, fields: &[(&str, &str)]) -> Response {
+pub(crate) fn say_to(client: &Client, path: &str, fields: &[(&str, &str)]) -> Response {
     if 1_000 < fields.iter().map(|(_, value)| value.len()).sum::<usize>() {
         return client.post_form(path, fields).send();
     }

@@ -21,6 +21,7 @@ mod outage;
 mod guessing;
 mod per_user;
 mod operation;
+mod audit;
 mod memory_file;
 mod session_control;
 mod events;

@@ -412,13 +412,12 @@ fn a_logout_works_while_the_provider_is_away() {
 /// What the provider sends to our back channel.
 #[track_caller]
 pub(crate) fn say_logout(gateway: &Gateway, token: &str) -> Response {
-    let body = form_urlencoded::Serializer::new(String::new()).append_pair("logout_token", token).finish();
-    gateway
-        .client()
-        .request("POST", "/.cloakroom/oidc/fake/backchannel")
-        .header("Content-Type", "application/x-www-form-urlencoded")
-        .body(body)
-        .send()
+    say_logout_as(&gateway.client(), token)
+}
+
+#[track_caller]
+pub(crate) fn say_logout_as(provider: &Client, token: &str) -> Response {
+    provider.post_form("/.cloakroom/oidc/fake/backchannel", &[("logout_token", token)]).send()
 }
 
 #[test]

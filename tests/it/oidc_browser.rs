@@ -27,7 +27,7 @@ fn login_tabs_refresh_step_up_and_both_logouts_work_in_chromium_with_a_certified
         .without_passwords()
         .route("/", "")
         .route("/api", "access_token = \"X-Access-Token\"")
-        .route("/fresh", "max_age = \"30s\"")
+        .route("/fresh", "max_age = \"15s\"")
         .with(&login)
         .start();
     let ports = [gateway.address().port().to_string(), provider_port.to_string()];

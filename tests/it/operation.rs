@@ -35,6 +35,15 @@ impl Daemon {
         assert!(status.success());
     }
 
+    /// Ends it in an orderly way. Gives what it said on both of its outputs.
+    pub(crate) fn stopped(mut self) -> (String, String) {
+        let (out, err) = (self.0.stdout.take().unwrap(), self.0.stderr.take().unwrap());
+        let noise = std::thread::spawn(move || std::io::read_to_string(err).unwrap());
+        self.signal("TERM");
+        let lines = std::io::read_to_string(out).unwrap();
+        (lines, noise.join().unwrap())
+    }
+
     /// Waits until it has ended by itself.
     pub(crate) fn ended(mut self) {
         let _ = self.0.wait();

@@ -6,11 +6,12 @@ use bytes::Bytes;
 use http::header::{self, REFRESH, SET_COOKIE};
 use http::{HeaderValue, Response, StatusCode};
 use serde_json::json;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::attempt::{Attempt, AttemptCookies, Purpose};
 use super::provider::{Provider, with_query};
 use super::{ID_TOKEN, ProviderError, now, refresh_to};
+use crate::audit::{self, Event, Revoker};
 use crate::login::form::Form;
 use crate::login::pages::{Link, json as json_page};
 use crate::login::{Failure, Login, LoginRequest};
@@ -175,7 +176,8 @@ impl Login {
 
     fn note_provider_logout(&self, provider: &Provider, request: &LoginRequest<'_>, channel: &str, ended: u64) {
         self.metrics.provider_logouts.with_label_values(&[channel, "carried_out"]).inc();
-        info!(provider = provider.name, client = %request.client, channel, sessions = ended, "logout by the provider");
+        let (by, client, what) = (Revoker::Provider, Some(request.client), format!("{channel} {}", provider.name));
+        audit::tell(Event::Revoked { by, client, user: None, what: &what, ended });
     }
 }
 

@@ -22,7 +22,7 @@ use bytes::Bytes;
 use http::header::{ALLOW, REFRESH, SET_COOKIE, USER_AGENT};
 use http::{HeaderValue, Method, Response, StatusCode};
 use rand::rngs::SysError;
-use tracing::{info, warn};
+use tracing::warn;
 
 mod attempt;
 mod provider;
@@ -35,6 +35,7 @@ mod renew;
 
 use super::pages::{Link, Message, message_page, redirect};
 use super::{Failure, Login, LoginRequest};
+use crate::audit;
 use crate::config::model;
 use crate::session::record::{ClientHints, ExternalLogin, LoginMethod, Record};
 use crate::session::seal::KeyRing;
@@ -273,7 +274,7 @@ impl Login {
         let now = now();
         let cookies = AttemptCookies::beside(request.cookie, request.secure);
         let Some(round) = cookies.count_round(request.headers, now) else {
-            self.log_oidc(provider, request, None, "circle");
+            self.note_attempt(at_provider(provider, request, "circle"));
             let text = "You were sent to log in again and again. Your browser may not accept our cookies; or wait a \
                         minute, and try again.";
             return Ok(self.message(request, StatusCode::TOO_MANY_REQUESTS, "circle", ("Going in circles", text)));
@@ -374,14 +375,11 @@ impl Login {
         let replaces = request.cookie.find(request.headers);
         let id = match self.sessions.start(newcomer, replaces.as_ref()).await? {
             Started::Begun { id, displaced } => {
-                if displaced != 0 {
-                    info!(user, displaced, "older sessions made room");
-                }
+                self.note_begun(at_provider(provider, request, "success"), &user, &id, displaced);
                 id
             }
             Started::Full(sessions) => return Ok(Err(Refusal::Full(sessions))),
         };
-        self.log_oidc(provider, request, Some(&user), "welcome");
         let return_to = self.return_to(Some(&attempt.return_to)).to_string();
         let mut response = if request.cookie.is_strict() {
             // A `Strict` cookie does not travel with a redirect that another site began; it does with a page that loads
@@ -447,7 +445,7 @@ impl Login {
         attempt: Option<&Attempt>,
         refusal: &Refusal,
     ) -> Response<Bytes> {
-        self.log_oidc(provider, request, None, refusal.label());
+        self.note_attempt(at_provider(provider, request, refusal.label()));
         if let Refusal::Provider(error) = refusal {
             warn!(provider = provider.name, request_id = request.request_id, %error, "login at the provider failed");
         }
@@ -489,11 +487,12 @@ impl Login {
     fn callback_url(&self, provider: &Provider, origin: &str) -> String {
         format!("{origin}{}oidc/{}/callback", self.prefix, provider.name)
     }
+}
 
-    fn log_oidc(&self, provider: &Provider, request: &LoginRequest<'_>, user: Option<&str>, result: &'static str) {
-        self.metrics.logins.with_label_values(&["oidc", result]).inc();
-        info!(user, client = %request.client, method = "oidc", provider = provider.name, result, "login");
-    }
+/// A login there, for the audit.
+fn at_provider<'a>(provider: &'a Provider, request: &LoginRequest<'_>, result: &'a str) -> audit::Attempt<'a> {
+    let attempt = audit::Attempt::without_session("oidc", request.client, result);
+    audit::Attempt { provider: Some(&provider.name), ..attempt }
 }
 
 impl Providers {

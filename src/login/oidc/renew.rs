@@ -15,6 +15,7 @@ use super::claims::Unwelcome;
 use super::provider::{Provider, Tokens};
 use super::token::Asked;
 use super::{ACCESS_TOKEN, ProviderError, REFRESH_TOKEN, kept_tokens, now};
+use crate::audit::{self, Event, LogoutReason};
 use crate::identity::Identity;
 use crate::login::Login;
 use crate::session::id::{SessionId, SessionKey};
@@ -179,7 +180,10 @@ impl Login {
     ) -> Result<Renewal, StoreError> {
         let user = record.identity.user.as_str();
         self.sessions.revoke(key, Some(user)).await?;
-        info!(user, provider = provider.name, session = key.log_hash(), reason, "session ended by its provider");
+        let session = key.log_hash();
+        info!(provider = provider.name, session, reason, "the provider renews a session no more");
+        let (user, session) = (Some(user), session.as_str());
+        audit::tell(Event::Logout { user, client: None, session, reason: LogoutReason::Provider });
         Ok(Renewal::Ended)
     }
 }
