@@ -61,6 +61,11 @@ impl Introduction {
         Self { identity, go_to: None }.checked()
     }
 
+    /// Whether these fields name a user in WebSEAL's words.
+    pub fn is_of_eai(said: &HeaderMap) -> bool {
+        said.contains_key(USER_ID) || said.contains_key(EXTERNAL_USER_ID)
+    }
+
     /// What WebSEAL calls an external authentication interface: `am-eai-user-id` and others. The fields that
     /// `am-eai-xattrs` names are claims, and are taken out of `headers`.
     ///

@@ -6,6 +6,7 @@
 //! confirm is 503. So the client never has a response that tells of a login or of a cart that does not exist.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -19,8 +20,8 @@ use crate::config::model::BackendPreset;
 use crate::login::backend::{Introduction, text_of};
 use crate::session::attributes::{Changes, Setting};
 use crate::session::id::SessionId;
-use crate::session::record::ClientHints;
-use crate::session::store::StoreError;
+use crate::session::record::{ClientHints, LoginMethod};
+use crate::session::store::{Found, StoreError};
 use crate::session::{Anonymous, Noted, Started};
 
 use super::Gateway;
@@ -76,6 +77,7 @@ impl Gateway {
         let preset = context.rules.login.backend_preset();
         let is_final = !response.status.is_informational();
         let allowed = context.route.as_ref().map(|route| route.directives).filter(|_| is_final).unwrap_or_default();
+        let why = if is_final { "its route does not allow it" } else { "only a final response counts" };
         let refused: Vec<_> = fields.keys().filter(|name| !is_allowed(name, allowed, preset)).cloned().collect();
         for name in &refused {
             fields.remove(name);
@@ -84,7 +86,7 @@ impl Gateway {
         if !refused.is_empty() {
             // One line however many they are: what an echoing backend repeats must not fill the log.
             let names = refused.iter().take(NAMES_TOLD_MAX).map(HeaderName::as_str).collect::<Vec<_>>().join(" ");
-            tell_refusal(context, &names, "its route does not allow it");
+            tell_refusal(context, &names, why);
         }
         let asked = Asked::read(&fields, response).map_err(|fault| self.misunderstood(context, &fields, fault))?;
         let Asked { login, logout, changes } = asked;
@@ -141,13 +143,24 @@ impl Gateway {
             self.count(Kind::Logout, "no_session");
             return Ok(Vec::new());
         };
-        let user = context.session.as_ref().map(|session| session.record.identity.user.clone());
-        match self.sessions.end(&id, user.as_deref()).await {
+        let user = match &context.session {
+            Some(session) => Some(Arc::clone(&session.record)),
+            // A public route does not ask who it is; the audit does. One that cannot be read is ended all the same.
+            None => match self.sessions.store().load(&id.key()).await {
+                Ok(Found::Live(stored)) => Some(stored.record),
+                Ok(Found::Ended(_) | Found::Nothing) | Err(StoreError::Unreadable) => None,
+                Err(error) => return Err(self.unavailable(context, Kind::Logout, error)),
+            },
+        };
+        let user = user.map(|record| (record.identity.user.clone(), record.method));
+        let of_user = user.as_ref().map(|(user, _)| user.as_str());
+        match self.sessions.end(&id, of_user).await {
             Ok(ended) => {
                 self.count(Kind::Logout, "done");
                 if ended {
-                    // A session that only held attributes was nobody's.
-                    let user = user.as_deref().filter(|user| !user.is_empty());
+                    // The user of a session of nobody is a name of ours.
+                    let user = user.as_ref().filter(|(_, method)| *method != LoginMethod::Anonymous);
+                    let user = user.map(|(user, _)| user.as_str());
                     let (client, session) = (Some(context.client), id.key().log_hash());
                     audit::tell(Event::Logout { user, client, session: &session, reason: LogoutReason::Backend });
                     self.observer.metrics.logouts.with_label_values(&[] as &[&str]).inc();
@@ -186,9 +199,12 @@ impl Gateway {
         }
         // A session that could not be read may be good on another instance: its cookie stays.
         let is_nobody = id(downstream, context).is_none() || context.session_is_gone;
+        // Who is known without a session (a script) would not come back with it.
+        let is_nobody = is_nobody && context.identity.is_none();
         let may_begin = is_nobody && context.route.as_ref().is_some_and(|route| route.anonymous);
         if changes.set.is_empty() || !may_begin {
-            self.note_refusal(context, &SESSION_SET, "there is no session");
+            // What any visitor brings about is counted, and no line of the log.
+            self.count(Kind::Attributes, "no_session");
             return Ok(Vec::new());
         }
         if let Err(excess) = changes.apply(&BTreeMap::new(), 0) {
@@ -200,17 +216,12 @@ impl Gateway {
                 Ok(cookies(context, |cookie| vec![cookie.set(&id)]))
             }
             Ok(Anonymous::TooMany) => {
-                self.note_refusal(context, &SESSION_SET, "this network has begun too many sessions");
+                self.count(Kind::Attributes, "refused");
+                tell_refusal(context, SESSION_SET.as_str(), "this network has begun too many sessions");
                 Ok(Vec::new())
             }
             Err(error) => Err(self.unavailable(context, Kind::Attributes, error)),
         }
-    }
-
-    /// The response goes on without it.
-    fn note_refusal(&self, context: &RequestContext, name: &HeaderName, why: &str) {
-        self.count(Kind::of(name).unwrap_or(Kind::Alien), "refused");
-        tell_refusal(context, name.as_str(), why);
     }
 
     fn misunderstood(&self, context: &mut RequestContext, fields: &HeaderMap, fault: &str) -> Box<Error> {
@@ -221,12 +232,15 @@ impl Gateway {
     /// The backend asked for what cannot be done. Nothing of it was done.
     fn failed(&self, context: &mut RequestContext, kind: Kind, fault: &str) -> Box<Error> {
         self.count(kind, "failed");
-        tell_refusal(context, kind.label(), fault);
+        tell_refusal(context, kind.fields(), fault);
         context.failure = Some(Rejection::BackendFailed);
         Error::explain(ErrorType::InvalidHTTPHeader, format!("the backend's directive: {fault}")).into_in()
     }
 
     fn unavailable(&self, context: &mut RequestContext, kind: Kind, error: StoreError) -> Box<Error> {
+        if matches!(error, StoreError::TooLarge) {
+            return self.failed(context, kind, &error.to_string());
+        }
         self.count(kind, "unavailable");
         self.observer.metrics.store_errors.with_label_values(&["directive"]).inc();
         context.failure = Some(Rejection::StoreUnavailable);
@@ -256,8 +270,8 @@ impl Asked {
         if let Some(text) = joined(fields, &SESSION_LOGIN) {
             asked.login = Some(Introduction::of_field(&text)?);
         }
-        let mut eai = fields.keys().filter(|name| Kind::of(name) == Some(Kind::Eai)).peekable();
-        if eai.peek().is_some() {
+        // The others mean nothing without a user, such as the level of a login that failed.
+        if Introduction::is_of_eai(fields) {
             let mut rest = response.headers.clone();
             asked.login = Some(Introduction::of_eai(fields, &mut rest)?);
             let named: Vec<_> = response.headers.keys().filter(|name| !rest.contains_key(*name)).cloned().collect();
@@ -297,6 +311,17 @@ impl Kind {
             "session-attributes" => Some(Self::Alien),
             "am-eai-server-task" => Some(Self::Logout),
             name => name.starts_with(EAI).then_some(Self::Eai),
+        }
+    }
+
+    /// What the audit calls one of its fields that cannot be obeyed.
+    const fn fields(self) -> &'static str {
+        match self {
+            Self::Login => "session-login",
+            Self::Eai => "am-eai",
+            Self::Logout => "session-logout",
+            Self::Attributes => "session-set",
+            Self::Alien => "session-attributes",
         }
     }
 

@@ -177,7 +177,8 @@ pub fn response(
         }
     }
 
-    let guards = context.identity.is_some() && context.route.as_ref().is_some_and(|route| route.cache_guard);
+    let is_personal = context.identity.is_some() || context.told_session().is_some();
+    let guards = is_personal && context.route.as_ref().is_some_and(|route| route.cache_guard);
     let says_nothing = || {
         let headers = &response.headers;
         ![header::CACHE_CONTROL, header::EXPIRES, header::PRAGMA].iter().any(|name| headers.contains_key(name))

@@ -3,7 +3,7 @@
 //! The rules of life (idle, absolute) are here, and what holds while the store is down; where sessions are kept is behind
 //! [`store::SessionStore`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use parking_lot::Mutex;
 use rand::TryRng;
 use rand::rngs::SysRng;
+use tokio::task::JoinSet;
 
 use crate::config::model;
 use crate::identity::Identity;
@@ -251,8 +252,10 @@ impl Sessions {
         client.user_agent.truncate(at.unwrap_or_default());
         let sealed = (!secrets.is_empty()).then(|| self.seal(&id, &secrets));
         let secrets = sealed.transpose().map_err(|error| StoreError::Unavailable(error.into()))?;
+        // Before the session begins, lest there be one that its provider cannot end.
+        let mut unbound = Vec::new();
         for handle in login.as_ref().map(ExternalLogin::handles).unwrap_or_default() {
-            self.bind(&handle, &id.key()).await?;
+            unbound.extend(self.store.bind(&handle, &id.key(), self.lifetime.absolute).await?);
         }
         let user = identity.user.clone();
         let session = NewSession { identity, method, client, secrets, attributes, login };
@@ -267,6 +270,9 @@ impl Sessions {
                     // The store does not say which: to be on the safe side, any but this one.
                     self.ended.note_all_of(&user, Some(&id.key()), now);
                 }
+                // Nobody could end them by that name any more.
+                let unbound = self.destroy_each(unbound, Ending::Displaced).await?;
+                let displaced = displaced.saturating_add(u32::try_from(unbound).unwrap_or(u32::MAX));
                 Ok(Started::Begun { id, displaced })
             }
             Creation::Full => Ok(Started::Full(self.limit.map_or(0, |limit| limit.sessions))),
@@ -360,13 +366,16 @@ impl Sessions {
         self.store.destroy_all(user, except, Ending::Revoked).await
     }
 
-    /// Ends the sessions that were begun with a login of this handle, see [`ExternalLogin::handles`]; how many.
-    pub async fn revoke_bound(&self, handle: &str) -> Result<u64, StoreError> {
-        let mut ended = 0;
-        for key in self.store.bound(handle).await? {
-            ended += u64::from(self.revoke(&key, None).await?);
+    /// Ends the sessions that were begun with a login of one of these handles, see [`ExternalLogin::handles`]; how many.
+    ///
+    /// # Errors
+    /// When some of them may live on; all others have ended.
+    pub async fn revoke_bound(&self, handles: &[String]) -> Result<u64, StoreError> {
+        let mut bound = HashSet::new();
+        for handle in handles {
+            bound.extend(self.store.bound(handle).await?);
         }
-        Ok(ended)
+        self.destroy_each(bound, Ending::Revoked).await
     }
 
     /// Ends everybody's sessions in one of the store's parts; how many.
@@ -462,13 +471,28 @@ impl Sessions {
         (!is_doubtful).then_some((Session { key, record, time_to_live }, source))
     }
 
-    /// Before the session begins, lest there be one that its provider cannot end.
-    async fn bind(&self, handle: &str, key: &SessionKey) -> Result<(), StoreError> {
-        for other in self.store.bind(handle, key, self.lifetime.absolute).await? {
-            // Nobody could end it by this name any more.
-            self.destroy(&other, None, Ending::Displaced).await?;
+    /// All at the same time: each may have to wait until every instance knows. How many lived, or the first failure,
+    /// after which the others have ended all the same.
+    async fn destroy_each(
+        &self,
+        keys: impl IntoIterator<Item = SessionKey>,
+        ending: Ending,
+    ) -> Result<u64, StoreError> {
+        let mut ending_all = JoinSet::new();
+        for key in keys {
+            self.ended.note(&key, Instant::now());
+            let store = Arc::clone(&self.store);
+            ending_all.spawn(async move { store.destroy(&key, None, ending).await });
         }
-        Ok(())
+        let mut ended = Ok(0);
+        while let Some(one) = ending_all.join_next().await {
+            let one = one.map_err(|error| StoreError::Unavailable(error.into())).and_then(|lived| lived);
+            ended = match (ended, one) {
+                (Ok(count), Ok(lived)) => Ok(count + u64::from(lived)),
+                (Err(error), _) | (Ok(_), Err(error)) => Err(error),
+            };
+        }
+        ended
     }
 
     async fn destroy(&self, key: &SessionKey, user: Option<&str>, ending: Ending) -> Result<bool, StoreError> {

@@ -311,15 +311,23 @@ fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, RecordError> {
 }
 
 impl ExternalLogin {
-    /// The names by which the provider can end the session: its own session, where it named one, and the user.
+    /// The names by which the provider can end the session: its own session, or that it named none, and the user.
     pub fn handles(&self) -> Vec<String> {
-        let of_sid = self.sid.as_ref().map(|sid| Self::handle_of_sid(&self.issuer, sid));
-        of_sid.into_iter().chain([Self::handle_of_subject(&self.issuer, &self.subject)]).collect()
+        let narrow = match &self.sid {
+            Some(sid) => Self::handle_of_sid(&self.issuer, sid),
+            None => Self::handle_without_sid(&self.issuer, &self.subject),
+        };
+        vec![narrow, Self::handle_of_subject(&self.issuer, &self.subject)]
     }
 
     /// For [`super::Sessions::revoke_bound`]: `sid` of a logout token (OpenID Connect Back-Channel Logout 1.0, section 2.4).
     pub fn handle_of_sid(issuer: &str, sid: &str) -> String {
         format!("oidc sid\0{issuer}\0{sid}")
+    }
+
+    /// As [`Self::handle_of_subject`], of those sessions that began without a `sid`.
+    pub fn handle_without_sid(issuer: &str, subject: &str) -> String {
+        format!("oidc sub without sid\0{issuer}\0{subject}")
     }
 
     /// As [`Self::handle_of_sid`], of `sub`: all sessions of this user that this issuer began.

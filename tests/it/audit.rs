@@ -28,6 +28,9 @@ fn every_way_in_and_out_leaves_its_event_and_no_secret() {
     let (backend, provider) = (obliging(), FakeProvider::start());
     let rest = format!(
         "[[route]]\npath = \"/all\"\npool = \"app\"\naccess = \"optional\"\ndirectives = [\"login\", \"logout\"]\n\
+         [[route]]\npath = \"/open\"\npool = \"app\"\naccess = \"optional\"\nanonymous = true\n\
+         directives = [\"logout\", \"attributes\"]\n\
+         [[route]]\npath = \"/leave\"\npool = \"app\"\naccess = \"public\"\ndirectives = [\"logout\"]\n\
          [login]\norigins = [\"{ORIGIN}\"]\n[login.backend]\n[session]\nmax_per_user = 1\n\
          [log]\nformat = \"json\"\n{}",
         provider.table("fake", "")
@@ -50,7 +53,9 @@ fn every_way_in_and_out_leaves_its_event_and_no_secret() {
 
     let legacy = client();
     assert_eq!(say_to(&legacy, "/all", &[("Session-Login", "user=\"bob\"")]).status, 200);
-    assert_eq!(say_to(&legacy, "/all", &[("Session-Logout", "?1")]).status, 200);
+    assert_eq!(say_to(&legacy, "/leave", &[("Session-Logout", "?1")]).status, 200);
+    assert_eq!(say_to(&legacy, "/open", &[("Session-Set", "cart=\"1\"")]).status, 200);
+    assert_eq!(say_to(&legacy, "/open", &[("Session-Logout", "?1")]).status, 200);
     assert_eq!(say_to(&legacy, "/", &[("Session-Login", "user=\"eve\""), ("am-eai-user-id", "eve")]).status, 200);
     assert_eq!(say_to(&legacy, "/all", &[("Session-Login", "nobody")]).status, 502);
 
@@ -70,9 +75,11 @@ fn every_way_in_and_out_leaves_its_event_and_no_secret() {
         json!({ "message": "login", "user": "bob", "client": "127.0.0.1", "method": "backend", "result": "success",
                 "session": "some" }),
         json!({ "message": "logout", "user": "bob", "client": "127.0.0.1", "session": "some", "reason": "backend" }),
+        // Of a session that nobody had logged in to.
+        json!({ "message": "logout", "client": "127.0.0.1", "session": "some", "reason": "backend" }),
         json!({ "message": "directive refused", "route": "/", "directive": "session-login am-eai-user-id",
                 "reason": "its route does not allow it" }),
-        json!({ "message": "directive refused", "route": "/all", "directive": "login",
+        json!({ "message": "directive refused", "route": "/all", "directive": "session-login",
                 "reason": "a value is not a text: write it in double quotes" }),
     ];
     assert_eq!(events, expected, "{noise}");

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::basic::basic;
 use crate::harness::backend::{Answer, Backend, Request};
 use crate::harness::client::{Client, Response};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
@@ -39,7 +40,7 @@ pub(crate) fn say_to(client: &Client, path: &str, fields: &[(&str, &str)]) -> Re
 }
 
 /// What a backend is told of the attributes, and of the user.
-fn told(client: &Client, path: &str) -> (String, String) {
+pub(crate) fn told(client: &Client, path: &str) -> (String, String) {
     let response = client.get(path).send();
     assert_eq!(response.status, 200, "{}", response.text());
     let text = response.text();
@@ -313,8 +314,42 @@ fn webseals_words_work_where_they_are_the_preset() {
     assert_eq!(told(&client, "/").1, "alice");
     say_to(&client, "/login", &[("Session-Login", "user=\"bob\"")]);
     assert_eq!(told(&client, "/").1, "alice", "one way to say it, not two");
-    say_to(&client, "/login", &[("am-eai-server-task", "terminate session")]);
+    assert_eq!(say_to(&client, "/login", &[("am-eai-auth-level", "1")]).status, 200, "a login that failed");
+    assert_eq!(told(&client, "/").1, "alice");
+    let leaving = [("am-eai-server-task", "terminate session"), ("am-eai-redir-url", "/bye")];
+    assert_eq!(say_to(&client, "/login", &leaving).status, 200);
     assert_eq!(client.get("/").send().status, 401);
+}
+
+#[test]
+fn a_page_made_of_what_was_noted_is_kept_out_of_shared_caches() {
+    let backend = obliging();
+    let gateway = shop(&[&backend]).start();
+    let client = gateway.client();
+    assert!(client.get("/open").send().header("cache-control").is_none(), "nothing in it is anybody's");
+    say_to(&client, "/open", &[("Session-Set", "cart=\"book\"")]);
+    assert_eq!(client.get("/open").send().header("cache-control"), Some("private, no-store"));
+}
+
+#[test]
+fn a_script_begins_no_session_and_a_visitor_without_one_has_nothing_to_forget() {
+    let backend = obliging();
+    let gateway = Gateway::in_front_of(&[&backend])
+        .route("/", "")
+        .route("/open", "access = \"optional\"\nbasic = true\ndirectives = [\"attributes\"]\nanonymous = true")
+        .with("[login.basic]")
+        .start();
+    let set = saying("/open", &[("Session-Set", "a=\"1\"")]);
+    let script = gateway.client();
+    let response = script.get(&set).header("Authorization", &basic("ann", PASSWORD)).send();
+    assert_eq!(response.status, 200);
+    assert!(response.headers("set-cookie").is_empty(), "it would not come back with it: {response:?}");
+    let visitor = gateway.client();
+    assert_eq!(say_to(&visitor, "/open", &[("Session-Unset", "a")]).status, 200);
+    let counted = |result: &str| {
+        gateway.metric(&format!("cloakroom_directives_total{{directive=\"attributes\",result=\"{result}\"}}"))
+    };
+    assert_eq!((counted("no_session"), counted("refused")), (2.0, 0.0), "nobody did anything wrong");
 }
 
 #[test]

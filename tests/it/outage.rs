@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use crate::directives::{obliging, say_to, told};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Response};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
@@ -187,6 +188,20 @@ fn no_cache_is_given_somebodys_cookie() {
         let says = response.header("cache-control").unwrap_or_default().to_lowercase();
         assert!(!hands_out || says.contains("private"), "{target}: {says}");
     }
+}
+
+/// What was noted changes the record, and a record that changed may have ended for all that anybody knows.
+#[test]
+fn who_was_seen_after_a_note_is_served_where_only_notes_are_read() {
+    let (backend, mut redis, keys) = (obliging(), RedisServer::with(KEEPS_ITS_DATA), Keys::of(&[ONE]));
+    let shop = setup(&backend, &redis).route("/shop", "directives = [\"attributes\"]");
+    let gateway = with_fallback(shop, &keys, "5m").start();
+    let ann = gateway.log_in("ann");
+    assert_eq!(say_to(&ann, "/shop", &[("Session-Set", "cart=\"1\"")]).status, 200);
+    assert_eq!(told(&ann, "/shop"), ("cart=\"1\"".to_owned(), "ann".to_owned()));
+    redis.kill();
+    wait_until("the cookie counts", || ann.get("/shop").send().status == 200);
+    assert_eq!(told(&ann, "/shop").1, "ann");
 }
 
 #[test]

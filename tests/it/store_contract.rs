@@ -356,7 +356,7 @@ async fn a_session_larger_than_a_record_may_be_is_refused(world: &World) {
     session.identity.groups = vec!["g".repeat(RECORD_BYTES_MAX)];
     let key = id_of("ann").key();
     let refused = world.store.create(&key, session, &terms(LONG, None)).await;
-    assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+    assert!(matches!(refused, Err(StoreError::TooLarge)), "{refused:?}");
     assert!(world.user(&key).await.is_none());
 }
 
@@ -422,7 +422,7 @@ async fn what_is_no_change_is_none(world: &World) {
     let refused = world.store.update(&key, &renamed).await;
     assert!(matches!(refused, Err(StoreError::Refused(_))), "it is in ann's list: {refused:?}");
     let large = world.store.update(&key, &noting("a", &"x".repeat(RECORD_BYTES_MAX))).await;
-    assert!(matches!(large, Err(StoreError::Refused(_))), "nobody could read it: {large:?}");
+    assert!(matches!(large, Err(StoreError::TooLarge)), "nobody could read it: {large:?}");
     let stored = world.store.load(&key).await.unwrap().live().unwrap();
     assert_eq!(stored.record, before, "what was refused has changed nothing");
 }
@@ -567,6 +567,11 @@ async fn who_may_have_no_more_is_refused_and_nothing_changes(world: &World) {
     let (refused, creation) = world.logged_in(&user, THREE_AND_NO_MORE, None).await;
     assert_eq!(creation, Creation::Full);
     assert_eq!(world.ended(&refused).await, None, "it never began");
+    assert_eq!(world.listed(&user).await, before);
+    // The browser may have come with somebody else's session, in another place.
+    let theirs = world.created(&somebody(), LONG).await;
+    assert_eq!(world.logged_in(&user, THREE_AND_NO_MORE, Some(&theirs)).await.1, Creation::Full);
+    assert!(world.lives(&theirs).await, "who is refused keeps what they came with");
     assert_eq!(world.listed(&user).await, before);
 
     world.store.destroy(&before[0], Some(&user), Ending::LoggedOut).await.unwrap();

@@ -57,7 +57,7 @@ pub(crate) async fn until_down(store: &RedisStore, key: &SessionKey) {
     eventually("the store is seen to be down", async || match load(store, key).await {
         Err(StoreError::Unavailable(_)) => Some(()),
         Err(StoreError::Refused(cause)) => panic!("being down is no refusal: {cause}"),
-        Err(StoreError::Unreadable) => panic!("nothing was read"),
+        Err(error @ (StoreError::Unreadable | StoreError::TooLarge)) => panic!("nothing was read: {error}"),
         Ok(user) => {
             assert!(user.is_some(), "a store that goes down logs nobody out");
             None

@@ -116,12 +116,17 @@ impl Login {
             return Ok(refused(&"it came before", "replayed"));
         }
         // With a `sid` it means that session of the provider alone (section 2.7).
-        let handle = match (&token.sid, &token.subject) {
-            (Some(sid), _) => ExternalLogin::handle_of_sid(&provider.issuer, sid),
-            (None, Some(subject)) => ExternalLogin::handle_of_subject(&provider.issuer, subject),
+        let issuer = &provider.issuer;
+        let handles = match (&token.sid, &token.subject) {
+            // And those that may be of it, for all that their ID tokens said.
+            (Some(sid), Some(subject)) => {
+                vec![ExternalLogin::handle_of_sid(issuer, sid), ExternalLogin::handle_without_sid(issuer, subject)]
+            }
+            (Some(sid), None) => vec![ExternalLogin::handle_of_sid(issuer, sid)],
+            (None, Some(subject)) => vec![ExternalLogin::handle_of_subject(issuer, subject)],
             (None, None) => return Ok(refused(&"it names nobody", "refused")),
         };
-        let ended = match self.sessions.revoke_bound(&handle).await {
+        let ended = match self.sessions.revoke_bound(&handles).await {
             Ok(ended) => ended,
             Err(error) => {
                 // Not carried out, so that it may come again. When that fails as well, it is the time that must pass.
@@ -162,7 +167,7 @@ impl Login {
             let words = ("Refused", "This ends no session.");
             return Ok(self.message(request, StatusCode::BAD_REQUEST, "no_such_session", words));
         };
-        let ended = self.sessions.revoke_bound(&ExternalLogin::handle_of_sid(issuer, sid)).await?;
+        let ended = self.sessions.revoke_bound(&[ExternalLogin::handle_of_sid(issuer, sid)]).await?;
         self.note_provider_logout(provider, request, "frontchannel", ended);
         let mut response = self.logged_out_page();
         let headers = response.headers_mut();

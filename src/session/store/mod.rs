@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::Lifetime;
 use super::id::SessionKey;
-use super::record::{Attribute, ClientHints, Codec, ExternalLogin, LoginMethod, Memo, Record, Sealed};
+use super::record::{Attribute, ClientHints, Codec, ExternalLogin, LoginMethod, Memo, Record, RecordError, Sealed};
 use crate::config::model::WhenFull;
 use crate::identity::Identity;
 
@@ -310,6 +310,8 @@ pub enum StoreError {
     Unavailable(Box<dyn Error + Send + Sync>),
     /// It answered, and refused: full, no permission, wrong type.
     Refused(Box<dyn Error + Send + Sync>),
+    /// The record would be larger than one may be. To try again is in vain.
+    TooLarge,
     /// Something is at the session's key, and it is no session that we can read: damaged, or of a newer version, which
     /// another instance may read. Whoever comes with it is nobody here, and keeps the cookie.
     Unreadable,
@@ -337,6 +339,7 @@ impl fmt::Display for StoreError {
         f.write_str(match self {
             Self::Unavailable(_) => "session store is unavailable",
             Self::Refused(_) => "session store refused",
+            Self::TooLarge => "more than a session keeps",
             Self::Unreadable => "session cannot be read",
         })
     }
@@ -346,7 +349,19 @@ impl Error for StoreError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Unavailable(cause) | Self::Refused(cause) => Some(cause.as_ref()),
-            Self::Unreadable => None,
+            Self::TooLarge | Self::Unreadable => None,
+        }
+    }
+}
+
+/// Of what was to be written.
+impl From<RecordError> for StoreError {
+    fn from(error: RecordError) -> Self {
+        match error {
+            RecordError::TooLarge => Self::TooLarge,
+            RecordError::NewerVersion(_) | RecordError::Malformed | RecordError::Plain | RecordError::Sealed(_) => {
+                Self::Refused(error.into())
+            }
         }
     }
 }

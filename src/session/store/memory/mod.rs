@@ -266,7 +266,7 @@ impl MemoryStore {
         let user = UserKey::of(&session.identity.user);
         let record = session.into_record(now, terms.lifetime);
         // Also without a file: what another store would refuse is refused here too.
-        let row = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+        let row = self.options.codec.encode(&record, key)?;
         let expires = now.saturating_add(millis(terms.lifetime.idle)).min(record.ends);
         let has_place = self.reserve() || {
             self.sweep_all(now);
@@ -399,10 +399,12 @@ impl MemoryStore {
         let mut shard = self.named_shard(&hash).lock();
         let bound = shard.bindings.entry(hash).or_default();
         bound.retain(|(expires, other)| now < *expires && other != key);
+        // Room first: never this one's, which its login is about to begin.
+        let surplus = (bound.len() + 1).saturating_sub(BOUND_MAX);
+        let surplus = bound.drain(..surplus).map(|(_, key)| key).collect();
         let at = bound.partition_point(|(other, _)| *other <= expires);
         bound.insert(at, (expires, key.clone()));
-        let surplus = bound.len().saturating_sub(BOUND_MAX);
-        bound.drain(..surplus).map(|(_, key)| key).collect()
+        surplus
     }
 
     fn end_all(&self, part: usize, keys: impl FnOnce(&Shard) -> Vec<SessionKey>, ending: Ending) -> u64 {
@@ -558,7 +560,7 @@ impl SessionStore for MemoryStore {
         let mut shard = self.shard(key).lock();
         let Some(entry) = shard.sessions.get_mut(key).filter(|entry| now < entry.expires) else { return Ok(None) };
         if let Some(record) = changed(&entry.record, change)? {
-            let row = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+            let row = self.options.codec.encode(&record, key)?;
             entry.record = Arc::new(record);
             let expires = entry.expires;
             self.notes().begun(key, expires, row);

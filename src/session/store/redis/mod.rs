@@ -119,8 +119,8 @@ impl SessionStore for RedisStore {
     }
 
     async fn load_now(&self, key: &SessionKey) -> Result<Found, StoreError> {
-        let replies = read::read(&self.links, self.keys.session(key)).await?;
-        found(replies, key, &self.options.codec, &self.links)
+        let decode = |replies| found(replies, key, &self.options.codec, &self.links);
+        read::read_now(&self.links, key, self.keys.session(key), decode).await
     }
 
     async fn create(&self, key: &SessionKey, session: NewSession, terms: &Terms) -> Result<Creation, StoreError> {
@@ -131,18 +131,15 @@ impl SessionStore for RedisStore {
         if index.bucket() != key.bucket() {
             return Err(StoreError::Refused("the id was not made for this user".into()));
         }
-        let mut replaced = String::new();
         if let Some(old) = &terms.replaces {
             self.forget(old);
-            if old.bucket() == key.bucket() {
-                replaced = old.member();
-            } else {
-                // First, so that whatever happens no browser leaves with two sessions.
-                self.destroying(old, None, Ending::Replaced).run(&self.links, None).await?;
-            }
         }
+        let (replaced, elsewhere) = match &terms.replaces {
+            Some(old) if old.bucket() == key.bucket() => (old.member(), None),
+            old => (String::new(), old.as_ref()),
+        };
         let record = session.into_record(self.now(key.bucket()).await?, terms.lifetime);
-        let bytes = self.options.codec.encode(&record, key).map_err(|error| StoreError::Refused(error.into()))?;
+        let bytes = self.options.codec.encode(&record, key)?;
         let (limit, when_full) = match terms.limit {
             None => (0, WhenFull::EvictOldest),
             Some(limit) => (limit.sessions.max(1), limit.when_full),
@@ -153,7 +150,7 @@ impl SessionStore for RedisStore {
             .with(bytes)
             .with_number(millis(terms.lifetime.idle))
             .with_number(record.ends)
-            .with(if is_told { user } else { String::new() })
+            .with(if is_told { user.clone() } else { String::new() })
             .with_number(limit.into())
             .with(match when_full {
                 WhenFull::EvictOldest => "evict_oldest",
@@ -164,13 +161,25 @@ impl SessionStore for RedisStore {
         if let Some(old) = &terms.replaces {
             self.forget(old);
         }
-        match &created?[..] {
-            [Value::Int(-1)] => Ok(Creation::Full),
+        let displaced = match &created?[..] {
+            [Value::Int(-1)] => return Ok(Creation::Full),
             displaced => {
                 self.forget_members(key.bucket(), displaced, creating.place())?;
-                Ok(Creation::Begun { displaced: u32::try_from(displaced.len()).unwrap_or(u32::MAX) })
+                u32::try_from(displaced.len()).unwrap_or(u32::MAX)
+            }
+        };
+        if let Some(old) = elsewhere {
+            // Only now, so that who is refused keeps what they came with. And then it has to end: no browser leaves with
+            // two sessions, and of the new one nobody knows yet.
+            let ended = self.destroying(old, None, Ending::Replaced).run(&self.links, None).await;
+            self.forget(old);
+            if let Err(error) = ended {
+                let undoing = self.destroying(key, Some(&user), Ending::Replaced);
+                let _: Result<Vec<Value>, StoreError> = undoing.run(&self.links, None).await;
+                return Err(error);
             }
         }
+        Ok(Creation::Begun { displaced })
     }
 
     async fn touch(&self, key: &SessionKey, idle: Duration, ends: u64) -> Result<bool, StoreError> {
@@ -443,7 +452,7 @@ impl RedisStore {
             let codec = &self.options.codec;
             let record = codec.decode(&value, key).map_err(|error| codec.unreadable(key, error))?;
             let Some(new) = changed(&record, change)? else { return Ok(Some(Arc::new(record))) };
-            let bytes = codec.encode(&new, key).map_err(|error| StoreError::Refused(error.into()))?;
+            let bytes = codec.encode(&new, key)?;
             let updating =
                 self.on_bucket(&scripts::UPDATE, key.bucket(), None).with(key.member()).with(&value).with(bytes);
             match &mut updating.run(&self.links, None).await?[..] {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use redis::Value;
 
 use super::link::{Batch, Links, Place, key_slot};
+use super::supervise::Copies;
+use crate::session::cache::Ticket;
 use crate::session::cache::single_flight::SingleFlight;
 use crate::session::id::SessionKey;
 use crate::session::store::{Found, StoreError};
@@ -32,19 +34,7 @@ where
     let ticket = copies.cache.begin_read(key);
     let found = copies.flights.read(ticket, |ticket| {
         let (links, copies) = (Arc::clone(links), Arc::clone(&copies));
-        async move {
-            let (replies, is_tracked) = links.read_for(&copies, question(slot, &name)).await.map_err(Arc::new)?;
-            let found = pair(replies).and_then(decode).map_err(Arc::new)?;
-            match &found {
-                Found::Live(stored) if is_tracked => {
-                    copies.cache.finish_read(&ticket, Some(stored));
-                    links.each_cache(slot, |cache| cache.seen_alive(&ticket));
-                }
-                Found::Live(_) => {}
-                Found::Ended(_) | Found::Nothing => copies.cache.finish_read(&ticket, None),
-            }
-            Ok(found)
-        }
+        async move { ask_and_keep(&links, &copies, &ticket, &name, decode).await.map_err(Arc::new) }
     });
     match found.await {
         Some(Ok(found)) => Ok(found),
@@ -53,9 +43,41 @@ where
     }
 }
 
-/// The replies to `GET` and `PTTL` of a read that nobody shares.
-pub(super) async fn read(links: &Links, name: String) -> Result<[Value; 2], StoreError> {
-    links.ask(question(key_slot(name.as_bytes()), &name)).await.and_then(pair)
+/// As [`read_through`], by a read of its own: what was written before this was called is seen.
+pub(super) async fn read_now<D>(links: &Links, key: &SessionKey, name: String, decode: D) -> Result<Found, StoreError>
+where
+    D: FnOnce([Value; 2]) -> Result<Found, StoreError>,
+{
+    let slot = key_slot(name.as_bytes());
+    let Some(copies) = links.copies(slot).await? else {
+        return links.ask(question(slot, &name)).await.and_then(pair).and_then(decode);
+    };
+    let ticket = copies.cache.begin_read(key);
+    ask_and_keep(links, &copies, &ticket, &name, decode).await
+}
+
+async fn ask_and_keep<D>(
+    links: &Links,
+    copies: &Copies,
+    ticket: &Ticket,
+    name: &str,
+    decode: D,
+) -> Result<Found, StoreError>
+where
+    D: FnOnce([Value; 2]) -> Result<Found, StoreError>,
+{
+    let slot = key_slot(name.as_bytes());
+    let (replies, is_tracked) = links.read_for(copies, question(slot, name)).await?;
+    let found = pair(replies).and_then(decode)?;
+    match &found {
+        Found::Live(stored) if is_tracked => {
+            copies.cache.finish_read(ticket, Some(stored));
+            links.each_cache(slot, |cache| cache.seen_alive(ticket));
+        }
+        Found::Live(_) => {}
+        Found::Ended(_) | Found::Nothing => copies.cache.finish_read(ticket, None),
+    }
+    Ok(found)
 }
 
 fn question(slot: u16, name: &str) -> Batch {
@@ -75,6 +97,7 @@ fn told_again(error: &StoreError) -> StoreError {
     match error {
         StoreError::Unavailable(cause) => StoreError::Unavailable(cause.to_string().into()),
         StoreError::Refused(cause) => StoreError::Refused(cause.to_string().into()),
+        StoreError::TooLarge => StoreError::TooLarge,
         StoreError::Unreadable => StoreError::Unreadable,
     }
 }
