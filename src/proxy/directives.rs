@@ -188,10 +188,11 @@ impl Gateway {
                     self.count(Kind::Attributes, "done");
                     Ok(Vec::new())
                 }
-                // Its user left meanwhile: nobody will ask for it.
+                // Its user left meanwhile, or logged in and has another one.
                 Ok(Noted::Gone) => {
                     self.count(Kind::Attributes, "gone");
-                    Ok(Vec::new())
+                    context.failure = Some(Rejection::SessionEnded);
+                    Err(Error::explain(ErrorType::InternalError, "the session ended before it was noted").into_in())
                 }
                 Ok(Noted::TooMuch(excess)) => Err(self.failed(context, Kind::Attributes, &excess.to_string())),
                 Err(error) => Err(self.unavailable(context, Kind::Attributes, error)),
@@ -252,9 +253,17 @@ impl Gateway {
     }
 }
 
-/// Puts our cookies into a response. No cache may give one user's to another.
+/// Puts our cookies into a response. No cache may give one user's to another, whatever the backend tells caches: of the
+/// several fields for them, those for caches of one kind go first (RFC 9213).
 pub(super) fn add_cookies(response: &mut ResponseHeader, cookies: Vec<HeaderValue>) -> Result<()> {
     if !cookies.is_empty() {
+        let is_for_caches = |name: &&HeaderName| {
+            let name = name.as_str();
+            name.ends_with("-cache-control") || ["expires", "pragma", "surrogate-control"].contains(&name)
+        };
+        for name in response.headers.keys().filter(is_for_caches).cloned().collect::<Vec<_>>() {
+            response.remove_header(&name);
+        }
         response.insert_header(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
     }
     for cookie in cookies {

@@ -181,7 +181,8 @@ pub fn response(
     let guards = is_personal && context.route.as_ref().is_some_and(|route| route.cache_guard);
     let says_nothing = || {
         let headers = &response.headers;
-        ![header::CACHE_CONTROL, header::EXPIRES, header::PRAGMA].iter().any(|name| headers.contains_key(name))
+        let says = |name| headers.get_all(name).iter().any(|value| !value.as_bytes().trim_ascii().is_empty());
+        ![header::CACHE_CONTROL, header::EXPIRES].into_iter().any(says)
     };
     let hands_out_a_cookie = context.fallback_cookie.is_some();
     if (guards || hands_out_a_cookie) && says_nothing() {

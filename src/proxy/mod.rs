@@ -26,7 +26,7 @@ use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::id::SessionId;
 use crate::session::record::LoginMethod;
-use crate::session::store::{Found, StoreError};
+use crate::session::store::{Ending, Found, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
@@ -172,6 +172,8 @@ impl ProxyHttp for Gateway {
         backend.attempts.get_or_init(attempts).inc();
         let timeouts = pool.timeouts();
         let mut peer = HttpPeer::new(address, false, String::new());
+        // Where a backend's word counts, it comes over no connection on which another route may have left something.
+        peer.group_key = context.route.as_ref().map_or(0, |route| route.directives.number());
         let options = &mut peer.options;
         let pause = if context.is_upgrade { timeouts.websocket } else { timeouts.read };
         options.connection_timeout = Some(timeouts.connect);
@@ -480,7 +482,8 @@ impl Gateway {
                 (source.label(), who)
             }
             Ok(Resumed::Gone(ending)) => {
-                context.session_is_gone = true;
+                // Where a login has replaced it, the browser has, or is about to have, a cookie that is none of ours to take.
+                context.session_is_gone = ending != Some(Ending::Replaced);
                 context.notice = Notice::of(ending);
                 if ending.is_none() {
                     metrics.session_guesses.with_label_values(&["unknown"]).inc();

@@ -28,6 +28,8 @@ pub enum Rejection {
     StepUp,
     /// A WebSocket from a page of another origin.
     ForeignOrigin,
+    /// A backend noted something in a session that ended meanwhile.
+    SessionEnded,
     /// A login on a backend's word, of a user who has as many sessions as allowed.
     TooManySessions,
     NoRoute,
@@ -90,6 +92,7 @@ impl Rejection {
         match self {
             Self::Unauthenticated | Self::BadCredentials | Self::StepUp => StatusCode::UNAUTHORIZED,
             Self::MissingGroup | Self::ForeignOrigin | Self::TooManySessions => StatusCode::FORBIDDEN,
+            Self::SessionEnded => StatusCode::CONFLICT,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
@@ -111,6 +114,7 @@ impl Rejection {
             // The name of RFC 9470, section 3.
             Self::StepUp => "insufficient_user_authentication",
             Self::ForeignOrigin => "foreign_origin",
+            Self::SessionEnded => "session_ended",
             Self::TooManySessions => "too_many_sessions",
             Self::NoRoute => "no_route",
             Self::BodyTooLarge => "body_too_large",
@@ -140,6 +144,9 @@ impl Rejection {
                 ("Log in again", "This needs a stronger or a more recent login. Open it as a page of its own.")
             }
             Self::ForeignOrigin => ("Not allowed", "A page of another site may not open this connection."),
+            Self::SessionEnded => {
+                ("Not saved", "You logged in or out at the same time, and what you did was not saved. Do it again.")
+            }
             Self::TooManySessions => (
                 "Not logged in",
                 "You are logged in elsewhere as often as is allowed. Log out there, then log in here.",
@@ -170,6 +177,7 @@ impl Rejection {
     fn next<'r>(self, reader: &'r Reader<'_>) -> Option<Link<'r>> {
         match self {
             Self::StoreUnavailable
+            | Self::SessionEnded
             | Self::TooManyGuesses
             | Self::NoBackend
             | Self::BodyTooSlow
@@ -214,6 +222,7 @@ impl Rejection {
             }
             Self::MissingGroup
             | Self::ForeignOrigin
+            | Self::SessionEnded
             | Self::TooManySessions
             | Self::NoRoute
             | Self::BodyTooLarge

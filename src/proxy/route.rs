@@ -53,6 +53,13 @@ pub struct Allowed {
     pub attributes: bool,
 }
 
+impl Allowed {
+    /// Another one for each set of directives, 0 for none.
+    pub fn number(self) -> u64 {
+        u64::from(self.login) | u64::from(self.logout) << 1 | u64::from(self.attributes) << 2
+    }
+}
+
 /// All routes, ready to be searched. A search costs the same for one route and for thousands.
 ///
 /// Hosts: an exact name goes before `*.suffix`, a longer suffix before a shorter one, and each before the routes

@@ -169,9 +169,12 @@ fn a_backend_logs_in_under_a_new_id_and_out() {
     let gateway = shop(&[&backend]).start();
     let client = gateway.client();
     let login = "user=\"alice\", groups=(\"staff\" \"admin\"), email=\"alice@example.org\"";
-    let response = say_to(&client, "/legacy", &[("Session-Login", login), ("Cache-Control", "public, max-age=600")]);
+    let cached = [("Cache-Control", "public, max-age=600"), ("CDN-Cache-Control", "max-age=600"), ("Expires", "0")];
+    let fields = [("Session-Login", login)].into_iter().chain(cached).collect::<Vec<_>>();
+    let response = say_to(&client, "/legacy", &fields);
     assert_eq!(response.status, 200);
     assert_eq!(response.headers("cache-control"), ["no-store"], "no cache gives her cookie to another");
+    assert!(response.header("cdn-cache-control").is_none() && response.header("expires").is_none());
     let first = client.cookie("session").expect("a session");
     assert_eq!(told(&client, "/"), (String::new(), "alice".to_owned()));
 
@@ -319,6 +322,44 @@ fn webseals_words_work_where_they_are_the_preset() {
     let leaving = [("am-eai-server-task", "terminate session"), ("am-eai-redir-url", "/bye")];
     assert_eq!(say_to(&client, "/login", &leaving).status, 200);
     assert_eq!(client.get("/").send().status, 401);
+}
+
+/// What another route's response left on a connection, by whatever mistake of the backend, is not heard as its word.
+#[test]
+fn a_word_that_counts_comes_over_a_connection_of_its_own() {
+    let backend = obliging();
+    let gateway = shop(&[&backend]).with("[server]\nthreads = 1").start();
+    let client = gateway.client();
+    for (path, before) in [("/public", 1), ("/public", 2), ("/legacy", 1), ("/public", 3), ("/legacy", 2), ("/open", 1)]
+    {
+        client.get(path).send();
+        let request = backend.requests().pop().unwrap();
+        assert_eq!((request.target(), request.on_connection), (path, before));
+    }
+}
+
+/// A request that was under way, with what the browser had before the login.
+#[test]
+fn what_comes_late_with_the_session_before_a_login_takes_nothing_from_the_one_after() {
+    let redis = RedisServer::start();
+    let backend = obliging();
+    for setup in [shop(&[&backend]), shop(&[&backend]).store(Store::of(&redis))] {
+        let gateway = setup.start();
+        let client = gateway.client();
+        say_to(&client, "/open", &[("Session-Set", "cart=\"1\"")]);
+        let before = client.cookie("session").unwrap();
+        assert_eq!(gateway.try_log_in(&client, "ann", PASSWORD).status, 303);
+        let late = || {
+            let late = gateway.client();
+            late.set_cookie("session", &before);
+            late
+        };
+        let page = late().navigate("/").send();
+        assert_eq!((page.status, page.headers("set-cookie")), (302, vec![]), "the new cookie stays");
+        let note = say_to(&late(), "/open", &[("Session-Set", "cart=\"2\"")]);
+        assert!(note.headers("set-cookie").is_empty(), "and no session of nobody takes its place: {note:?}");
+        assert_eq!(told(&client, "/shop"), ("cart=\"1\"".to_owned(), "ann".to_owned()));
+    }
 }
 
 #[test]

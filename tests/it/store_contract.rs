@@ -603,7 +603,7 @@ async fn who_was_displaced_or_revoked_is_told_why_and_nobody_else(world: &World)
 
     assert_eq!(world.ended(&displaced).await, Some(Ending::Displaced));
     assert_eq!(world.ended(&revoked).await, Some(Ending::Revoked));
-    assert_eq!(world.ended(&replaced).await, None, "the browser has the new id");
+    assert_eq!(world.ended(&replaced).await, Some(Ending::Replaced), "what was under way with it is nobody's logout");
     assert_eq!(world.ended(&logged_out).await, None, "the user knows");
     assert_eq!(world.listed(&user).await, [], "none of them is a session");
 }

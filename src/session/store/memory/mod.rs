@@ -348,12 +348,15 @@ impl MemoryStore {
         notes.ended(key);
         let lived = now < entry.expires;
         let ending = if lived { ending } else { Ending::Expired };
-        match ending {
-            Ending::Displaced | Ending::Revoked => {
-                let until = entry.expires.min(now.saturating_add(REMAINS_TIME_MAX));
-                shard.leave(key.clone(), What::Ended(ending), until, now);
-            }
-            Ending::LoggedOut | Ending::Replaced | Ending::Expired => {}
+        let told = match ending {
+            Ending::Displaced | Ending::Revoked => Some(REMAINS_TIME_MAX),
+            // Its browser has another one: only what was under way still comes with this.
+            Ending::Replaced => Some(REMAINS_TIME_MAX / 60),
+            Ending::LoggedOut | Ending::Expired => None,
+        };
+        if let Some(told) = told {
+            let until = entry.expires.min(now.saturating_add(told));
+            shard.leave(key.clone(), What::Ended(ending), until, now);
         }
         // Nobody wants to know that nobody left.
         if entry.record.method != LoginMethod::Anonymous {
@@ -1058,7 +1061,7 @@ mod tests {
         let (store, now) = store(usize::MAX);
         for (ending, is_told) in [
             (Ending::LoggedOut, false),
-            (Ending::Replaced, false),
+            (Ending::Replaced, true),
             (Ending::Displaced, true),
             (Ending::Revoked, true),
             (Ending::Expired, false),

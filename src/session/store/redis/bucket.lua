@@ -12,6 +12,9 @@ local registry, users, outbox = KEYS[1], KEYS[2], KEYS[3]
 local OUTBOX_MAX = 10000
 local HOUR = 3600 * 1000
 local DAY = 24 * HOUR
+-- For so long whoever comes with a session is told how it ended. Where it was replaced, its browser has another one, and
+-- only what was under way still comes with this.
+local TOLD = { displaced = HOUR, revoked = HOUR, replaced = HOUR / 60 }
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -61,10 +64,11 @@ end
 -- Ends a session; 1 if it lived. One that had expired before, and was not told of, has expired.
 local function finish(member, ending)
   local lived = lives(member)
-  if lived and (ending == 'displaced' or ending == 'revoked') then
+  local told = TOLD[ending]
+  if lived and told then
     local left = redis.call('PTTL', session(member))
-    if left < 0 or HOUR < left then
-      left = HOUR
+    if left < 0 or told < left then
+      left = told
     end
     redis.call('SET', session(member), '\0' .. ending, 'PX', math.max(left, 1))
   elseif lived then

@@ -57,6 +57,9 @@ pub struct RedisStore {
 
 /// What one script looks at, so that nobody waits long behind it: about a millisecond of the server's time.
 const PAGE: u64 = 500;
+
+/// As [`PAGE`], where whole records are read: everybody's requests wait behind them on the same connection.
+const RECORDS_PAGE: u64 = 32;
 /// Questions under way at once where all buckets are asked.
 const ASKED_AT_ONCE: u16 = 64;
 /// So many sessions can be changed at a time.
@@ -525,7 +528,7 @@ impl RedisStore {
         let (mut rank, mut unreadable) = (0, 0_u64);
         loop {
             let listing =
-                self.on_bucket(&scripts::LIST, bucket, Some(list.clone())).with_number(rank).with_number(PAGE);
+                self.on_bucket(&scripts::LIST, bucket, Some(list.clone())).with_number(rank).with_number(RECORDS_PAGE);
             let replies = listing.run(&self.links, None).await?;
             let [Value::Int(seen), Value::Int(gone), sessions @ ..] = &replies[..] else {
                 return Err(self.links.senseless(listing.place()));
@@ -540,7 +543,7 @@ impl RedisStore {
                     Err(_) => unreadable += 1,
                 }
             }
-            if at_least_zero(*seen) < PAGE {
+            if at_least_zero(*seen) < RECORDS_PAGE {
                 break;
             }
             rank += at_least_zero(seen - gone);
