@@ -20,7 +20,7 @@ use super::ProviderError;
 use super::attempt::Seal;
 use super::claims::Mapping;
 use super::fetch::{Answer, Fetcher};
-use super::jws::{Keys, SignatureError, Signed};
+use super::jws::{self, Keys, SignatureError, Signed};
 use super::token::{Asked, IdToken, LogoutToken, Parties};
 use crate::config::confidential_url;
 use crate::config::model::{self, UserInfo};
@@ -261,7 +261,7 @@ impl Provider {
             remarks.push("it shows no key that we can use".to_owned());
         }
         if let Some(algorithms) = &metadata.id_token_signing_alg_values_supported
-            && !algorithms.iter().any(|name| super::jws::Algorithm::ALL.iter().any(|(known, _)| known == name))
+            && !algorithms.iter().any(|name| jws::is_known(name))
         {
             remarks.push(format!("it signs in none of the ways that we know: {}", algorithms.join(", ")));
         }

@@ -211,10 +211,10 @@ fn id(claims: &Map<String, Value>, name: &'static str) -> Result<Option<String>,
 /// `at_hash` of an access token (OpenID Connect Core 1.0, section 3.1.3.6).
 fn half_of_hash(algorithm: Algorithm, token: &str) -> String {
     let hash = match algorithm {
-        Algorithm::Rs256 | Algorithm::Ps256 | Algorithm::Es256 => Sha256::digest(token).to_vec(),
-        Algorithm::Rs384 | Algorithm::Ps384 | Algorithm::Es384 => Sha384::digest(token).to_vec(),
+        Algorithm::RS384 | Algorithm::PS384 | Algorithm::ES384 => Sha384::digest(token).to_vec(),
         // Ed25519 hashes with SHA-512.
-        Algorithm::Rs512 | Algorithm::Ps512 | Algorithm::EdDsa => Sha512::digest(token).to_vec(),
+        Algorithm::RS512 | Algorithm::PS512 | Algorithm::EdDSA => Sha512::digest(token).to_vec(),
+        _ => Sha256::digest(token).to_vec(),
     };
     URL_SAFE_NO_PAD.encode(&hash[..hash.len() / 2])
 }
@@ -256,7 +256,7 @@ mod tests {
                 claims.insert(name.clone(), value.clone())
             };
         }
-        Signed { algorithm: Algorithm::Es256, kind: kind.map(str::to_owned), claims }
+        Signed { algorithm: Algorithm::ES256, kind: kind.map(str::to_owned), claims }
     }
 
     #[test]
@@ -276,7 +276,7 @@ mod tests {
             (json!({ "iat": NOW + 60 }), ASKED, None),
             (json!({ "iat": NOW as f64 + 0.5 }), ASKED, None),
             (json!({ "nonce": "absent" }), Asked { nonce: None, ..ASKED }, None),
-            (json!({ "at_hash": half_of_hash(Algorithm::Es256, "token") }), ASKED, None),
+            (json!({ "at_hash": half_of_hash(Algorithm::ES256, "token") }), ASKED, None),
             (json!({ "iss": "https://p/" }), ASKED, Some(TokenError::Issuer)),
             (json!({ "iss": "absent" }), ASKED, Some(TokenError::Claim("iss"))),
             (json!({ "iss": 1 }), ASKED, Some(TokenError::Claim("iss"))),

@@ -30,6 +30,12 @@ pub(crate) enum Signing {
     #[default]
     Es256,
     Rs256,
+    Rs384,
+    Rs512,
+    Ps256,
+    Ps384,
+    Ps512,
+    Es384,
     EdDsa,
     /// `alg: none`, and no signature.
     None,
