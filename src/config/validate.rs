@@ -605,6 +605,11 @@ impl Check<'_, '_> {
         if *route.access.get_ref() == Access::Public {
             self.problems.add(at, format!("{key} on a public route, where nobody looks who it is"));
         }
+        if let Some(age) = route.max_age.as_ref().filter(|age| *age.get_ref() < LOGIN_AGE_MIN) {
+            self.problems
+                .add(age.span(), format!("max_age ({}) is shorter than {LOGIN_AGE_MIN}", age.get_ref()))
+                .hint("the login would be too old again before its page has loaded");
+        }
         for acr in &route.acr {
             // The values stand in one parameter, with spaces between (OpenID Connect Core 1.0, section 3.1.2.1).
             let value = acr.get_ref();
@@ -795,6 +800,8 @@ fn cookie_name(name: &str) -> Result<(), &'static str> {
 
 /// The longest that anybody is served without a word of the store.
 const BRIDGED_MAX: Duration = Duration::from_millis(60 * 60 * 1000);
+/// What a route may ask of a login's age.
+const LOGIN_AGE_MIN: Duration = Duration::from_millis(10_000);
 /// Of Redis; below, a busy machine lets it lapse for nothing.
 const LEASE_MIN: Duration = Duration::from_millis(200);
 const LEASE_MAX: Duration = Duration::from_millis(60_000);
@@ -1412,6 +1419,49 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
         }
         let nobody = GOOD.replace("[login.password]\nusers_file = \"users.toml\"\n", "[login.backend]\n");
         assert_eq!(headlines(&nobody).len(), 1, "no route lets a backend log anybody in");
+    }
+
+    #[test]
+    fn a_provider_and_what_routes_ask_of_its_logins_make_sense_together() {
+        let provider = "[login.oidc.staff]\nissuer = \"https://p.example\"\nclient_id = \"us\"\nclient_secret = \"Zk3-a-secret-of-nobody-91Qp\"\n";
+        let with =
+            |login: &str, route: &str| GOOD.replace("[login.password]", &format!("{login}[login.password]")) + route;
+        let origins = "[login]\norigins = [\"https://app.example.org\"]\n";
+        let of = |keys: &str, route: &str| with(&format!("{origins}{provider}{keys}"), route);
+        for (keys, route) in [
+            ("", ""),
+            ("", "acr = [\"gold\"]\nmax_age = \"10s\"\n"),
+            ("tokens = true\n", "access_token = \"Authorization\"\n"),
+            ("scopes = [\"openid\", \"groups\"]\nparameters = { hd = \"example.org\" }\n", ""),
+        ] {
+            assert_eq!(errors(&of(keys, route)), "nothing is wrong", "{keys}{route}");
+        }
+        let cases = [
+            (with(provider, ""), "needs to know where it leads back to"),
+            (of("", "max_age = \"9s\"\n"), "max_age (9s) is shorter than 10s"),
+            (of("", "max_age = \"0s\"\n"), "max_age"),
+            (of("", "acr = [\"gold plated\"]\n"), "invalid acr \"gold plated\""),
+            (of("", "acr = [\"\"]\n"), "invalid acr \"\""),
+            (of("", "access = \"public\"\nacr = [\"gold\"]\n"), "acr on a public route"),
+            (of("", "access_token = \"Authorization\"\n"), "without a provider whose tokens are kept"),
+            (of("tokens = true\n", "access_token = \"a b\"\n"), "invalid header \"a b\""),
+            (with("", "max_age = \"10m\"\n"), "max_age is for logins at a provider"),
+            (with("", "acr = [\"gold\"]\n"), "acr is for logins at a provider"),
+            (of("scopes = [\"profile\"]\n", ""), "scopes without \"openid\""),
+            (of("scopes = [\"openid\", \"a b\"]\n", ""), "invalid scope \"a b\""),
+            (of("user = \"\"\n", ""), "login.oidc.staff.user is empty"),
+            (of("parameters = { state = \"x\" }\n", ""), "parameter \"state\" is Cloakroom's own matter"),
+            (of("parameters = { max_age = \"0\" }\n", ""), "parameter \"max_age\" is Cloakroom's own matter"),
+            (of("allowed_email_domains = [\"@example.org\"]\n", ""), "invalid domain \"@example.org\""),
+            (of("", "").replace("https://p.example", "http://p.example"), "invalid issuer"),
+            (of("", "").replace("https://p.example", "https://p.example?a"), "an issuer has no query"),
+            (of("", "").replace("oidc.staff", "oidc.Staff"), "invalid provider name \"Staff\""),
+            (of("", "").replace("Zk3-a-secret-of-nobody-91Qp", "change-me"), "is a sample, which everybody knows"),
+        ];
+        for (text, expected) in cases {
+            let told = headlines(&text);
+            assert!(told.iter().any(|line| line.contains(expected)), "{text}\nshould say {expected:?}: {told:?}");
+        }
     }
 
     #[test]

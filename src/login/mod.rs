@@ -44,6 +44,9 @@ mod device;
 pub mod oidc;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+#[path = "../../tests/it/hostile_targets.rs"]
+mod hostile_targets;
 
 use crate::audit::{self, Attempt, Event};
 use crate::config::error::{ConfigError, Problems};

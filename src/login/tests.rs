@@ -661,7 +661,7 @@ async fn a_login_leads_only_to_pages_of_ours() {
 
 #[tokio::test]
 async fn no_target_from_outside_leads_off_this_site() {
-    let hostile = return_to::tests::HOSTILE;
+    let hostile = hostile_targets::HOSTILE;
     assert!(60 <= hostile.len(), "{}", hostile.len());
     let config = "default_return = \"/start\"";
     let (mut stranger, mut browser) = (Browser::with_config(config), Browser::with_config(config));

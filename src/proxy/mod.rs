@@ -678,12 +678,10 @@ fn user_of(session: &Session, rules: &Rules) -> Who {
 
 /// Whether this login is what the route demands.
 fn is_enough(demand: &Demand, context: &RequestContext, who: &Who) -> bool {
-    match (&context.session, context.source) {
-        // The cookie says who it is, and nothing of when and how they logged in.
-        (Some(_), Some(Source::Fallback)) => false,
-        (Some(session), _) => !demand.exceeds(&session.record, unix_now() / 1000),
+    match &context.session {
+        Some(session) => !demand.exceeds(&session.record, unix_now() / 1000),
         // A script has proved who it is just now, and by nothing but a password.
-        (None, _) => demand.acr.is_empty() || !matches!(who, Who::User(_)),
+        None => demand.acr.is_empty() || !matches!(who, Who::User(_)),
     }
 }
 

@@ -120,6 +120,10 @@ impl Routes {
 impl Route {
     fn new(route: &model::Route, host: Option<&str>, body_bytes: Bytes) -> Self {
         let Bytes(body_bytes_max) = route.body_bytes.unwrap_or(body_bytes);
+        let demand = Demand {
+            acr: route.acr.iter().map(|acr| acr.get_ref().clone()).collect(),
+            max_age: route.max_age.as_ref().map(|age| age.get_ref().get()),
+        };
         Self {
             name: format!("{}{}", host.unwrap_or_default(), route.path.get_ref()),
             access: *route.access.get_ref(),
@@ -129,14 +133,12 @@ impl Route {
             websocket_origins: route.websocket_origins.iter().map(|origin| origin.get_ref().clone()).collect(),
             body_bytes_max,
             touch: route.touch,
-            fallback: route.fallback,
+            // That cookie says who it is, and nothing of when and how they logged in.
+            fallback: route.fallback && demand.is_none(),
             directives: Allowed::of(&route.directives),
             anonymous: route.anonymous,
             basic: *route.basic.get_ref(),
-            demand: Demand {
-                acr: route.acr.iter().map(|acr| acr.get_ref().clone()).collect(),
-                max_age: route.max_age.as_ref().map(|age| age.get_ref().get()),
-            },
+            demand,
             access_token: route.access_token.as_ref().and_then(|name| name.get_ref().parse().ok()),
             seconds: OnceLock::new(),
             forwarded: OnceLock::new(),

@@ -15,6 +15,8 @@ mod own_pages_browser;
 mod basic;
 mod oidc;
 mod oidc_conformance;
+mod oidc_attacks;
+mod hostile_targets;
 mod oidc_browser;
 mod store_down;
 mod outage;

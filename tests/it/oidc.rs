@@ -54,7 +54,7 @@ pub(crate) fn logged_in(gateway: &Gateway, provider: &FakeProvider) -> Client {
     client
 }
 
-fn is_logged_in(client: &Client) -> bool {
+pub(crate) fn is_logged_in(client: &Client) -> bool {
     client.get("/.cloakroom/session").send().status == 200
 }
 
@@ -255,6 +255,27 @@ fn a_login_of_which_nobody_says_when_it_was_is_not_young() {
     assert_eq!(response.status, 303, "{}", response.text());
     assert_eq!(client.get("/fresh").send().status, 200);
     assert!(client.get("/.cloakroom/sessions").send().text().contains("\"may_end_others\":true"));
+}
+
+#[test]
+fn a_login_of_no_age_is_asked_for_each_time_and_lets_in_whoever_has_just_made_it() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").route("/", "").start();
+    let (client, login) = (browser(&gateway), format!("{LOGIN}?max_age=0&return_to=%2Fa"));
+    for _ in 0..3 {
+        let target = location(&client.navigate(&login).send());
+        assert!(target.contains("&max_age=0"), "with a session as well as without one: {target}");
+        let answer = client.navigate(own_path(&provider.authorize(&target))).send();
+        assert_eq!((answer.status, location(&answer).as_str()), (303, "/a"), "{}", answer.text());
+        assert_eq!(client.get("/a").send().status, 200, "and nobody asks once more");
+    }
+    let before = client.cookie("session");
+    for (claims, status) in [(set("auth_time", 1_700_000_000), 403), (remove("auth_time"), 502)] {
+        provider.play(Script { claims, ..Script::default() });
+        let refused = log_in(&client, &provider, &login);
+        assert_eq!((refused.status, refused.header("location")), (status, None), "and no circle: {}", refused.text());
+        assert_eq!(client.cookie("session"), before, "an answer to another question changes nothing");
+    }
 }
 
 #[test]

@@ -34,6 +34,11 @@ fn script() -> Script {
     Script::default()
 }
 
+/// The name has to be asked for, and comes in a token.
+fn signed_userinfo(signing: Signing, userinfo: Option<Change>) -> Script {
+    Script { claims: remove("name"), userinfo_signing: Some(signing), userinfo, ..script() }
+}
+
 fn cases() -> Vec<(&'static str, Verdict, Script)> {
     let keys = |keep: fn(&Value) -> bool| change(move |set| set["keys"].as_array_mut().unwrap().retain(keep));
     vec![
@@ -55,6 +60,13 @@ fn cases() -> Vec<(&'static str, Verdict, Script)> {
         ("oidcc-client-test-idtoken-sig-rs256", LoggedIn, Script { signing: Signing::Rs256, ..script() }),
         ("oidcc-client-test-idtoken-sig-es256", LoggedIn, Script { signing: Signing::Es256, ..script() }),
         ("(idtoken-sig-eddsa)", LoggedIn, Script { signing: Signing::EdDsa, ..script() }),
+        ("(idtoken-sig-rs384)", LoggedIn, Script { signing: Signing::Rs384, ..script() }),
+        ("(idtoken-sig-rs512)", LoggedIn, Script { signing: Signing::Rs512, ..script() }),
+        ("(idtoken-sig-ps256)", LoggedIn, Script { signing: Signing::Ps256, ..script() }),
+        ("(idtoken-sig-ps384)", LoggedIn, Script { signing: Signing::Ps384, ..script() }),
+        ("(idtoken-sig-ps512)", LoggedIn, Script { signing: Signing::Ps512, ..script() }),
+        ("(idtoken-sig-es384)", LoggedIn, Script { signing: Signing::Es384, ..script() }),
+        ("(invalid-sig-ps256)", Refused, Script { signing: Signing::Ps256, header: set("alg", "RS256"), ..script() }),
         ("oidcc-client-test-idtoken-sig-none", Refused, Script { signing: Signing::None, ..script() }),
         (
             "oidcc-client-test-invalid-sig-rs256",
@@ -196,6 +208,18 @@ fn cases() -> Vec<(&'static str, Verdict, Script)> {
             Refused,
             Script { claims: remove("name"), failing: [("/userinfo", 500)].into(), ..script() },
         ),
+        ("(userinfo-signed)", LoggedIn, signed_userinfo(Signing::Es256, None)),
+        ("(userinfo-signed-with-none)", Refused, signed_userinfo(Signing::None, None)),
+        ("(userinfo-signed-with-secret)", Refused, signed_userinfo(Signing::Hs256, None)),
+        ("(userinfo-signed-by-impostor)", Refused, signed_userinfo(Signing::Impostor, None)),
+        ("(userinfo-signed-and-damaged)", Refused, signed_userinfo(Signing::Damaged, None)),
+        (
+            "(userinfo-signed-by-another-issuer)",
+            Refused,
+            signed_userinfo(Signing::Es256, set("iss", "https://other.example")),
+        ),
+        ("(userinfo-signed-for-somebody-else)", Refused, signed_userinfo(Signing::Es256, set("aud", "other"))),
+        ("(userinfo-signed-invalid-sub)", Refused, signed_userinfo(Signing::Es256, set("sub", "somebody else"))),
         ("oidcc-client-test-scope-userinfo-claims", LoggedIn, Script { claims: remove("email"), ..script() }),
         (
             "oidcc-client-test-aggregated-claims",

@@ -8,8 +8,10 @@ use crate::directives::{obliging, say_to, told};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Response};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
+use crate::harness::provider::FakeProvider;
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
 use crate::harness::wait_until;
+use crate::oidc;
 
 const ONE: &str = "T25lIGtleSBvZiB0aGUgdGVzdHMsIDMyIGJ5dGVzIDE=";
 const TWO: &str = "VHdvIGtleXMgb2YgdGhlIHRlc3RzLCAzMiBieXRlIDI=";
@@ -128,6 +130,41 @@ fn the_sealed_cookie_says_who_it_is_while_redis_is_dead_and_only_then() {
         status == 503
     });
     assert_eq!(served(&gateway, "fallback"), before);
+}
+
+/// It says who it is, and nothing of when and how they logged in.
+#[test]
+fn the_sealed_cookie_is_neither_a_strong_login_nor_a_young_one() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let (mut redis, keys) = (RedisServer::with(KEEPS_ITS_DATA), Keys::of(&[ONE]));
+    let setup = oidc::gateway(&backend, &provider, "")
+        .route("/", "")
+        .route("/gold", "acr = [\"gold\"]")
+        .route("/fresh", "max_age = \"10m\"")
+        .store(Store::of(&redis))
+        .with("[server]\nthreads = 1");
+    let gateway = with_fallback(setup, &keys, "5m").start();
+    let client = oidc::browser(&gateway);
+    assert_eq!(oidc::log_in(&client, &provider, "/.cloakroom/oidc/fake/login?acr=gold").status, 303);
+    for page in ["/gold", "/fresh"] {
+        assert_eq!(client.get(page).send().status, 200, "{page}");
+        assert_eq!(client.cookie("session-fallback"), None, "{page} has no use for it");
+    }
+    assert_eq!(client.get("/").send().status, 200);
+    assert!(client.cookie("session-fallback").is_some());
+
+    redis.kill();
+    wait_until("the cookie counts", || client.get("/").send().status == 200);
+    assert!(0.0 < served(&gateway, "fallback"));
+    for page in ["/gold", "/fresh"] {
+        for answer in [client.get(page).send(), client.navigate(page).send()] {
+            assert_eq!(answer.status, 503, "{page}: the login is not too weak, nobody knows it: {}", answer.text());
+            assert!(answer.header("retry-after").is_some() && answer.headers("set-cookie").is_empty(), "{page}");
+        }
+    }
+    redis.restart();
+    wait_until("it is known again", || client.get("/gold").send().status == 200);
+    assert_eq!(client.get("/fresh").send().status, 200);
 }
 
 #[test]

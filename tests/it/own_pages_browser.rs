@@ -9,6 +9,7 @@ use std::process::Command;
 use crate::harness::Port;
 use crate::harness::backend::Backend;
 use crate::harness::gateway::{Gateway, PASSWORD};
+use crate::harness::provider::{FakeProvider, Script};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -28,9 +29,28 @@ fn every_page_works_without_script_and_shuts_nobody_out() {
         .route("/dead", "pool = \"dead\"")
         .with(&format!("[pool.dead]\nbackends = [\"{dead}\"]"))
         .start();
+    walk("pages.mjs", &[&format!("http://{}", gateway.address()), "ann", PASSWORD]);
+}
+
+#[test]
+fn several_ways_to_log_in_and_a_login_that_is_too_old_are_plain_to_everybody() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    provider.play(Script { logged_in_ago: 3600, ..Script::default() });
+    let gateway = Gateway::in_front_of(&[&backend])
+        .route("/", "")
+        .route("/legacy", "access = \"public\"\ndirectives = [\"login\"]")
+        .with("[login]\norigins = [\"http://app.localhost\"]\n[login.backend]\npage = \"/legacy\"")
+        .with(&provider.table("directory", "title = \"The staff directory\""))
+        .start();
+    walk("ways.mjs", &[&gateway.address().port().to_string(), "ann", PASSWORD]);
+}
+
+/// Fails with what is wrong with the pages that this script of `tests/browser` goes through.
+#[track_caller]
+fn walk(script: &str, arguments: &[&str]) {
     let walked = Command::new("node")
-        .arg(Path::new(ROOT).join("tests/browser/pages.mjs"))
-        .args([format!("http://{}", gateway.address()).as_str(), "ann", PASSWORD])
+        .arg(Path::new(ROOT).join("tests/browser").join(script))
+        .args(arguments)
         .env("BROWSER_TOOLS", tools())
         .output()
         .expect("node runs: scripts/setup chromium node browser-tools");

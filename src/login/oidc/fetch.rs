@@ -39,7 +39,7 @@ impl Fetcher {
     pub(super) async fn get(&self, url: &str, bearer: Option<&str>) -> Result<Answer, ProviderError> {
         let mut request = self.agent.get(url).header("Accept", "application/json");
         if let Some(token) = bearer {
-            request = request.header("Authorization", format!("Bearer {token}"));
+            request = request.header("Accept", "application/jwt").header("Authorization", format!("Bearer {token}"));
         }
         self.ask(url, move || request.call()).await
     }
@@ -94,12 +94,22 @@ impl Fetcher {
 }
 
 impl Answer {
+    /// The body, where the answer is 200 and says that it is a signed token.
+    pub(super) fn jwt(&self) -> Option<&str> {
+        let is_signed = self.status == 200 && self.kind() == "application/jwt";
+        std::str::from_utf8(&self.body).ok().filter(|_| is_signed)
+    }
+
+    fn kind(&self) -> &str {
+        self.content_type.split(';').next().unwrap_or_default().trim()
+    }
+
     /// The body, where the answer is 200 and says that it is JSON.
     pub(super) fn json(&self) -> Result<serde_json::Map<String, serde_json::Value>, ProviderError> {
         if self.status != 200 {
             return Err(ProviderError::Wrong(format!("it answers {}", self.status)));
         }
-        let kind = self.content_type.split(';').next().unwrap_or_default().trim();
+        let kind = self.kind();
         if kind != "application/json" && !(kind.starts_with("application/") && kind.ends_with("+json")) {
             return Err(ProviderError::Wrong("its answer is not JSON".to_owned()));
         }

@@ -414,10 +414,11 @@ impl Login {
             nonce: Some(&attempt.nonce),
             acr: &attempt.acr,
             max_age: attempt.max_age,
+            waited: now.saturating_sub(attempt.begun),
             access_token: tokens.access_token.as_deref(),
         };
         let token = provider.id_token(id_token, now, &asked).await.map_err(Refusal::Provider)?;
-        let claims = provider.claims(&token, tokens.access_token.as_deref()).await.map_err(Refusal::Provider)?;
+        let claims = provider.claims(&token, tokens.access_token.as_deref(), now).await.map_err(Refusal::Provider)?;
         let identity = provider.mapping.identity(&claims).map_err(Refusal::Unwelcome)?;
 
         let secrets = kept_tokens(provider, &tokens, None);

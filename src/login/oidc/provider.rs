@@ -227,6 +227,7 @@ impl Provider {
         &self,
         id_token: &IdToken,
         access_token: Option<&str>,
+        now: u64,
     ) -> Result<Map<String, Value>, ProviderError> {
         let mut claims = id_token.claims.clone();
         let asks = match self.userinfo {
@@ -238,7 +239,15 @@ impl Provider {
         let (true, Some(endpoint), Some(token)) = (asks, &known.metadata.userinfo_endpoint, access_token) else {
             return Ok(claims);
         };
-        let further = self.fetcher.get(endpoint, Some(token)).await?.json()?;
+        let answer = self.fetcher.get(endpoint, Some(token)).await?;
+        let further = match answer.jwt() {
+            Some(signed) => {
+                let further = self.verify(signed).await?.claims;
+                self.parties(now).check_names(&further).map_err(ProviderError::Token)?;
+                further
+            }
+            None => answer.json()?,
+        };
         // Section 5.3.2: else one user's token could bring another user's claims.
         if further.get("sub").and_then(Value::as_str) != Some(&id_token.subject) {
             return Err(ProviderError::Wrong("UserInfo is about another user".to_owned()));

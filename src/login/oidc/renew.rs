@@ -153,7 +153,8 @@ impl Login {
         let mut fresh = record.clone();
         let now = now();
         if let Some(id_token) = &tokens.id_token {
-            let asked = Asked { nonce: None, acr: &[], max_age: None, access_token: tokens.access_token.as_deref() };
+            let asked =
+                Asked { nonce: None, acr: &[], max_age: None, waited: 0, access_token: tokens.access_token.as_deref() };
             let token = provider.id_token(id_token, now, &asked).await?;
             // OpenID Connect Core 1.0, section 12.2.
             if token.subject != login.subject {

@@ -27,6 +27,8 @@ pub(super) struct Asked<'a> {
     pub(super) acr: &'a [String],
     /// In s.
     pub(super) max_age: Option<u64>,
+    /// How long ago it was asked, in s: so much older than `max_age` may the login be by now.
+    pub(super) waited: u64,
     pub(super) access_token: Option<&'a str>,
 }
 
@@ -102,7 +104,7 @@ impl IdToken {
         }
         let age = number(&claims, "auth_time")?.map(|auth_time| issued.saturating_sub(auth_time));
         if let Some(max_age) = asked.max_age
-            && max_age < age.ok_or(TokenError::Claim("auth_time"))?
+            && max_age.saturating_add(asked.waited) < age.ok_or(TokenError::Claim("auth_time"))?
         {
             return Err(TokenError::TooOld);
         }
@@ -147,6 +149,21 @@ impl LogoutToken {
 impl Parties<'_> {
     /// What both kinds have in common; when it was issued.
     fn check(&self, claims: &Map<String, Value>) -> Result<u64, TokenError> {
+        self.check_names(claims)?;
+        let latest = self.now.saturating_add(SKEW);
+        if number(claims, "exp")?.ok_or(TokenError::Claim("exp"))?.saturating_add(SKEW) <= self.now {
+            return Err(TokenError::Expired);
+        }
+        let issued = number(claims, "iat")?.ok_or(TokenError::Claim("iat"))?;
+        if latest < issued || number(claims, "nbf")?.is_some_and(|begins| latest < begins) {
+            return Err(TokenError::NotYetValid);
+        }
+        Ok(issued)
+    }
+
+    /// Also a signed answer of the UserInfo endpoint says whose it is, and whom for; it has no end, since nobody shows it
+    /// around (OpenID Connect Core 1.0, section 5.3.2).
+    pub(super) fn check_names(&self, claims: &Map<String, Value>) -> Result<(), TokenError> {
         if text(claims, "iss")?.ok_or(TokenError::Claim("iss"))? != self.issuer {
             return Err(TokenError::Issuer);
         }
@@ -161,15 +178,7 @@ impl Parties<'_> {
         if !is_ours || is_for_others_too || presenter.is_some_and(|presenter| presenter != self.client_id) {
             return Err(TokenError::Audience);
         }
-        let latest = self.now.saturating_add(SKEW);
-        if number(claims, "exp")?.ok_or(TokenError::Claim("exp"))?.saturating_add(SKEW) <= self.now {
-            return Err(TokenError::Expired);
-        }
-        let issued = number(claims, "iat")?.ok_or(TokenError::Claim("iat"))?;
-        if latest < issued || number(claims, "nbf")?.is_some_and(|begins| latest < begins) {
-            return Err(TokenError::NotYetValid);
-        }
-        Ok(issued)
+        Ok(())
     }
 }
 
@@ -245,7 +254,8 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000;
     const PARTIES: Parties<'_> = Parties { issuer: "https://p", client_id: "us", now: NOW };
-    const ASKED: Asked<'_> = Asked { nonce: Some("n"), acr: &[], max_age: None, access_token: Some("token") };
+    const ASKED: Asked<'_> =
+        Asked { nonce: Some("n"), acr: &[], max_age: None, waited: 0, access_token: Some("token") };
 
     fn signed(kind: Option<&str>, claims: &Value, change: &Value) -> Signed {
         let mut claims = claims.as_object().unwrap().clone();
@@ -303,6 +313,13 @@ mod tests {
             (json!({ "acr": "absent" }), strict, Some(TokenError::Acr)),
             (json!({ "auth_time": NOW - 61 }), strict, Some(TokenError::TooOld)),
             (json!({ "auth_time": NOW - 110, "iat": NOW - 50 }), strict, None),
+            (json!({ "auth_time": NOW - 20 }), Asked { max_age: Some(0), waited: 20, ..ASKED }, None),
+            (
+                json!({ "auth_time": NOW - 21 }),
+                Asked { max_age: Some(0), waited: 20, ..ASKED },
+                Some(TokenError::TooOld),
+            ),
+            (json!({ "auth_time": NOW - 61 }), Asked { max_age: Some(u64::MAX), waited: 20, ..ASKED }, None),
             (json!({ "auth_time": "absent" }), strict, Some(TokenError::Claim("auth_time"))),
         ];
         for (change, asked, expected) in cases {

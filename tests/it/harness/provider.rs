@@ -14,7 +14,7 @@ use ring::rand::SystemRandom;
 use ring::rsa::KeyPair as RsaPair;
 use ring::signature::{self, EcdsaKeyPair, Ed25519KeyPair, KeyPair};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use super::backend::{Answer, Backend, Request};
 
@@ -57,11 +57,15 @@ pub(crate) struct Script {
     pub(crate) header: Option<Change>,
     pub(crate) claims: Option<Change>,
     pub(crate) userinfo: Option<Change>,
+    /// The UserInfo endpoint's answer is a token, signed like this.
+    pub(crate) userinfo_signing: Option<Signing>,
     /// The token endpoint's answer, to a code or to a refresh.
     pub(crate) tokens: Option<Change>,
     /// The parameters of the callback, as an object.
     pub(crate) callback: Option<Change>,
     pub(crate) signing: Signing,
+    /// How long ago the user logged in here, in s; whoever asks for a fresh login gets one.
+    pub(crate) logged_in_ago: u64,
     /// All answers of these paths are this status with an empty object.
     pub(crate) failing: BTreeMap<&'static str, u16>,
 }
@@ -89,6 +93,7 @@ struct State {
 
 struct SigningKeys {
     es256: EcdsaKeyPair,
+    es384: EcdsaKeyPair,
     impostor: EcdsaKeyPair,
     ed25519: Ed25519KeyPair,
     /// Changes with each rotation.
@@ -173,20 +178,7 @@ impl FakeProvider {
         }
         assert!(asked["scope"].split(' ').any(|scope| scope == "openid"), "{location}");
         assert!(22 <= asked["state"].len() && 22 <= asked["nonce"].len(), "128 bits each: {location}");
-        let mut state = self.shared.state.lock().unwrap();
-        let code = state.next("code");
-        let redirect_uri = asked["redirect_uri"].clone();
-        let mut parameters = json!({ "code": code, "state": asked["state"] });
-        state.codes.insert(code, json!(asked));
-        if let Some(change) = state.script.callback.clone() {
-            change(&mut parameters);
-        }
-        let mut query = form_urlencoded::Serializer::new(String::new());
-        for (name, value) in parameters.as_object().unwrap() {
-            let several = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
-            query.extend_pairs(several.iter().filter_map(Value::as_str).map(|value| (name, value)));
-        }
-        format!("{redirect_uri}?{}", query.finish())
+        self.shared.state.lock().unwrap().send_back(&asked)
     }
 
     /// A token that says: this user, or this session of the provider's, has logged out.
@@ -199,7 +191,7 @@ impl FakeProvider {
             "events": { "http://schemas.openid.net/event/backchannel-logout": {} },
         });
         change(&mut claims);
-        state.sign("logout+jwt", &claims)
+        state.sign("logout+jwt", &claims, state.script.signing)
     }
 
     /// How often a path was asked for, or a grant used, e.g. `grant_type=refresh_token`.
@@ -232,15 +224,37 @@ impl Shared {
             "/.well-known/openid-configuration" => json_answer(200, &state.metadata()),
             "/jwks" => json_answer(200, &state.published_keys()),
             "/token" => state.token(request),
+            "/authorize" => {
+                let query = request.target().split_once('?').unwrap_or_default().1;
+                let asked: BTreeMap<String, String> = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+                if asked.contains_key("max_age") && !asked.contains_key("proved") {
+                    let page = format!(
+                        "<!DOCTYPE html><html lang=\"en\"><title>The provider</title><h1>Is it you?</h1>\
+                         <a href=\"/authorize?{}&amp;proved=yes\">It is me</a></html>",
+                        query.replace('&', "&amp;")
+                    );
+                    return Answer::response(200, &[("content-type", "text/html")], page);
+                }
+                Answer::response(303, &[("location", &state.send_back(&asked))], "")
+            }
             "/userinfo" => {
                 let mut user = state.user.clone();
+                if state.script.userinfo_signing.is_some() {
+                    (user["iss"], user["aud"]) = (state.issuer.clone().into(), CLIENT_ID.into());
+                }
                 if !request.head.values("authorization").iter().any(|value| value.starts_with("Bearer access-")) {
                     return json_answer(401, &json!({}));
                 }
                 if let Some(change) = &state.script.userinfo {
                     change(&mut user);
                 }
-                json_answer(200, &user)
+                match state.script.userinfo_signing {
+                    Some(signing) => {
+                        let signed = state.sign("JWT", &user, signing);
+                        Answer::response(200, &[("content-type", "application/jwt")], signed)
+                    }
+                    None => json_answer(200, &user),
+                }
             }
             _ => json_answer(404, &json!({})),
         }
@@ -251,6 +265,22 @@ impl State {
     fn next(&mut self, what: &str) -> String {
         self.counter += 1;
         format!("{what}-{}", self.counter)
+    }
+
+    /// The address of the callback that this request is answered with.
+    fn send_back(&mut self, asked: &BTreeMap<String, String>) -> String {
+        let code = self.next("code");
+        let mut parameters = json!({ "code": code, "state": asked["state"] });
+        self.codes.insert(code, json!(asked));
+        if let Some(change) = &self.script.callback {
+            change(&mut parameters);
+        }
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        for (name, value) in parameters.as_object().unwrap() {
+            let several = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+            query.extend_pairs(several.iter().filter_map(Value::as_str).map(|value| (name, value)));
+        }
+        format!("{}?{}", asked["redirect_uri"], query.finish())
     }
 
     fn metadata(&self) -> Value {
@@ -285,12 +315,17 @@ impl State {
             json!({ "kty": "OKP", "crv": "Ed25519", "kid": format!("ed-{generation}"), "use": "sig",
                     "x": encode(self.keys.ed25519.public_key().as_ref()) }),
         ];
-        if self.script.signing == Signing::Rs256 {
+        if self.script.signing.rsa_padding().is_some() {
             let pair = rsa_pair();
             let public = signature::RsaPublicKeyComponents::<Vec<u8>>::from(pair.public());
             keys.push(
                 json!({ "kty": "RSA", "kid": "rsa", "use": "sig", "n": encode(&public.n), "e": encode(&public.e) }),
             );
+        }
+        if self.script.signing == Signing::Es384 {
+            let point = self.keys.es384.public_key().as_ref();
+            keys.push(json!({ "kty": "EC", "crv": "P-384", "kid": "es384", "x": encode(&point[1..49]),
+                              "y": encode(&point[49..]) }));
         }
         let mut set = json!({ "keys": keys });
         if let Some(change) = &self.script.keys {
@@ -327,18 +362,17 @@ impl State {
         let (access, refresh) = (self.next("access"), self.next("refresh"));
         let now = now();
         let mut claims = self.user.clone();
+        let is_fresh = asked.get("max_age").is_some();
         let standard = json!({
-            "iss": self.issuer, "aud": CLIENT_ID, "exp": now + 300, "iat": now, "auth_time": now,
-            "at_hash": URL_SAFE_NO_PAD.encode(&Sha256::digest(&access)[..16]),
+            "iss": self.issuer, "aud": CLIENT_ID, "exp": now + 300, "iat": now,
+            "auth_time": if is_fresh { now } else { now - self.script.logged_in_ago },
+            "at_hash": self.script.signing.half_of_hash(&access),
         });
         for (name, value) in standard.as_object().unwrap() {
             claims[name] = value.clone();
         }
         if !is_refresh {
             claims["nonce"] = asked["nonce"].clone();
-        }
-        if self.script.signing == Signing::EdDsa {
-            claims.as_object_mut().unwrap().remove("at_hash");
         }
         if let Some(acr) = asked["acr_values"].as_str() {
             claims["acr"] = acr.split(' ').next().into();
@@ -348,7 +382,7 @@ impl State {
         }
         let mut answer = json!({
             "access_token": access, "token_type": "Bearer", "expires_in": 3600, "refresh_token": refresh,
-            "id_token": self.sign("JWT", &claims),
+            "id_token": self.sign("JWT", &claims, self.script.signing),
         });
         self.refresh_tokens.insert(refresh, asked);
         if let Some(change) = &self.script.tokens {
@@ -357,11 +391,17 @@ impl State {
         json_answer(200, &answer)
     }
 
-    fn sign(&self, kind: &str, claims: &Value) -> String {
-        let (signing, keys) = (self.script.signing, &self.keys);
+    fn sign(&self, kind: &str, claims: &Value, signing: Signing) -> String {
+        let keys = &self.keys;
         let (algorithm, id) = match signing {
             Signing::Es256 | Signing::Impostor | Signing::Damaged => ("ES256", format!("es-{}", keys.generation)),
             Signing::Rs256 => ("RS256", "rsa".to_owned()),
+            Signing::Rs384 => ("RS384", "rsa".to_owned()),
+            Signing::Rs512 => ("RS512", "rsa".to_owned()),
+            Signing::Ps256 => ("PS256", "rsa".to_owned()),
+            Signing::Ps384 => ("PS384", "rsa".to_owned()),
+            Signing::Ps512 => ("PS512", "rsa".to_owned()),
+            Signing::Es384 => ("ES384", "es384".to_owned()),
             Signing::EdDsa => ("EdDSA", format!("ed-{}", keys.generation)),
             Signing::None => ("none", String::new()),
             Signing::Hs256 | Signing::Hs256OfPublicKey => ("HS256", format!("es-{}", keys.generation)),
@@ -386,10 +426,11 @@ impl State {
                 signature
             }
             Signing::EdDsa => keys.ed25519.sign(message.as_bytes()).as_ref().to_vec(),
-            Signing::Rs256 => {
-                let pair = rsa_pair();
+            Signing::Es384 => keys.es384.sign(&random, message.as_bytes()).unwrap().as_ref().to_vec(),
+            Signing::Rs256 | Signing::Rs384 | Signing::Rs512 | Signing::Ps256 | Signing::Ps384 | Signing::Ps512 => {
+                let (pair, padding) = (rsa_pair(), signing.rsa_padding().unwrap());
                 let mut signature = vec![0; pair.public().modulus_len()];
-                pair.sign(&signature::RSA_PKCS1_SHA256, &random, message.as_bytes(), &mut signature).unwrap();
+                pair.sign(padding, &random, message.as_bytes(), &mut signature).unwrap();
                 signature
             }
             Signing::None => Vec::new(),
@@ -400,17 +441,41 @@ impl State {
     }
 }
 
+impl Signing {
+    fn rsa_padding(self) -> Option<&'static dyn signature::RsaEncoding> {
+        match self {
+            Self::Rs256 => Some(&signature::RSA_PKCS1_SHA256),
+            Self::Rs384 => Some(&signature::RSA_PKCS1_SHA384),
+            Self::Rs512 => Some(&signature::RSA_PKCS1_SHA512),
+            Self::Ps256 => Some(&signature::RSA_PSS_SHA256),
+            Self::Ps384 => Some(&signature::RSA_PSS_SHA384),
+            Self::Ps512 => Some(&signature::RSA_PSS_SHA512),
+            _ => None,
+        }
+    }
+
+    /// `at_hash` of an access token.
+    fn half_of_hash(self, token: &str) -> String {
+        let hash = match self {
+            Self::Rs384 | Self::Ps384 | Self::Es384 => Sha384::digest(token).to_vec(),
+            Self::Rs512 | Self::Ps512 | Self::EdDsa => Sha512::digest(token).to_vec(),
+            _ => Sha256::digest(token).to_vec(),
+        };
+        URL_SAFE_NO_PAD.encode(&hash[..hash.len() / 2])
+    }
+}
+
 impl SigningKeys {
     fn generate(generation: u64) -> Self {
         let random = SystemRandom::new();
-        let ecdsa = || {
-            let algorithm = &signature::ECDSA_P256_SHA256_FIXED_SIGNING;
+        let ecdsa = |algorithm| {
             let document = EcdsaKeyPair::generate_pkcs8(algorithm, &random).unwrap();
             EcdsaKeyPair::from_pkcs8(algorithm, document.as_ref(), &random).unwrap()
         };
         let document = Ed25519KeyPair::generate_pkcs8(&random).unwrap();
         let ed25519 = Ed25519KeyPair::from_pkcs8(document.as_ref()).unwrap();
-        Self { es256: ecdsa(), impostor: ecdsa(), ed25519, generation }
+        let [es256, impostor] = [(); 2].map(|()| ecdsa(&signature::ECDSA_P256_SHA256_FIXED_SIGNING));
+        Self { es256, es384: ecdsa(&signature::ECDSA_P384_SHA384_FIXED_SIGNING), impostor, ed25519, generation }
     }
 }
 
