@@ -1439,7 +1439,7 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
         let cases = [
             (with(provider, ""), "needs to know where it leads back to"),
             (of("", "max_age = \"9s\"\n"), "max_age (9s) is shorter than 10s"),
-            (of("", "max_age = \"0s\"\n"), "max_age"),
+            (of("", "max_age = \"0s\"\n"), "must be longer than nothing"),
             (of("", "acr = [\"gold plated\"]\n"), "invalid acr \"gold plated\""),
             (of("", "acr = [\"\"]\n"), "invalid acr \"\""),
             (of("", "access = \"public\"\nacr = [\"gold\"]\n"), "acr on a public route"),

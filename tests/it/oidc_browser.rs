@@ -1,9 +1,9 @@
 //! Does a login work with a provider that is certified, in a browser that people use? npm's oidc-provider and Chromium,
 //! driven by `tests/browser/oidc.mjs`; `scripts/setup` brings both.
 
-use std::net::TcpListener;
 use std::process::Command;
 
+use crate::harness::Port;
 use crate::harness::backend::Backend;
 use crate::harness::gateway::Gateway;
 use crate::harness::provider::CLIENT_SECRET;
@@ -11,14 +11,10 @@ use crate::harness::provider::CLIENT_SECRET;
 const TOOLS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/browser");
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/browser/oidc.mjs");
 
-/// Free a moment ago, and the kernel does not give the same out again soon.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 #[test]
 fn login_tabs_refresh_step_up_and_both_logouts_work_in_chromium_with_a_certified_provider() {
-    let (backend, provider_port) = (Backend::echo(), free_port());
+    let (backend, provider) = (Backend::echo(), Port::reserve());
+    let provider_port = provider.number();
     let login = format!(
         "[login]\norigins = [\"http://app.test\"]\n[login.oidc.real]\nissuer = \"http://127.0.0.1:{provider_port}\"\n\
          client_id = \"cloakroom\"\nclient_secret = \"{CLIENT_SECRET}\"\ntokens = true\n"
@@ -27,7 +23,7 @@ fn login_tabs_refresh_step_up_and_both_logouts_work_in_chromium_with_a_certified
         .without_passwords()
         .route("/", "")
         .route("/api", "access_token = \"X-Access-Token\"")
-        .route("/fresh", "max_age = \"15s\"")
+        .route("/fresh", "max_age = \"30s\"")
         .with(&login)
         .start();
     let ports = [gateway.address().port().to_string(), provider_port.to_string()];

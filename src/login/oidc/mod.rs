@@ -9,9 +9,7 @@
 //! ```
 //!
 //! Authorization code with PKCE, and nothing else (RFC 9700). Each provider has a callback of its own, so that none can
-//! answer in another's name. Tokens are verified with `ring`, which TLS is made with here anyway: the crate
-//! `openidconnect` brings a second set of cryptography, with an RSA that has an open advisory (RUSTSEC-2023-0071), and
-//! knows no logout tokens.
+//! answer in another's name.
 
 use std::collections::BTreeMap;
 use std::fmt;
