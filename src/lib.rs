@@ -17,6 +17,7 @@
 //! forward      look-alikes and our cookies out, identity in                 proxy/forward.rs
 //! backend      answers
 //! respond      hop-by-hop out, foreign copies of our cookies out            proxy/forward.rs
+//! directives   what the backend says of the session, where it may           proxy/directives.rs
 //! log          one line, one count                                          proxy/access_log.rs
 //! ```
 //!
@@ -29,8 +30,8 @@
 //! 1. No header that a client sent under an identity name, in any spelling, reaches a backend, on any route.
 //! 2. Our cookies never travel to a backend; a session id is never logged, never a metric label, never in `Debug`.
 //!    The store holds only a hash of it.
-//! 3. A session id is made only by [`session::id::SessionId::generate`], at login, and never taken from the client.
-//!    A login gives a new id and ends the old one.
+//! 3. A session id is made only by [`session::id::SessionId::generate`], at a login or for a session of nobody, and never
+//!    taken from the client. A login gives a new id and ends the old one.
 //! 4. A store failure is 503 with `Retry-After`, or the grace or fallback cookie that the operator asked for, each for a
 //!    bounded time and for who was known before: never a logout, never a let-in. The cookie is deleted only when the store
 //!    said "no such session" or the user logged out.

@@ -3,7 +3,7 @@
 //!
 //! A backend that echoes what users type must not be able to make a session: on all other routes directives are refused,
 //! and the log says so. What is allowed and cannot be understood is the backend's failure, 502; what the store does not
-//! confirm is 503. So the client never has a response that tells of a login or of a cart that does not exist.
+//! confirm is 503. So the client never has a response that tells of a login, or of a change of its session, that does not exist.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The ticket: 256 random bits and a bucket, made only at login, never taken from a client.
+//! The ticket: 256 random bits and a bucket, made only here, never taken from a client.
 
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
