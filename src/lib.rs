@@ -36,8 +36,8 @@
 //!    bounded time and for who was known before: never a logout, never a let-in. The cookie is deleted only when the store
 //!    said "no such session" or the user logged out.
 //! 5. A logout is seen by every instance, also by requests that are answered from its local copies, within
-//!    `store.redis.lease` at the latest. (Not through an outage that is bridged: invariant 4. And it does not yet end the
-//!    WebSockets that the session has opened.)
+//!    `store.redis.lease` at the latest. (Not through an outage that is bridged: invariant 4.) However a session ends, its
+//!    WebSockets, event streams and other long requests end within two seconds of it.
 //! 6. Access is decided on exactly the path bytes that are forwarded; what is ambiguous is refused with 400.
 //! 7. Everything has a limit: heads, bodies, time per phase, attempts, pools, connections, sessions in memory, copies of
 //!    them, sessions of a user, and what is remembered of guesses and of ends.

@@ -1,7 +1,8 @@
 //! Every metric, named and helped once. Labels come from closed sets and from the configuration, never from a client.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 /// All metrics of one gateway.
@@ -35,6 +36,9 @@ pub struct Metrics {
     /// No labels; without a value except at the instance that leads.
     pub sessions: IntGaugeVec,
     pub connections: IntGauge,
+    /// Requests with a session that have lasted longer than a moment.
+    pub streams: IntGauge,
+    pub streams_cut: IntCounter,
     /// 1 or 0
     pub store_up: IntGauge,
     /// pool, backend
@@ -118,6 +122,18 @@ impl Metrics {
                 "Sessions in the store, at the instance that leads.",
             ),
             connections: gauge(&registry, "cloakroom_connections", "Open client connections."),
+            streams: gauge(
+                &registry,
+                "cloakroom_streams",
+                "WebSockets, event streams and other long requests that end with their session.",
+            ),
+            streams_cut: {
+                let cut =
+                    IntCounter::new("cloakroom_streams_cut_total", "Of these, cut because the session had ended.")
+                        .expect("a valid name");
+                registry.register(Box::new(cut.clone())).expect("a name used once");
+                cut
+            },
             store_up: gauge(&registry, "cloakroom_store_up", "Whether the session store answered when last asked."),
             backend_requests: counter(
                 &registry,

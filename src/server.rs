@@ -40,6 +40,7 @@ use crate::proxy::connection::HeadRules;
 use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
 use crate::proxy::rules::Rules;
+use crate::proxy::streams::Streams;
 use crate::session::cookie::{ReservedCookies, SessionCookie, fallback_cookie_name};
 use crate::session::record::Codec;
 use crate::session::seal::KeyRing;
@@ -263,6 +264,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         write_timeout: config.limits.write_timeout.get(),
         observer,
     };
+    let streams = Arc::new(Streams::new(metrics.clone()));
     let head_rules = Arc::new(HeadRules {
         bytes_max: config.limits.head_bytes.0 as usize,
         limits: HeadLimits {
@@ -307,6 +309,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
             // A count of its own of who has the observer: workers would wait for each other's with every request.
             gateway: Gateway { observer: Arc::new(Observer::clone(&gateway.observer)), ..gateway.clone() },
             head_rules: Arc::clone(&head_rules),
+            streams: Arc::clone(&streams),
             shutdown: shutting_down.clone(),
             drain_timeout,
         };
@@ -316,12 +319,12 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     let accept = move || on_own_runtime(accept(listeners, desks, connections, accept_shutdown));
     running.acceptor = Some(thread("accept".to_owned(), accept)?);
     let background = Background {
+        gateway,
+        streams,
         admin,
         sessions_api,
         events,
-        sessions,
         metrics,
-        rules: Arc::clone(&running.rules),
         resolve: Arc::clone(&running.resolve),
         shutdown: shutting_down,
         ended: running.ended.subscribe(),
@@ -408,13 +411,14 @@ struct WorkerPlan {
     queue: Queue,
     gateway: Gateway,
     head_rules: Arc<HeadRules>,
+    streams: Arc<Streams>,
     shutdown: watch::Receiver<bool>,
     drain_timeout: Duration,
 }
 
 impl WorkerPlan {
     fn run(self) {
-        let Self { queue, gateway, head_rules, mut shutdown, drain_timeout } = self;
+        let Self { queue, gateway, head_rules, streams, mut shutdown, drain_timeout } = self;
         on_own_runtime(async move {
             let conf = Arc::new(ServerConf {
                 threads: 1,
@@ -432,6 +436,7 @@ impl WorkerPlan {
                 write_timeout: gateway.write_timeout,
                 app: Arc::new(http_proxy(&conf, gateway)),
                 head_rules,
+                streams,
                 shutdown: shutdown.clone(),
             };
             let app = Arc::clone(&worker.app);
@@ -464,12 +469,12 @@ async fn inspect(store: Arc<dyn SessionStore>) {
 }
 
 struct Background {
+    gateway: Gateway,
+    streams: Arc<Streams>,
     admin: Option<Listener>,
     sessions_api: Option<SessionsApi>,
     events: Events,
-    sessions: Sessions,
     metrics: Metrics,
-    rules: Arc<ArcSwap<Rules>>,
     resolve: Arc<Notify>,
     shutdown: watch::Receiver<bool>,
     ended: watch::Receiver<bool>,
@@ -477,8 +482,9 @@ struct Background {
 
 impl Background {
     fn run(self) {
-        let Self { admin, sessions_api, events, sessions, metrics, rules, resolve, shutdown, mut ended } = self;
+        let Self { gateway, streams, admin, sessions_api, events, metrics, resolve, shutdown, mut ended } = self;
         on_own_runtime(async move {
+            let (sessions, rules) = (&gateway.sessions, &gateway.rules);
             let health = Arc::new(Health::default());
             if let Some(listener) = admin {
                 let (desk, queue) = listener::desk();
@@ -494,6 +500,7 @@ impl Background {
                     write_timeout: ADMIN_WRITE_TIMEOUT,
                     // Its own, which nobody reads: these connections are not the application's.
                     metrics: Metrics::new(),
+                    streams: Arc::new(Streams::new(Metrics::new())),
                     // Health and metrics are told until the very end: only then does this listener close.
                     shutdown: ended.clone(),
                 };
@@ -514,6 +521,7 @@ impl Background {
                 () = watched => {}
                 () = resolved => {}
                 () = events.run() => {}
+                () = streams.watch(sessions, |record| gateway.admits(record)) => {}
                 _ = ended.wait_for(|ended| *ended) => {}
             }
         });

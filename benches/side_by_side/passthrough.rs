@@ -12,6 +12,7 @@ use cloakroom::metrics::Metrics;
 use cloakroom::proxy::connection::{HeadRules, Refusals};
 use cloakroom::proxy::context::{Connection, ListenerFacts};
 use cloakroom::proxy::guard::{HeadLimits, Refusal};
+use cloakroom::proxy::streams::Streams;
 use cloakroom::session::cookie::SessionCookie;
 use pingora::modules::http::HttpModules;
 use pingora::proxy::{ProxyHttp, Session as HttpSession, http_proxy};
@@ -70,6 +71,7 @@ pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
                 }),
                 write_timeout: Duration::from_secs(60),
                 metrics: Metrics::new(),
+                streams: Arc::new(Streams::new(Metrics::new())),
                 shutdown,
             };
             runtime().block_on(worker.run(queue));

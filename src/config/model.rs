@@ -531,6 +531,9 @@ pub struct Route {
     /// Whether a request counts as use of the session.
     #[serde(default = "Route::default_touch")]
     pub touch: bool,
+    /// Whether an open WebSocket, or another request that lasts, counts as use for as long as it lasts.
+    #[serde(default)]
+    pub stream_touch: bool,
     /// Whether the sealed cookie of `[session.fallback]` counts here while the store is down.
     #[serde(default = "Route::default_fallback")]
     pub fallback: bool,

@@ -20,8 +20,9 @@ pub mod certificate;
 mod stream;
 
 use crate::metrics::Metrics;
-use crate::proxy::connection::{self, HeadRules, Refusals};
+use crate::proxy::connection::{self, HeadRules, Line, Refusals};
 use crate::proxy::context::{Connection, ListenerFacts};
+use crate::proxy::streams::{InFlight, Streams};
 use certificate::Certificate;
 use stream::ClientStream;
 
@@ -163,6 +164,7 @@ pub struct Worker<A> {
     /// Longest pause while a client takes what we write.
     pub write_timeout: Duration,
     pub metrics: Metrics,
+    pub streams: Arc<Streams>,
     pub shutdown: ShutdownWatch,
 }
 
@@ -194,17 +196,25 @@ where
 
     async fn serve(&self, accepted: Accepted) {
         let Accepted { socket, peer, tls, facts, permit } = accepted;
-        let Some(stream) = self.open(socket, peer, tls.as_ref()).await else { return };
+        let in_flight = Arc::<InFlight>::default();
+        let Some(stream) = self.open(socket, peer, tls.as_ref(), &in_flight).await else { return };
         let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts));
         let (head_rules, app) = (Arc::clone(&self.head_rules), Arc::clone(&self.app));
-        let refusals = Arc::clone(&self.refusals);
-        connection::serve(stream, connection, head_rules, app, refusals, self.shutdown.clone()).await;
+        let line = Line { stream, connection, in_flight };
+        let (refusals, streams) = (Arc::clone(&self.refusals), Arc::clone(&self.streams));
+        connection::serve(line, head_rules, app, refusals, streams, self.shutdown.clone()).await;
         drop(permit);
     }
 
-    async fn open(&self, socket: std::net::TcpStream, peer: SocketAddr, tls: Option<&Tls>) -> Option<Stream> {
+    async fn open(
+        &self,
+        socket: std::net::TcpStream,
+        peer: SocketAddr,
+        tls: Option<&Tls>,
+        in_flight: &Arc<InFlight>,
+    ) -> Option<Stream> {
         let stream = match TcpStream::from_std(socket) {
-            Ok(socket) => ClientStream::new(socket, peer, self.write_timeout),
+            Ok(socket) => ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight)),
             Err(error) => {
                 tracing::error!(%peer, %error, "connection not taken over");
                 return None;

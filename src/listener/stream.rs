@@ -23,6 +23,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Sleep, timeout};
 
 use crate::proxy::reply::LINGER;
+use crate::proxy::streams::InFlight;
 
 /// Enough for the head and the body of most small responses; larger writes go past the buffer.
 const WRITE_BUFFER_BYTES: usize = 4096;
@@ -36,10 +37,18 @@ pub(super) struct ClientStream {
     stalled: Option<Pin<Box<Sleep>>>,
     accepted: SystemTime,
     digest: Arc<SocketDigest>,
+    in_flight: Arc<InFlight>,
 }
 
 impl ClientStream {
-    pub(super) fn new(socket: TcpStream, peer: std::net::SocketAddr, write_timeout: Duration) -> Self {
+    /// `in_flight`: the request that the connection is busy with, where it has one at a time. When that is cut, reads and
+    /// writes that have to wait fail.
+    pub(super) fn new(
+        socket: TcpStream,
+        peer: std::net::SocketAddr,
+        write_timeout: Duration,
+        in_flight: Arc<InFlight>,
+    ) -> Self {
         // Our own buffer gathers what belongs together; the kernel must not hold it back for an acknowledgement.
         let _ = socket.set_nodelay(true);
         let digest = SocketDigest::from_raw_fd(socket.as_raw_fd());
@@ -50,6 +59,7 @@ impl ClientStream {
             stalled: None,
             accepted: SystemTime::now(),
             digest: Arc::new(digest),
+            in_flight,
         }
     }
 
@@ -58,6 +68,9 @@ impl ClientStream {
         if written.is_ready() {
             self.stalled = None;
             return written;
+        }
+        if self.in_flight.is_cut() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let timeout = self.write_timeout;
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
@@ -68,6 +81,7 @@ impl ClientStream {
 
 impl AsyncRead for ClientStream {
     fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        ready!(self.in_flight.may_read())?;
         Pin::new(self.socket.get_mut()).poll_read(task, buffer)
     }
 }

@@ -16,9 +16,10 @@ use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, Sleep, timeout, timeout_at};
 
-use super::context::Connection;
+use super::context::{Connection, Request};
 use super::guard::{self, HeadLimits, Refusal};
 use super::reply::{self, LINGER};
+use super::streams::{InFlight, MOMENT, Streams, Whose};
 
 /// Enough for most heads; grows up to `HeadRules::bytes_max`.
 const FIRST_READ_BYTES: usize = 4096;
@@ -26,6 +27,19 @@ const FIRST_READ_BYTES: usize = 4096;
 /// While we shut down, how long an idle connection may still bring a request: one that its client had begun to send
 /// is answered (with `Connection: close`), not reset.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
+
+/// What is cut may so long finish a frame, and say that it is over; then it is dropped.
+const PARTING: Duration = Duration::from_millis(750);
+/// Who has said it waits for the client to close: for a moment, and behind TLS for another one.
+const GOODBYE: Duration = Duration::from_secs(2 * LINGER.as_secs());
+
+/// A client that is connected, and the request that it is busy with.
+#[derive(Debug)]
+pub struct Line {
+    pub stream: Stream,
+    pub connection: Arc<Connection>,
+    pub in_flight: Arc<InFlight>,
+}
 
 /// What a request head may cost.
 #[derive(Clone, Debug)]
@@ -54,15 +68,16 @@ pub trait Refusals: Send + Sync {
 
 /// Serves requests on one connection until either side ends it.
 pub async fn serve<A>(
-    mut stream: Stream,
-    connection: Arc<Connection>,
+    line: Line,
     rules: Arc<HeadRules>,
     app: Arc<A>,
     refusals: Arc<dyn Refusals>,
+    streams: Arc<Streams>,
     mut shutdown: ShutdownWatch,
 ) where
     A: HttpServerApp + Send + Sync + 'static,
 {
+    let Line { mut stream, connection, in_flight } = line;
     let mut settings: Option<HttpPersistentSettings> = None;
     let watched = shutdown.clone();
     // Both last as long as the connection: setting them up for every request would cost more than the guard does.
@@ -85,15 +100,44 @@ pub async fn serve<A>(
             HttpPersistentSettings::for_session(&session)
         });
         next.set_pipelined_prefix(head);
-        next.set_user_context(Box::new(Arc::clone(&connection)));
+        in_flight.begin();
+        let request = Request { connection: Arc::clone(&connection), in_flight: Arc::clone(&in_flight) };
+        next.set_user_context(Box::new(request));
         next.apply_to_session(&mut session);
-        let Some(reused) = app.process_new_http(session, &watched).await else { return };
+        idle.begin(MOMENT);
+        let mut answering = pin!(app.process_new_http(session, &watched));
+        let reused = tokio::select! {
+            biased; // most answers are there before anybody looks at a clock
+            reused = &mut answering => reused,
+            () = outlasts_its_session(&streams, &in_flight, &mut idle) => part(answering, &in_flight).await,
+        };
+        let Some(reused) = reused else { return };
         (stream, settings) = reused.consume();
         if settings.is_none() {
             return;
         }
         idle.begin(if is_stopping { LAST_REQUEST } else { rules.keepalive });
     }
+}
+
+/// Completes when the request is cut.
+async fn outlasts_its_session(streams: &Streams, in_flight: &Arc<InFlight>, clock: &mut Idle) {
+    loop {
+        clock.over().await;
+        match in_flight.whose() {
+            Whose::Unknown => clock.begin(MOMENT),
+            Whose::Nobody => std::future::pending().await,
+            Whose::Session(session) => return streams.until_cut(&session, in_flight).await,
+        }
+    }
+}
+
+/// A request that is cut fails by itself, in order, because it cannot read any more; one that does not is dropped.
+async fn part<T>(mut answering: Pin<&mut impl Future<Output = Option<T>>>, in_flight: &InFlight) -> Option<T> {
+    if let Ok(answered) = timeout(PARTING, answering.as_mut()).await {
+        return answered;
+    }
+    if in_flight.is_leaving() { timeout(GOODBYE, answering).await.ok().flatten() } else { None }
 }
 
 /// How long nothing comes. One timer for all the pauses of a connection: when it fires too early, because the pause

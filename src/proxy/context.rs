@@ -21,6 +21,8 @@ use super::access_log::{AccessLog, Entry, Timestamp};
 use super::reply::{Outcome, Rejection};
 use super::route::Route;
 use super::rules::Rules;
+use super::streams::InFlight;
+use super::websocket::Frames;
 
 /// An id from a trusted proxy is kept when it is no longer than this.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -50,6 +52,13 @@ pub struct ListenerFacts {
     pub cookie: SessionCookie,
 }
 
+/// What a request is told of how it came.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub connection: Arc<Connection>,
+    pub in_flight: Arc<InFlight>,
+}
+
 /// Where requests are told of; clones tell the same.
 #[derive(Clone, Debug)]
 pub struct Observer {
@@ -76,6 +85,7 @@ pub struct RequestContext {
     /// What reload replaces, as it was when the request came: one request sees one configuration.
     pub rules: Arc<Rules>,
     pub connection: Option<Arc<Connection>>,
+    pub in_flight: Option<Arc<InFlight>>,
     /// The address that the request came from: the peer's, or what a trusted proxy said.
     pub client: IpAddr,
     /// The peer is one of `server.trusted_proxies`.
@@ -101,6 +111,8 @@ pub struct RequestContext {
     /// When what was refused is worth another try.
     pub retry_after: Option<Duration>,
     pub is_upgrade: bool,
+    /// After the upgrade: what the backend says.
+    pub(super) frames: Option<Frames>,
     /// We have answered `100 Continue`, so the backend must not be asked for it.
     pub continued: bool,
     pub body_bytes_max: u64,
@@ -109,6 +121,8 @@ pub struct RequestContext {
     /// How often it was sent again after a backend failed on it.
     pub repeats: u8,
     pub backend: Option<Arc<Backend>>,
+    /// Of the backend's response, as soon as there is one.
+    pub status: u16,
     pub outcome: Option<Outcome>,
     /// Why an attempt failed, to be told if no other succeeds.
     pub failure: Option<Rejection>,
@@ -129,6 +143,7 @@ impl RequestContext {
             line: None,
             rules,
             connection: None,
+            in_flight: None,
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             trusted_peer: false,
             request_id: RequestId::none(),
@@ -144,14 +159,28 @@ impl RequestContext {
             keeps_authorization: false,
             retry_after: None,
             is_upgrade: false,
+            frames: None,
             continued: false,
             body_bytes_max: u64::MAX,
             body_bytes: 0,
             tried: Tried::default(),
             repeats: 0,
             backend: None,
+            status: 0,
             outcome: None,
             failure: None,
+        }
+    }
+
+    /// Whether its session has ended, and it with it.
+    pub fn is_cut(&self) -> bool {
+        self.in_flight.as_ref().is_some_and(|in_flight| in_flight.is_cut())
+    }
+
+    /// It is left alone if its session ends now.
+    pub fn leave(&self) {
+        if let Some(in_flight) = &self.in_flight {
+            in_flight.leave();
         }
     }
 
@@ -216,7 +245,8 @@ impl RequestContext {
 impl Drop for RequestContext {
     fn drop(&mut self) {
         if !self.is_recorded && self.line.is_some() {
-            self.record(0, Outcome::Cut, 0, 0);
+            let outcome = if self.is_cut() { Outcome::SessionEnded } else { Outcome::Cut };
+            self.record(self.status, outcome, 0, 0);
         }
     }
 }

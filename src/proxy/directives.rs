@@ -90,6 +90,9 @@ impl Gateway {
         }
         let asked = Asked::read(&fields, response).map_err(|fault| self.misunderstood(context, &fields, fault))?;
         let Asked { login, logout, changes } = asked;
+        if logout || login.is_some() {
+            context.leave(); // its session ends by this very response, which the client is to have
+        }
         if logout {
             return self.log_out_by_directive(downstream, context).await;
         }

@@ -25,11 +25,12 @@ use crate::login::pages::set_retry_after;
 use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::id::SessionId;
-use crate::session::record::LoginMethod;
+use crate::session::record::{LoginMethod, Record};
 use crate::session::store::{Ending, Found, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
+pub mod streams;
 pub mod connection;
 pub mod guard;
 pub mod route;
@@ -37,17 +38,19 @@ pub mod rules;
 pub mod admit;
 pub mod forward;
 mod directives;
+mod websocket;
 pub mod reply;
 pub mod access_log;
 
 use access_log::{Entry, Timestamp};
 use admit::{Step, Who, admit};
 use connection::Refusals;
-use context::{Connection, Observer, RequestContext, RequestId, RequestLine};
+use context::{Connection, Observer, Request, RequestContext, RequestId, RequestLine};
 use guard::Refusal;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
+use websocket::Frames;
 
 /// Pingora's contract of `request_filter`: we have answered.
 const REPLIED: bool = true;
@@ -103,8 +106,8 @@ impl ProxyHttp for Gateway {
         context: &mut Self::CTX,
         connection: Box<dyn std::any::Any + Send + Sync>,
     ) {
-        if let Ok(connection) = connection.downcast::<Arc<Connection>>() {
-            self.open(downstream, context, *connection);
+        if let Ok(request) = connection.downcast::<Request>() {
+            self.open(downstream, context, *request);
         }
     }
 
@@ -243,6 +246,7 @@ impl ProxyHttp for Gateway {
             context.failure = Some(Rejection::BackendFailed);
             return Err(Error::explain(ErrorType::InvalidHTTPHeader, problem).into_up());
         }
+        context.status = response.status.as_u16();
         if downstream.is_process_shutting_down() {
             downstream.set_keepalive(None);
         }
@@ -250,6 +254,7 @@ impl ProxyHttp for Gateway {
             && let Some(pool) = &context.pool
         {
             downstream.set_read_timeout(Some(pool.timeouts().websocket));
+            context.frames = Some(Frames::default());
         }
         if downstream.req_header().version == http::Version::HTTP_10 {
             // Such a client knows no chunks (RFC 9112, section 6.1); the end of the connection ends the body.
@@ -262,6 +267,29 @@ impl ProxyHttp for Gateway {
         };
         forward::response(response, context, &self.cookies)?;
         directives::add_cookies(response, cookies)
+    }
+
+    fn response_body_filter(
+        &self,
+        _: &mut HttpSession,
+        body: &mut Option<Bytes>,
+        _: bool,
+        context: &mut Self::CTX,
+    ) -> Result<Option<Duration>> {
+        let is_cut = context.is_cut();
+        match (&mut context.frames, &context.in_flight, body) {
+            (None, ..) if is_cut => Err(session_ended()),
+            (Some(frames), Some(in_flight), Some(bytes)) => {
+                if is_cut {
+                    bytes.truncate(frames.pass_rest(bytes));
+                } else {
+                    frames.pass(bytes);
+                }
+                in_flight.note_amid_frame(!frames.is_between());
+                Ok(None)
+            }
+            (None, ..) | (Some(_), ..) => Ok(None),
+        }
     }
 
     /// The connection broke after it was made. Only what may be done twice is tried again, and only while neither
@@ -301,6 +329,8 @@ impl ProxyHttp for Gateway {
         let rejection = rejection(error, context);
         let is_socket = downstream.response_written().is_some_and(is_upgraded);
         let outcome = match rejection {
+            _ if context.is_cut() && has_begun(downstream) => Outcome::SessionEnded,
+            _ if context.is_cut() => Outcome::Rejected(Rejection::Unauthenticated),
             Some(Rejection::BackendTimeout | Rejection::BodyTooSlow) if is_socket => Outcome::IdleSocket,
             None => Outcome::ClientGone,
             Some(_) if has_begun(downstream) => Outcome::Truncated,
@@ -310,7 +340,9 @@ impl ProxyHttp for Gateway {
         let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
         let label = outcome.label();
         // What clients do is their business, and they could fill the log with it.
-        if *error.esource() == ErrorSource::Downstream || outcome == Outcome::IdleSocket {
+        if *error.esource() == ErrorSource::Downstream
+            || [Outcome::IdleSocket, Outcome::SessionEnded].contains(&outcome)
+        {
             tracing::debug!(request_id = context.request_id.as_str(), outcome = label, cause = %error, "request ended early");
         } else {
             tracing::warn!(request_id = context.request_id.as_str(), outcome = label, backend, cause = %error, "request failed");
@@ -324,6 +356,9 @@ impl ProxyHttp for Gateway {
             if let Err(error) = reply::send(downstream, response, context.request_id.as_str(), true).await {
                 tracing::debug!(request_id = context.request_id.as_str(), %error, "client left before its error page");
             }
+        }
+        if is_socket && outcome == Outcome::SessionEnded && !is_stuck(error) {
+            Box::pin(say_goodbye(downstream, context)).await;
         }
         FailToProxy { error_code, can_reuse_downstream: false }
     }
@@ -348,8 +383,15 @@ impl ProxyHttp for Gateway {
 }
 
 impl Gateway {
+    /// Whether somebody who has this session may still come in.
+    pub fn admits(&self, record: &Record) -> bool {
+        record.method == LoginMethod::Anonymous || matches!(user_of(record, &self.rules.load()), Who::User(_))
+    }
+
     /// The first facts: whose connection, what address, which id.
-    fn open(&self, downstream: &mut HttpSession, context: &mut RequestContext, connection: Arc<Connection>) {
+    fn open(&self, downstream: &mut HttpSession, context: &mut RequestContext, request: Request) {
+        let Request { connection, in_flight } = request;
+        context.in_flight = Some(in_flight);
         forward::forget_case(downstream.req_header_mut());
         let request = downstream.req_header();
         let headers = &request.headers;
@@ -417,6 +459,9 @@ impl Gateway {
             return reject(downstream, context, Rejection::ForeignOrigin);
         }
         context.identity = identity;
+        if let Some(in_flight) = &context.in_flight {
+            in_flight.belongs_to(context.told_session().map(|session| &session.key), route.stream_touch);
+        }
         Decision::Forward
     }
 
@@ -465,7 +510,7 @@ impl Gateway {
         let Observer { metrics, .. } = &*self.observer;
         let (result, who) = match self.sessions.resume(&id, &usage).await {
             Ok(Resumed::Live(session, source)) => {
-                let who = user_of(&session, &context.rules);
+                let who = user_of(&session.record, &context.rules);
                 if let Who::User(identity) = &who {
                     context.identity = Some(Arc::clone(identity)); // for the log, also of who is not let in
                 }
@@ -656,21 +701,21 @@ impl Refusals for Gateway {
 }
 
 /// Who a live session is now: of a user of the users file, what the file says today.
-fn user_of(session: &Session, rules: &Rules) -> Who {
-    match session.record.method {
+fn user_of(record: &Record, rules: &Rules) -> Who {
+    match record.method {
         LoginMethod::Password => {
             let users = rules.login.users();
-            let current = || users.current(&session.record.identity.user).cloned();
+            let current = || users.current(&record.identity.user).cloned();
             // Nobody: removed or disabled since.
-            session.record.known.get(users.edition(), current).map_or(Who::Nobody, Who::User)
+            record.known.get(users.edition(), current).map_or(Who::Nobody, Who::User)
         }
         LoginMethod::Oidc => {
-            let vouched_for = || rules.login.vouched_for(&session.record);
-            session.record.known.get(rules.login.users().edition(), vouched_for).map_or(Who::Nobody, Who::User)
+            let vouched_for = || rules.login.vouched_for(record);
+            record.known.get(rules.login.users().edition(), vouched_for).map_or(Who::Nobody, Who::User)
         }
         LoginMethod::Backend => {
-            let known = || Some(Arc::new(Known::new(session.record.identity.clone())));
-            session.record.known.get(rules.login.users().edition(), known).map_or(Who::Nobody, Who::User)
+            let known = || Some(Arc::new(Known::new(record.identity.clone())));
+            record.known.get(rules.login.users().edition(), known).map_or(Who::Nobody, Who::User)
         }
         LoginMethod::Anonymous => Who::Nobody,
     }
@@ -768,6 +813,33 @@ async fn say_continue(downstream: &mut HttpSession) -> Result<()> {
 /// Whether the client has the beginning of a final response: then it cannot have another.
 fn has_begun(downstream: &HttpSession) -> bool {
     downstream.response_written().is_some_and(|response| !response.status.is_informational() || is_upgraded(response))
+}
+
+fn session_ended() -> Box<Error> {
+    Error::explain(ErrorType::ReadError, "the session has ended").into_down()
+}
+
+/// Whether the client has perhaps only a part of what was last written.
+fn is_stuck(error: &Error) -> bool {
+    matches!(error.etype(), ErrorType::WriteError | ErrorType::WriteTimedout)
+}
+
+/// Ends a WebSocket for good, and waits a moment for the client to do the same: closing on unread bytes resets the
+/// connection, and the reset can overtake the close frame. (Pingora's end of TLS does not wait for anything.)
+async fn say_goodbye(downstream: &mut HttpSession, context: &RequestContext) {
+    if context.frames.as_ref().is_none_or(|frames| !frames.is_between()) {
+        return;
+    }
+    context.leave();
+    if context.frames.as_ref().is_some_and(|frames| !frames.is_closed()) {
+        let frame = Bytes::from_static(websocket::SESSION_ENDED);
+        if downstream.write_response_body(Some(frame), true).await.is_err() {
+            return;
+        }
+    }
+    downstream.as_downstream_mut().shutdown().await;
+    let farewell = async { while let Ok(Some(_)) = downstream.read_request_body().await {} };
+    let _ = tokio::time::timeout(reply::LINGER, farewell).await;
 }
 
 fn is_upgraded(response: &ResponseHeader) -> bool {

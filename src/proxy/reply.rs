@@ -82,6 +82,8 @@ pub enum Outcome {
     Truncated,
     /// A WebSocket on which nothing was said for too long.
     IdleSocket,
+    /// It was cut, because its session had ended.
+    SessionEnded,
     /// Dropped on its way: the shutdown had no more time for it, or a panic of ours ended it.
     Cut,
     Rejected(Rejection),
@@ -261,6 +263,7 @@ impl Outcome {
             Self::ClientGone => "client_gone",
             Self::Truncated => "truncated",
             Self::IdleSocket => "idle_socket",
+            Self::SessionEnded => "session_ended",
             Self::Cut => "cut",
             Self::Rejected(rejection) => rejection.label(),
         }

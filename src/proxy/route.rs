@@ -27,6 +27,8 @@ pub struct Route {
     pub body_bytes_max: u64,
     /// A request counts as use of the session.
     pub touch: bool,
+    /// And for as long as it lasts.
+    pub stream_touch: bool,
     /// The fallback cookie counts here while the store is down.
     pub fallback: bool,
     /// What its backends may say of the session.
@@ -133,6 +135,7 @@ impl Route {
             websocket_origins: route.websocket_origins.iter().map(|origin| origin.get_ref().clone()).collect(),
             body_bytes_max,
             touch: route.touch,
+            stream_touch: route.stream_touch,
             // That cookie says who it is, and nothing of when and how they logged in.
             fallback: route.fallback && demand.is_none(),
             directives: Allowed::of(&route.directives),
@@ -218,6 +221,7 @@ mod tests {
             websocket_origins: Vec::new(),
             body_bytes: None,
             touch: true,
+            stream_touch: false,
             fallback: true,
             directives: Vec::new(),
             anonymous: false,

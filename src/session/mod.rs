@@ -504,12 +504,7 @@ impl Sessions {
     fn used(&self, key: SessionKey, stored: Stored, usage: &Use<'_>) -> Session {
         let Stored { record, time_to_live } = stored;
         if usage.touch {
-            let interval = self.touch_interval();
-            // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
-            let unused = self.lifetime.idle.saturating_sub(time_to_live);
-            if interval <= unused && self.touches.claim(&key, Instant::now(), interval) {
-                self.touch_in_background(key.clone(), record.ends);
-            }
+            self.keep(&key, record.ends, time_to_live);
             if let (Some(trail), Some(route)) = (&self.trail, usage.route)
                 && trail.note(&key, usage.client, route)
             {
@@ -517,6 +512,16 @@ impl Sessions {
             }
         }
         Session { key, record, time_to_live }
+    }
+
+    /// It is in use now: it lives on. `ends`, `time_to_live`: as the store has them.
+    pub fn keep(&self, key: &SessionKey, ends: u64, time_to_live: Duration) {
+        let interval = self.touch_interval();
+        // The last touch gave it `idle` to live, or less near its absolute end, where `touches` knows better.
+        let unused = self.lifetime.idle.saturating_sub(time_to_live);
+        if interval <= unused && self.touches.claim(key, Instant::now(), interval) {
+            self.touch_in_background(key.clone(), ends);
+        }
     }
 
     fn touch_interval(&self) -> Duration {

@@ -26,6 +26,7 @@ mod operation;
 mod audit;
 mod memory_file;
 mod session_control;
+mod endings;
 mod events;
 mod tidy;
 

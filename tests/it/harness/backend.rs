@@ -14,6 +14,11 @@ use super::{DEADLINE, wait_until};
 /// Of each connection, so much is kept; of the rest, the count.
 const BYTES_KEPT: usize = 1024 * 1024;
 
+/// The head of a backend's consent to a WebSocket, for [`Answer::Pieces`].
+pub(crate) const WEBSOCKET_HEAD: &[u8] =
+    b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\
+    sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n";
+
 /// The answer to [`super::client::WEBSOCKET_KEY`] (both are the example of RFC 6455, section 1.3).
 const WEBSOCKET_ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
@@ -45,6 +50,8 @@ pub(crate) enum Answer {
     ExactlyThenClose(Vec<u8>),
     /// 200 with these chunks, one for each [`Backend::step`].
     Chunks(Vec<Vec<u8>>),
+    /// These bytes, the first at once and each further piece after one [`Backend::step`].
+    Pieces(Vec<Vec<u8>>),
     /// The answer within, after one [`Backend::step`].
     AfterStep(Box<Self>),
     /// 101 without being asked for a protocol that it names, then an echo.
@@ -269,6 +276,15 @@ impl Shared {
                     out.write_all(b"\r\n")?;
                 }
                 out.write_all(b"0\r\n\r\n")?;
+                Ok(true)
+            }
+            Answer::Pieces(pieces) => {
+                for (number, piece) in pieces.iter().enumerate() {
+                    if 0 < number {
+                        self.steps.take_one()?;
+                    }
+                    out.write_all(piece)?;
+                }
                 Ok(true)
             }
             Answer::AfterStep(answer) => {
