@@ -36,6 +36,8 @@ pub struct Metrics {
     /// No labels; without a value except at the instance that leads.
     pub sessions: IntGaugeVec,
     pub connections: IntGauge,
+    /// reason: stranger, late, malformed
+    pub proxy_protocol_refused: IntCounterVec,
     /// Requests with a session that have lasted longer than a moment.
     pub streams: IntGauge,
     pub streams_cut: IntCounter,
@@ -122,6 +124,12 @@ impl Metrics {
                 "Sessions in the store, at the instance that leads.",
             ),
             connections: gauge(&registry, "cloakroom_connections", "Open client connections."),
+            proxy_protocol_refused: counter(
+                &registry,
+                "cloakroom_proxy_protocol_refused_total",
+                "Connections to a listener with proxy_protocol that did not begin as they should.",
+                &["reason"],
+            ),
             streams: gauge(
                 &registry,
                 "cloakroom_streams",

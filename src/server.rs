@@ -570,7 +570,11 @@ fn bind(
     let facts =
         ListenerFacts { scheme: if is_https { "https" } else { "http" }, cookie: session_cookie(config, is_https) };
     let address = *listener.address.get_ref();
-    Listener::bind(address, certificate.clone(), facts).map_err(|cause| cannot_listen(address, cause))
+    let bound = Listener::bind(address, certificate.clone(), facts).map_err(|cause| cannot_listen(address, cause))?;
+    Ok(match &listener.proxy_protocol {
+        Some(balancers) => bound.behind(balancers.get_ref().iter().map(|network| network.0)),
+        None => bound,
+    })
 }
 
 fn bind_admin(config: &Config) -> Result<Listener, StartError> {

@@ -90,7 +90,7 @@ fn resolve(
 
     let mut paths = Vec::<&mut Spanned<PathBuf>>::new();
     let mut secrets = Vec::<(&str, &mut Spanned<Secret>)>::new();
-    for Listener { cert, key, address: _, scheme: _, insecure: _ } in listeners {
+    for Listener { cert, key, address: _, scheme: _, proxy_protocol: _, insecure: _ } in listeners {
         paths.extend(cert.iter_mut().chain(key));
     }
     if let Some(redis) = redis {
@@ -141,7 +141,7 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 28] = [
+    const EXAMPLES: [&str; 29] = [
         "page",
         "cert",
         "key",
@@ -170,6 +170,7 @@ mod tests {
         "max_age",
         "access_token",
         "origins",
+        "proxy_protocol",
     ];
 
     /// The manual with every key in force: `#key = value` and `#[section]` lose their `#`, prose (`# text`) stays.

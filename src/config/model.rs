@@ -73,6 +73,8 @@ pub struct Listener {
     pub key: Option<Spanned<PathBuf>>,
     /// The scheme that browsers see, when a proxy in front terminates TLS: "https".
     pub scheme: Option<Spanned<Scheme>>,
+    /// Networks of the balancers that announce each client by the PROXY protocol, version 2; nobody else may connect.
+    pub proxy_protocol: Option<Spanned<Vec<Cidr>>>,
     /// Allow plain HTTP (and a cookie without `Secure`) on an address other than loopback.
     #[serde(default)]
     pub insecure: bool,

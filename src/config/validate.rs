@@ -70,6 +70,13 @@ impl Check<'_, '_> {
             }
             (Some(_), Some(_)) | (None, None) => {}
         }
+        if let Some(balancers) = &listener.proxy_protocol
+            && balancers.get_ref().is_empty()
+        {
+            self.problems
+                .add(balancers.span(), "proxy_protocol names nobody: no client could connect")
+                .hint("name the networks of the balancers in front, or leave it out");
+        }
         let speaks_tls = listener.cert.is_some() || listener.key.is_some();
         let scheme = listener.scheme.as_ref().map(Spanned::get_ref);
         if let Some(written) = &listener.scheme
@@ -1162,6 +1169,9 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (listener("address = \"0.0.0.0:80\""), "11:11", "plain HTTP on 0.0.0.0:80, which is not loopback"),
             (listener("address = \"[2001:db8::1]:80\"\nscheme = \"http\""), "11:11", "which is not loopback"),
             (listener("address = \"localhost:80\""), "11:11", "expected an IP address and a port"),
+            (listener("address = \"127.0.0.1:1\"\nproxy_protocol = []"), "12:18", "proxy_protocol names nobody"),
+            (listener("address = \"127.0.0.1:1\"\nproxy_protocol = true"), "12:18", "expected"),
+            (listener("address = \"127.0.0.1:1\"\nproxy_protocol = [\"10.0.0.1/8\"]"), "12:19", "the network is 10.0.0.0/8"),
             (listener("address = 8080"), "11:11", "expected an address with its port in quotes"),
             (listener("address = \"127.0.0.1:1\"\ncert = \"c.pem\""), "12:8", "cert without key"),
             (listener("address = \"127.0.0.1:1\"\nkey = \"k.pem\""), "12:7", "key without cert"),

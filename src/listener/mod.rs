@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use pingora::apps::HttpServerApp;
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::Stream;
@@ -17,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 pub mod certificate;
+mod proxy_protocol;
 mod stream;
 
 use crate::metrics::Metrics;
@@ -24,6 +26,7 @@ use crate::proxy::connection::{self, HeadRules, Line, Refusals};
 use crate::proxy::context::{Connection, ListenerFacts};
 use crate::proxy::streams::{InFlight, Streams};
 use certificate::Certificate;
+use proxy_protocol::Refused;
 use stream::ClientStream;
 
 /// Connections that the kernel holds for us while we are busy.
@@ -40,9 +43,13 @@ const TELL_AGAIN: Duration = Duration::from_secs(10);
 pub struct Listener {
     socket: std::net::TcpListener,
     address: SocketAddr,
+    balancers: Option<Balancers>,
     tls: Option<Tls>,
     facts: Arc<ListenerFacts>,
 }
+
+/// Who announces the clients of a listener, see [`proxy_protocol`]; nobody else may connect to it.
+type Balancers = Arc<[IpNet]>;
 
 /// The accepting side of a worker.
 #[derive(Clone, Debug)]
@@ -63,6 +70,7 @@ pub struct Queue {
 struct Accepted {
     socket: std::net::TcpStream,
     peer: SocketAddr,
+    balancers: Option<Balancers>,
     tls: Option<Tls>,
     facts: Arc<ListenerFacts>,
     permit: OwnedSemaphorePermit,
@@ -86,7 +94,13 @@ impl Listener {
         let socket = std::net::TcpListener::from(socket);
         let address = socket.local_addr()?;
         let tls = certificate.map(Tls::new);
-        Ok(Self { socket, address, tls, facts: Arc::new(facts) })
+        Ok(Self { socket, address, balancers: None, tls, facts: Arc::new(facts) })
+    }
+
+    /// Connections come from these networks alone, and each begins with a header of the PROXY protocol.
+    #[must_use]
+    pub fn behind(self, balancers: impl IntoIterator<Item = IpNet>) -> Self {
+        Self { balancers: Some(balancers.into_iter().collect()), ..self }
     }
 
     /// With the port that the system chose for port 0.
@@ -140,10 +154,10 @@ impl Listener {
     fn hand_over(&self, desks: &[Desk], stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
         let idlest = desks.iter().min_by_key(|desk| desk.open.load(Ordering::Relaxed));
         let (Some(desk), Ok(socket)) = (idlest, stream.into_std()) else { return };
-        let (tls, facts) = (self.tls.clone(), Arc::clone(&self.facts));
+        let (balancers, tls, facts) = (self.balancers.clone(), self.tls.clone(), Arc::clone(&self.facts));
         desk.open.fetch_add(1, Ordering::Relaxed);
         // A worker that is gone has no use for it.
-        let _ = desk.accepted.send(Accepted { socket, peer, tls, facts, permit });
+        let _ = desk.accepted.send(Accepted { socket, peer, balancers, tls, facts, permit });
     }
 }
 
@@ -195,7 +209,25 @@ where
     }
 
     async fn serve(&self, accepted: Accepted) {
-        let Accepted { socket, peer, tls, facts, permit } = accepted;
+        let Accepted { socket, peer, balancers, tls, facts, permit } = accepted;
+        let mut socket = match TcpStream::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::error!(%peer, %error, "connection not taken over");
+                return;
+            }
+        };
+        let peer = match balancers {
+            None => peer,
+            Some(balancers) => match self.announced(&mut socket, peer, &balancers).await {
+                Ok(client) => client,
+                Err(reason) => {
+                    self.metrics.proxy_protocol_refused.with_label_values(&[reason.label()]).inc();
+                    tracing::debug!(%peer, %reason, "connection refused by the PROXY protocol");
+                    return;
+                }
+            },
+        };
         let in_flight = Arc::<InFlight>::default();
         let Some(stream) = self.open(socket, peer, tls.as_ref(), &in_flight).await else { return };
         let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts));
@@ -206,20 +238,29 @@ where
         drop(permit);
     }
 
+    /// The client that a balancer announces.
+    async fn announced(
+        &self,
+        socket: &mut TcpStream,
+        peer: SocketAddr,
+        balancers: &[IpNet],
+    ) -> Result<SocketAddr, Refused> {
+        let address = peer.ip().to_canonical();
+        if !balancers.iter().any(|network| network.contains(&address)) {
+            return Err(Refused::Stranger);
+        }
+        let client = proxy_protocol::read(socket, self.head_rules.timeout).await?;
+        Ok(client.unwrap_or(peer))
+    }
+
     async fn open(
         &self,
-        socket: std::net::TcpStream,
+        socket: TcpStream,
         peer: SocketAddr,
         tls: Option<&Tls>,
         in_flight: &Arc<InFlight>,
     ) -> Option<Stream> {
-        let stream = match TcpStream::from_std(socket) {
-            Ok(socket) => ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight)),
-            Err(error) => {
-                tracing::error!(%peer, %error, "connection not taken over");
-                return None;
-            }
-        };
+        let stream = ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight));
         let Some(tls) = tls else { return Some(Box::new(stream)) };
         match tokio::time::timeout(self.head_rules.timeout, tls.acceptor.tls_handshake(stream)).await {
             Ok(Ok(stream)) => Some(Box::new(stream)),

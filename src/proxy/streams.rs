@@ -108,7 +108,7 @@ impl Streams {
             }
             Ok(Found::Live(_) | Found::Ended(_) | Found::Nothing) => self.cut(session),
             // Nobody knows: another instance may read it, and the store may come back.
-            Err(StoreError::Unavailable(_) | StoreError::Refused(_) | StoreError::Unreadable) => {}
+            Err(_) => {}
         };
         let store = sessions.store();
         let listed: Vec<_> = self.listed.lock().keys().cloned().collect();

@@ -9,6 +9,7 @@ mod identity_headers;
 mod directives;
 mod guard;
 mod proxying;
+mod proxy_protocol;
 mod login_journey;
 mod own_pages;
 mod own_pages_browser;

@@ -63,12 +63,10 @@ impl Connection {
         Self { reader: Reader::new(Stream::Plain(connect(address).unwrap())) }
     }
 
-    /// # Errors
-    /// When the port is closed, or the handshake fails.
-    pub(crate) fn open_tls(address: SocketAddr, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
+    fn open_tls(stream: TcpStream, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let session = ClientConnection::new(Arc::clone(trust), name).map_err(io::Error::other)?;
-        let mut stream = StreamOwned::new(session, connect(address)?);
+        let mut stream = StreamOwned::new(session, stream);
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
         }
@@ -215,6 +213,7 @@ pub(crate) struct Client {
     address: SocketAddr,
     host: String,
     trust: Option<Arc<ClientConfig>>,
+    preface: Vec<u8>,
     idle: Mutex<Vec<Connection>>,
     cookies: Mutex<Vec<(String, String)>>,
     allowed: Vec<String>,
@@ -226,6 +225,7 @@ impl Client {
             address,
             host: address.to_string(),
             trust: None,
+            preface: Vec::new(),
             idle: Mutex::default(),
             cookies: Mutex::default(),
             allowed: ALLOWED_FIELDS.iter().map(|&name| name.to_owned()).collect(),
@@ -240,6 +240,12 @@ impl Client {
     /// What the `Host` field says.
     pub(crate) fn with_host(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Each connection begins with these bytes, before TLS.
+    pub(crate) fn announced_by(mut self, preface: &[u8]) -> Self {
+        preface.clone_into(&mut self.preface);
         self
     }
 
@@ -315,9 +321,11 @@ impl Client {
     /// # Errors
     /// When the port is closed, or the handshake fails.
     pub(crate) fn connect(&self) -> io::Result<Connection> {
+        let mut stream = connect(self.address)?;
+        stream.write_all(&self.preface)?;
         match &self.trust {
-            Some(trust) => Connection::open_tls(self.address, "localhost", trust),
-            None => Ok(Connection { reader: Reader::new(Stream::Plain(connect(self.address)?)) }),
+            Some(trust) => Connection::open_tls(stream, "localhost", trust),
+            None => Ok(Connection { reader: Reader::new(Stream::Plain(stream)) }),
         }
     }
 

@@ -50,6 +50,8 @@ pub(crate) struct Setup {
     users: Vec<String>,
     store: Store,
     tls: bool,
+    /// Further lines of the listener.
+    listener: String,
     /// Lines of `[login.password]`; none = there is no such table.
     password: Option<String>,
     rest: String,
@@ -74,6 +76,7 @@ impl Gateway {
             users: Vec::new(),
             store: Store::Memory,
             tls: false,
+            listener: String::new(),
             password: Some(String::new()),
             rest: String::new(),
             pace: Pace::default(),
@@ -207,6 +210,12 @@ impl Setup {
         self
     }
 
+    /// Further lines of the `[[listener]]`.
+    pub(crate) fn listener(mut self, keys: &str) -> Self {
+        let _ = writeln!(self.listener, "{keys}");
+        self
+    }
+
     /// Further lines of `[login.password]`.
     pub(crate) fn password(mut self, keys: &str) -> Self {
         let _ = writeln!(self.password.get_or_insert_default(), "{keys}");
@@ -262,6 +271,7 @@ impl Setup {
         std::fs::write(&users_file, users).unwrap();
 
         let mut text = String::from("[[listener]]\naddress = \"127.0.0.1:0\"\n");
+        text.push_str(&self.listener);
         if self.tls {
             let (cert, key) = tls::write_files(folder.path());
             let _ = writeln!(text, "cert = {cert:?}\nkey = {key:?}");
