@@ -58,6 +58,9 @@ const INSPECTION_RETRY: Duration = Duration::from_secs(1);
 /// Start-up waits this long for the names of backends; what is not known by then is found in the background.
 const FIRST_RESOLVE_MAX: Duration = Duration::from_secs(5);
 
+/// For tokens that are being renewed when all requests are answered.
+const RENEWALS_WAIT_MAX: Duration = Duration::from_secs(15);
+
 /// Everything that a configuration names, read and checked; nothing bound, nothing connected.
 #[derive(Debug)]
 pub struct Prepared {
@@ -263,6 +266,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         body_rate_min: config.limits.body_rate_min.0,
         write_timeout: config.limits.write_timeout.get(),
         observer,
+        renewals: watch::Sender::new(()),
     };
     let streams = Arc::new(Streams::new(metrics.clone()));
     let head_rules = Arc::new(HeadRules {
@@ -307,7 +311,11 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         let plan = WorkerPlan {
             queue,
             // A count of its own of who has the observer: workers would wait for each other's with every request.
-            gateway: Gateway { observer: Arc::new(Observer::clone(&gateway.observer)), ..gateway.clone() },
+            gateway: Gateway {
+                observer: Arc::new(Observer::clone(&gateway.observer)),
+                renewals: watch::Sender::new(()),
+                ..gateway.clone()
+            },
             head_rules: Arc::clone(&head_rules),
             streams: Arc::clone(&streams),
             shutdown: shutting_down.clone(),
@@ -359,7 +367,7 @@ impl Running {
         let login = build_login(config, &self.sessions, &self.metrics)?;
         let keys = self.ring.as_ref().map(|ring| Ok((ring, ring.read_again()?))).transpose()?;
         let previous = self.rules.load_full();
-        let rules = Rules::build(config, login, Some(&previous));
+        let rules = Rules::build(config, login.taking_over(&previous.login), Some(&previous));
         let pools: Vec<_> = rules.pools.values().cloned().collect();
         discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
         self.rules.store(Arc::new(rules));
@@ -430,6 +438,7 @@ impl WorkerPlan {
             // The store connection is there before the first user needs it.
             let store = Arc::clone(gateway.sessions.store());
             tokio::spawn(async move { store.ping().await });
+            let renewals = gateway.renewals.clone();
             let worker = Worker {
                 refusals: Arc::new(gateway.clone()),
                 metrics: gateway.observer.metrics.clone(),
@@ -441,13 +450,18 @@ impl WorkerPlan {
             };
             let app = Arc::clone(&worker.app);
             let mut serving = pin!(worker.run(queue));
-            tokio::select! {
-                () = &mut serving => return,
-                _ = shutdown.wait_for(|shutting_down| *shutting_down) => {}
+            let is_served = tokio::select! {
+                () = &mut serving => true,
+                _ = shutdown.wait_for(|shutting_down| *shutting_down) => false,
+            };
+            if !is_served {
+                app.http_cleanup().await;
+                if tokio::time::timeout(drain_timeout, serving).await.is_err() {
+                    tracing::warn!("connections cut: they took longer than server.drain_timeout");
+                }
             }
-            app.http_cleanup().await;
-            if tokio::time::timeout(drain_timeout, serving).await.is_err() {
-                tracing::warn!("connections cut: they took longer than server.drain_timeout");
+            if tokio::time::timeout(RENEWALS_WAIT_MAX, renewals.closed()).await.is_err() {
+                tracing::warn!("tokens of sessions were being renewed, and may be lost: a provider did not answer");
             }
         });
     }

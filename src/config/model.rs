@@ -322,8 +322,11 @@ pub enum BackendPreset {
     Eai,
 }
 
+/// So many ways to authenticate a route may name.
+pub const ACR_VALUES_MAX: usize = 8;
+
 /// `[login.oidc.NAME]`: an OpenID Connect provider.
-#[derive(Debug, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OidcLogin {
     /// Exactly as the provider calls itself.

@@ -8,7 +8,9 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
-use super::model::{Access, Cache, Config, Directive, Listener, OidcLogin, RedisStore, Route, Scheme, SealRecords};
+use super::model::{
+    ACR_VALUES_MAX, Access, Cache, Config, Directive, Listener, OidcLogin, RedisStore, Route, Scheme, SealRecords,
+};
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
 
@@ -616,6 +618,9 @@ impl Check<'_, '_> {
             self.problems
                 .add(age.span(), format!("max_age ({}) is shorter than {LOGIN_AGE_MIN}", age.get_ref()))
                 .hint("the login would be too old again before its page has loaded");
+        }
+        if let Some(first_too_many) = route.acr.get(ACR_VALUES_MAX) {
+            self.problems.add(first_too_many.span(), format!("more than {ACR_VALUES_MAX} values of acr"));
         }
         for acr in &route.acr {
             // The values stand in one parameter, with spaces between (OpenID Connect Core 1.0, section 3.1.2.1).

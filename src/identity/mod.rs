@@ -23,6 +23,19 @@ pub struct Identity {
     pub claims: BTreeMap<String, String>,
 }
 
+/// Texts of one identity together: it is in each record, and much of it goes with each request.
+const BYTES_MAX: usize = 8 << 10;
+
+impl Identity {
+    /// Whether more is said of the user than a session keeps.
+    pub fn is_too_large(&self) -> bool {
+        let Self { user, name, email, groups, claims } = self;
+        let claims = claims.iter().flat_map(|(name, value)| [name, value]);
+        let texts = [user].into_iter().chain(name).chain(email).chain(groups).chain(claims);
+        BYTES_MAX < texts.map(String::len).sum()
+    }
+}
+
 /// A user, and the header lines that tell a backend who that is: they are made for the first request, and serve all.
 #[derive(Debug)]
 pub struct Known {

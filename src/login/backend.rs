@@ -26,8 +26,6 @@ pub struct Introduction {
     pub go_to: Option<ReturnTo>,
 }
 
-/// Texts of one identity together: it is in each record, and much of it goes with each request.
-const IDENTITY_BYTES_MAX: usize = 8 << 10;
 const USER_BYTES_MAX: usize = 256;
 
 const USER_ID: HeaderName = HeaderName::from_static("am-eai-user-id");
@@ -97,16 +95,14 @@ impl Introduction {
     }
 
     fn checked(self) -> Result<Self, &'static str> {
-        let Identity { user, name, email, groups, claims } = &self.identity;
+        let user = &self.identity.user;
         if user.is_empty() {
             return Err("there is no user");
         }
         if USER_BYTES_MAX < user.len() || user.chars().any(char::is_control) {
             return Err("the user is too long, or holds control characters");
         }
-        let claims = claims.iter().flat_map(|(name, value)| [name, value]);
-        let texts = [user].into_iter().chain(name).chain(email).chain(groups).chain(claims);
-        if IDENTITY_BYTES_MAX < texts.map(String::len).sum() {
+        if self.identity.is_too_large() {
             return Err("more is said of the user than a session keeps");
         }
         Ok(self)

@@ -203,6 +203,12 @@ impl Login {
         })
     }
 
+    /// With what `previous` knows of providers that both have.
+    pub fn taking_over(mut self, previous: &Self) -> Self {
+        self.providers.take_over(&previous.providers);
+        self
+    }
+
     /// Whether a path is ours to answer; no route ever sees it.
     pub fn owns(&self, path: &str) -> bool {
         path.starts_with(&self.prefix)

@@ -15,6 +15,7 @@ use pingora::protocols::Digest;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session as HttpSession};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
+use tokio::sync::watch;
 
 use crate::config::model::Access;
 use crate::identity::Known;
@@ -26,7 +27,7 @@ use crate::login::{Login, LoginRequest};
 use crate::session::cookie::ReservedCookies;
 use crate::session::id::SessionId;
 use crate::session::record::{LoginMethod, Record};
-use crate::session::store::{Ending, Found, StoreError};
+use crate::session::store::{Ending, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
@@ -62,9 +63,6 @@ const REPEATS_MAX: u8 = 1;
 /// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
 
-/// A renewal of tokens that takes longer goes on without the request.
-const RENEWAL_WAIT_MAX: Duration = Duration::from_secs(5);
-
 /// The application that pingora drives. One for all workers; each worker has a pingora proxy around a clone.
 #[derive(Clone, Debug)]
 pub struct Gateway {
@@ -79,6 +77,8 @@ pub struct Gateway {
     pub body_rate_min: u64,
     pub write_timeout: Duration,
     pub observer: Arc<Observer>,
+    /// Open as long as tokens are being renewed: a refresh token that is used up must not be lost with the end of us.
+    pub renewals: watch::Sender<()>,
 }
 
 /// Where a request goes from the session to the backend, or our own answer.
@@ -450,7 +450,7 @@ impl Gateway {
                 return send_to_login(request, context, &rules.login, &connection);
             }
             Step::Reply(Rejection::StepUp) if wants_page(request) => {
-                return step_up(request, context, &rules.login, route);
+                return step_up(request, context, &rules.login, route, &connection);
             }
             Step::Reply(rejection) => return reject(downstream, context, rejection),
         };
@@ -510,7 +510,7 @@ impl Gateway {
         let Observer { metrics, .. } = &*self.observer;
         let (result, who) = match self.sessions.resume(&id, &usage).await {
             Ok(Resumed::Live(session, source)) => {
-                let who = user_of(&session.record, &context.rules);
+                let mut who = user_of(&session.record, &context.rules);
                 if let Who::User(identity) = &who {
                     context.identity = Some(Arc::clone(identity)); // for the log, also of who is not let in
                 }
@@ -520,7 +520,11 @@ impl Gateway {
                 }
                 if matches!(who, Who::User(_)) && session.record.login.is_some() {
                     // Boxed, because every request would carry along what only these need.
-                    Box::pin(self.look_after_tokens(context, route, &id, &session)).await;
+                    if let Err(ending) = Box::pin(self.look_after_tokens(context, route, &id, &session)).await {
+                        context.session_is_gone = ending != Some(Ending::Replaced);
+                        context.notice = Notice::of(ending);
+                        who = Who::Nobody;
+                    }
                 }
                 context.session = Some(session);
                 context.source = Some(source);
@@ -555,27 +559,30 @@ impl Gateway {
     }
 
     /// The provider's tokens in this session: renewed when they are about to end, and one of them taken along where the
-    /// route says so. Only who would have nothing but a token that has ended waits for the renewal, and not for long.
-    async fn look_after_tokens(&self, context: &mut RequestContext, route: &Route, id: &SessionId, session: &Session) {
-        let mut record = Arc::clone(&session.record);
-        if context.rules.login.are_tokens_due(&session.key, &record) {
-            let (rules, id) = (Arc::clone(&context.rules), id.clone());
-            let has_ended = context.rules.login.has_token_ended(&record);
-            let renewal = tokio::spawn(async move { rules.login.renew_tokens(&id).await });
-            if has_ended && route.access_token.is_some() {
-                let _ = tokio::time::timeout(RENEWAL_WAIT_MAX, renewal).await;
-                if let Ok(Found::Live(stored)) = self.sessions.store().load(&session.key).await {
-                    record = stored.record;
-                }
-            }
+    /// route says so. Or the session is gone, and perhaps why.
+    async fn look_after_tokens(
+        &self,
+        context: &mut RequestContext,
+        route: &Route,
+        id: &SessionId,
+        session: &Session,
+    ) -> Result<(), Option<Ending>> {
+        if context.rules.login.are_tokens_due(&session.key, &session.record) {
+            let (rules, id, under_way) = (Arc::clone(&context.rules), id.clone(), self.renewals.subscribe());
+            tokio::spawn(async move {
+                rules.login.renew_tokens(&id).await;
+                drop(under_way);
+            });
         }
-        let Some(name) = &route.access_token else { return };
-        let Some(token) = context.rules.login.access_token(id, &record) else { return };
+        let Some(name) = &route.access_token else { return Ok(()) };
+        let record = context.rules.login.with_live_token(&session.key, &session.record).await?;
+        let Some(token) = context.rules.login.access_token(id, &record) else { return Ok(()) };
         let value = if *name == header::AUTHORIZATION { format!("Bearer {token}") } else { token };
         context.access_token = HeaderValue::try_from(value).ok().map(|mut value| {
             value.set_sensitive(true);
             value
         });
+        Ok(())
     }
 
     /// One of our own endpoints.
@@ -731,11 +738,19 @@ fn is_enough(demand: &Demand, context: &RequestContext, who: &Who) -> bool {
 }
 
 /// To a better login at the provider, and back.
-fn step_up(request: &RequestHeader, context: &RequestContext, login: &Login, route: &Route) -> Decision {
-    let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
-    let response = match &context.session {
-        Some(session) => login.step_up(target, &route.demand, &session.record),
-        None => login.login_redirect(target, None),
+fn step_up(
+    request: &RequestHeader,
+    context: &RequestContext,
+    login: &Login,
+    route: &Route,
+    connection: &Connection,
+) -> Decision {
+    let Some(session) = &context.session else { return send_to_login(request, context, login, connection) };
+    let response = if request.method == Method::POST {
+        login.form_step_up(&request.headers, &origin(request, connection), &route.demand, &session.record)
+    } else {
+        let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
+        login.step_up(target, &route.demand, &session.record)
     };
     Decision::Reply { response, outcome: Outcome::LoginRedirect }
 }

@@ -20,7 +20,7 @@ use crate::session::cookie::{SessionCookie, named_like, sole_value};
 use crate::session::seal::KeyRing;
 
 /// One login that has begun, or one logout at the provider.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Attempt {
     pub(super) provider: String,
     pub(super) purpose: Purpose,
@@ -34,6 +34,8 @@ pub(super) struct Attempt {
     pub(super) acr: Vec<String>,
     /// In s.
     pub(super) max_age: Option<u64>,
+    /// The session that the login is to replace, where its cookie does not come with the answer.
+    pub(super) replaces: Option<String>,
     /// Unix time in s.
     pub(super) begun: u64,
 }
@@ -67,6 +69,8 @@ const ROUNDS_MAX: u32 = 10;
 /// In s.
 const ROUNDS_WINDOW: u64 = 60;
 const NONCE_BYTES: usize = 24;
+/// Of name and value (RFC 6265bis, section 5.6).
+const COOKIE_BYTES_MAX: usize = 4096;
 /// Of a cookie's name: so much of its `state`.
 pub const NAME_CHARS: usize = 8;
 const LABEL: &[u8] = b"cloakroom login attempt 1";
@@ -99,6 +103,7 @@ impl Attempt {
             return_to,
             acr: Vec::new(),
             max_age: None,
+            replaces: None,
             begun: now,
         })
     }
@@ -184,7 +189,12 @@ impl AttemptCookies {
         now: u64,
     ) -> Result<Vec<HeaderValue>, SysError> {
         let name = self.name(&attempt.state).unwrap_or_default();
-        let Some(value) = seal.seal(&name, attempt.begun, attempt)? else { return Ok(Vec::new()) };
+        let mut sealed = seal.seal(&name, attempt.begun, attempt)?;
+        if sealed.as_ref().is_some_and(|value| COOKIE_BYTES_MAX < name.len() + value.len()) {
+            // A browser would not keep it: rather a login that leads to the front page.
+            sealed = seal.seal(&name, attempt.begun, &Attempt { return_to: String::new(), ..attempt.clone() })?;
+        }
+        let Some(value) = sealed else { return Ok(Vec::new()) };
         let begun = |value: &[u8]| {
             let (begun, _) = std::str::from_utf8(value).ok()?.split_once('.')?;
             u64::from_str_radix(begun, 16).ok().filter(|begun| *begun <= now)

@@ -14,6 +14,8 @@ pub(super) enum Unwelcome {
     NoName,
     /// A list of allowed users, groups or domains does not name them.
     NotAllowed,
+    /// More is said of them than a session keeps.
+    TooMuch,
 }
 
 /// The operator's words on claims.
@@ -32,6 +34,8 @@ pub(super) struct Mapping {
     allowed_email_domains: Vec<String>,
 }
 
+const ADDRESS: &str = "email";
+const VERIFIED: &str = "email_verified";
 const USER_BYTES_MAX: usize = 256;
 const TEXT_BYTES_MAX: usize = 1024;
 /// A user in more groups than this is a directory that leaks into a token.
@@ -64,34 +68,87 @@ impl Mapping {
 
     /// Who this is, if they may come in: every list that is not empty must name them.
     pub(super) fn identity(&self, claims: &Map<String, Value>) -> Result<Identity, Unwelcome> {
-        let given = find(claims, &self.user).and_then(text).ok_or(Unwelcome::NoName)?;
+        let names_by_address = self.user == ADDRESS || self.user == self.email;
+        let given =
+            if names_by_address { self.address(claims, &self.user) } else { find(claims, &self.user).and_then(text) };
+        let given = given.ok_or(Unwelcome::NoName)?;
         let is_name = !given.trim().is_empty() && given.len() <= USER_BYTES_MAX && !given.contains(char::is_control);
         if !is_name {
             return Err(Unwelcome::NoName);
         }
-        let bounded = |path: &str| find(claims, path).and_then(text).filter(|text| text.len() <= TEXT_BYTES_MAX);
-        let email = self.email(claims);
-        let groups = find(claims, &self.groups).map(texts).unwrap_or_default();
-        let claims = self.claims.iter().filter_map(|(name, path)| Some((name.clone(), bounded(path)?))).collect();
+        self.admitted(
+            self.said(claims, Identity { user: format!("{}{given}", self.user_prefix), ..Identity::default() }),
+        )
+    }
 
-        let named = |list: &[String], text: &String| list.is_empty() || list.contains(text);
-        let is_allowed = named(&self.allowed_users, &given)
+    /// Who this is now, if they may stay. A later token may say less than the first one did: what it leaves out stays as
+    /// it was `before`, and so does the name, for a session does not change its user.
+    pub(super) fn renewed(&self, claims: &Map<String, Value>, before: &Identity) -> Result<Identity, Unwelcome> {
+        self.admitted(self.said(claims, before.clone()))
+    }
+
+    /// `before`, with what these claims say.
+    fn said(&self, claims: &Map<String, Value>, before: Identity) -> Identity {
+        let has = |path: &str| find(claims, path).is_some();
+        let bounded = |path: &str| find(claims, path).and_then(text).filter(|text| text.len() <= TEXT_BYTES_MAX);
+        let mut said = before;
+        if has(&self.name) {
+            said.name = bounded(&self.name);
+        }
+        if has(&self.email) {
+            said.email = self.address(claims, &self.email);
+        }
+        if let Some(groups) = find(claims, &self.groups) {
+            said.groups = texts(groups);
+        }
+        for (name, path) in self.claims.iter().filter(|(_, path)| has(path)) {
+            match bounded(path) {
+                Some(text) => said.claims.insert(name.clone(), text),
+                None => said.claims.remove(name),
+            };
+        }
+        said
+    }
+
+    fn admitted(&self, identity: Identity) -> Result<Identity, Unwelcome> {
+        let Identity { user, email, groups, .. } = &identity;
+        let given = user.strip_prefix(&self.user_prefix).unwrap_or(user);
+        let named = |list: &[String], text: &str| list.is_empty() || list.iter().any(|other| other == text);
+        let is_allowed = named(&self.allowed_users, given)
             && (self.allowed_groups.is_empty() || groups.iter().any(|group| self.allowed_groups.contains(group)))
             && (self.allowed_email_domains.is_empty()
                 || email.as_deref().and_then(domain).is_some_and(|domain| named(&self.allowed_email_domains, &domain)));
         if !is_allowed {
             return Err(Unwelcome::NotAllowed);
         }
-        Ok(Identity { user: format!("{}{given}", self.user_prefix), name: bounded(&self.name), email, groups, claims })
+        if identity.is_too_large() {
+            return Err(Unwelcome::TooMuch);
+        }
+        Ok(identity)
     }
 
-    /// An address only when the provider says that it is the user's own, or the operator that all are.
-    fn email(&self, claims: &Map<String, Value>) -> Option<String> {
-        let email = find(claims, &self.email).and_then(text)?;
+    /// An address only when the provider says that it is the user's own, or the operator that all are. What the provider
+    /// says is about the claim `email` and no other (OpenID Connect Core 1.0, section 5.1).
+    fn address(&self, claims: &Map<String, Value>, path: &str) -> Option<String> {
+        let address = find(claims, path).and_then(text)?;
         // Some providers write the truth as a text.
-        let is_verified = claims.get("email_verified").is_some_and(|said| *said == true || *said == "true");
-        let is_address = email.len() <= TEXT_BYTES_MAX && domain(&email).is_some();
-        (is_address && (is_verified || self.trust_email)).then_some(email)
+        let is_true = |said: &Value| *said == true || *said == "true";
+        let is_verified = path == ADDRESS && claims.get(VERIFIED).is_some_and(is_true);
+        let is_address = address.len() <= TEXT_BYTES_MAX && domain(&address).is_some();
+        (is_address && (is_verified || self.trust_email)).then_some(address)
+    }
+}
+
+/// Adds what the UserInfo endpoint says and the ID token does not. An address and whether it is verified are of one
+/// source: else the one could vouch for the other's.
+pub(super) fn add_userinfo(claims: &mut Map<String, Value>, mut further: Map<String, Value>) {
+    if claims.contains_key(ADDRESS) {
+        further.remove(VERIFIED);
+    } else {
+        claims.remove(VERIFIED);
+    }
+    for (name, value) in further {
+        claims.entry(name).or_insert(value);
     }
 }
 
@@ -100,6 +157,7 @@ impl Unwelcome {
         match self {
             Self::NoName => "no_user_name",
             Self::NotAllowed => "not_allowed",
+            Self::TooMuch => "too_much",
         }
     }
 }
@@ -205,11 +263,91 @@ mod tests {
             ("trust_email = true", json!("@example.org"), json!(true), false),
             ("trust_email = true", json!("ann@"), json!(true), false),
             ("trust_email = true", json!("ann @example.org"), json!(true), false),
+            ("email = \"upn\"", json!("ann@example.org"), json!(true), false),
+            ("email = \"upn\"\ntrust_email = true", json!("ann@example.org"), json!(false), true),
         ];
         for (keys, email, verified, expected) in cases {
-            let claims = json!({ "preferred_username": "ann", "email": email, "email_verified": verified });
+            let claims =
+                json!({ "preferred_username": "ann", "email": email, "upn": email, "email_verified": verified });
             assert_eq!(read(keys, &claims).unwrap().email.is_some(), expected, "{keys} {claims}");
         }
+    }
+
+    #[test]
+    fn an_address_names_a_user_only_when_it_is_verified() {
+        let cases = [
+            ("user = \"email\"", json!(true), true),
+            ("user = \"email\"", json!(false), false),
+            ("user = \"email\"", json!(null), false),
+            ("user = \"email\"\nemail = \"upn\"", json!(false), false),
+            ("user = \"email\"\ntrust_email = true", json!(false), true),
+            ("user = \"upn\"\nemail = \"upn\"", json!(true), false),
+            ("user = \"upn\"\nemail = \"upn\"\ntrust_email = true", json!(false), true),
+            // No address to the operator, who knows the provider.
+            ("user = \"upn\"", json!(false), true),
+        ];
+        for (keys, verified, expected) in cases {
+            let claims = json!({ "email": "ann@example.org", "upn": "ann@example.org", "email_verified": verified });
+            let expected = if expected { Ok("ann@example.org".to_owned()) } else { Err(Unwelcome::NoName) };
+            assert_eq!(read(keys, &claims).map(|ann| ann.user), expected, "{keys} {verified}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_an_address_in_one_place_says_nothing_of_another() {
+        let email = |mut claims: Value, further: Value| {
+            let claims = claims.as_object_mut().unwrap();
+            claims.insert("preferred_username".into(), "ann".into());
+            add_userinfo(claims, further.as_object().unwrap().clone());
+            mapping("").identity(claims).unwrap().email
+        };
+        let (mine, other) = ("ann@example.org", "ann@evil.example");
+        let verified = json!({ "email": mine, "email_verified": true });
+        assert_eq!(email(json!({}), verified.clone()).as_deref(), Some(mine));
+        assert_eq!(email(verified.clone(), json!({ "email": other })).as_deref(), Some(mine));
+        assert_eq!(email(json!({ "email": other }), verified), None);
+        assert_eq!(email(json!({ "email_verified": true }), json!({ "email": other })), None);
+    }
+
+    #[test]
+    fn a_later_token_takes_away_what_it_names_and_leaves_what_it_does_not() {
+        let keys = "[claims]\nteam = \"team\"";
+        let login = json!({
+            "preferred_username": "ann", "name": "Ann", "email": "ann@example.org", "email_verified": true,
+            "groups": ["staff", "ops"], "team": "north",
+        });
+        let before = read(keys, &login).unwrap();
+        let later = |keys: &str, claims: Value| mapping(keys).renewed(claims.as_object().unwrap(), &before);
+        assert_eq!(later(keys, json!({})), Ok(before.clone()));
+        assert_eq!(later(keys, json!({ "preferred_username": "eve" })).unwrap().user, "ann");
+        for none in [json!([]), json!([7]), json!({})] {
+            assert_eq!(later(keys, json!({ "groups": none })).unwrap().groups, Vec::<String>::new(), "{none}");
+        }
+        assert_eq!(later(keys, json!({ "email": "ann@example.org", "email_verified": false })).unwrap().email, None);
+        assert_eq!(later(keys, json!({ "team": {} })).unwrap().claims, BTreeMap::new());
+
+        for (list, claims, expected) in [
+            ("allowed_groups = [\"ops\"]", json!({ "groups": ["staff"] }), Err(Unwelcome::NotAllowed)),
+            ("allowed_groups = [\"ops\"]", json!({ "groups": [] }), Err(Unwelcome::NotAllowed)),
+            ("allowed_groups = [\"ops\"]", json!({}), Ok(())),
+            ("allowed_users = [\"ann\"]", json!({}), Ok(())),
+            ("allowed_users = [\"bob\"]", json!({}), Err(Unwelcome::NotAllowed)),
+            ("allowed_email_domains = [\"example.org\"]", json!({}), Ok(())),
+            (
+                "allowed_email_domains = [\"example.org\"]",
+                json!({ "email": "ann@evil.example", "email_verified": true }),
+                Err(Unwelcome::NotAllowed),
+            ),
+        ] {
+            assert_eq!(later(list, claims.clone()).map(|_| ()), expected, "{list} {claims}");
+        }
+    }
+
+    #[test]
+    fn more_than_a_session_keeps_is_refused_and_not_cut() {
+        let of = |groups: usize| json!({ "preferred_username": "ann", "groups": vec!["g".repeat(80); groups] });
+        assert_eq!(read("", &of(100)).unwrap().groups.len(), 100);
+        assert_eq!(read("", &of(200)), Err(Unwelcome::TooMuch));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::ProviderError;
 use crate::config::confidential_url;
 use crate::outgoing;
 
-/// Asks providers; all of them share it.
+/// Asks one provider.
 pub(super) struct Fetcher {
     agent: Agent,
     places: Arc<Semaphore>,
@@ -26,13 +26,19 @@ pub(super) struct Answer {
 /// For all of one answer, from the look-up of the name to its last byte.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
-/// Questions at a time: a provider that hangs takes so many threads, and no more.
+/// Questions to one provider at a time: one that hangs takes so many threads, and none from another.
 const PLACES: usize = 32;
+/// For one of them.
+const PLACE_WAIT_MAX: Duration = Duration::from_secs(2);
 
 impl Fetcher {
-    /// `is_needed`: else no authorities are read.
-    pub(super) fn new(is_needed: bool) -> Self {
-        Self { agent: outgoing::agent(is_needed, TIMEOUT), places: Arc::new(Semaphore::new(PLACES)) }
+    /// What several may share. `is_needed`: else no authorities are read.
+    pub(super) fn agent(is_needed: bool) -> Agent {
+        outgoing::agent(is_needed, TIMEOUT)
+    }
+
+    pub(super) fn new(agent: Agent) -> Self {
+        Self { agent, places: Arc::new(Semaphore::new(PLACES)) }
     }
 
     /// `bearer`: an access token.
@@ -69,8 +75,10 @@ impl Fetcher {
         question: impl FnOnce() -> Result<ureq::http::Response<ureq::Body>, ureq::Error> + Send + 'static,
     ) -> Result<Answer, ProviderError> {
         confidential_url(url).map_err(|fault| ProviderError::Wrong(format!("the URL {url:?}: {fault}")))?;
-        let busy = |_| ProviderError::Away("too many questions at a time".to_owned());
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(busy)?;
+        let place = tokio::time::timeout(PLACE_WAIT_MAX, Arc::clone(&self.places).acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            return Err(ProviderError::Away("too many questions at a time".to_owned()));
+        };
         let asked = tokio::task::spawn_blocking(move || {
             let _place = place;
             let mut response = question()?;

@@ -1,5 +1,6 @@
 //! How does a logout reach the provider, and one at the provider reach us?
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -90,7 +91,7 @@ impl Login {
     /// The provider tells us, without the browser, that somebody has logged out (OpenID Connect Back-Channel Logout 1.0).
     pub(super) async fn backchannel(
         &self,
-        provider: &Provider,
+        provider: &Arc<Provider>,
         request: &LoginRequest<'_>,
     ) -> Result<Response<Bytes>, Failure> {
         let refused = |why: &dyn std::fmt::Display, result| {
@@ -112,8 +113,18 @@ impl Login {
         let replay = format!("oidc logout\0{}\0{}", provider.issuer, token.id);
         let remembered = Duration::from_secs(token.expires.saturating_sub(now()).max(1));
         let store = self.sessions.store();
-        if !store.claim(&replay, request.request_id, remembered).await? {
-            return Ok(refused(&"it came before", "replayed"));
+        // Not carried out, so that it may come again. When that fails as well, it is the time that must pass.
+        let take_back = async || {
+            let _: Result<(), StoreError> = store.release(&replay, request.request_id).await;
+        };
+        match store.claim(&replay, request.request_id, remembered).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(refused(&"it came before", "replayed")),
+            Err(error) => {
+                // Nobody knows whether it was done: the answer may just have been late.
+                take_back().await;
+                return Err(error.into());
+            }
         }
         // With a `sid` it means that session of the provider alone (section 2.7).
         let issuer = &provider.issuer;
@@ -129,8 +140,7 @@ impl Login {
         let ended = match self.sessions.revoke_bound(&handles).await {
             Ok(ended) => ended,
             Err(error) => {
-                // Not carried out, so that it may come again. When that fails as well, it is the time that must pass.
-                let _: Result<(), StoreError> = store.release(&replay, request.request_id).await;
+                take_back().await;
                 return Err(error.into());
             }
         };

@@ -14,11 +14,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::header::{ALLOW, REFRESH, SET_COOKIE, USER_AGENT};
-use http::{HeaderValue, Method, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use rand::rngs::SysError;
 use tracing::warn;
 
@@ -31,12 +31,16 @@ mod claims;
 mod logout;
 mod renew;
 
+use super::csrf::referring_page;
 use super::pages::{Link, Message, message_page, redirect};
 use super::{Failure, Login, LoginRequest};
 use crate::audit;
-use crate::config::model;
+use crate::config::model::{self, ACR_VALUES_MAX};
+use crate::session::id::SessionId;
+use crate::session::network::Network;
 use crate::session::record::{ClientHints, ExternalLogin, LoginMethod, Record};
 use crate::session::seal::KeyRing;
+use crate::session::store::StoreError;
 use crate::session::{Newcomer, Started};
 use attempt::{Attempt, AttemptCookies, Purpose, Seal};
 use claims::Unwelcome;
@@ -60,9 +64,9 @@ pub struct Demand {
 /// All providers of `[login.oidc]`.
 #[derive(Debug)]
 pub struct Providers {
-    by_name: BTreeMap<String, Provider>,
+    by_name: BTreeMap<String, Arc<Provider>>,
     origins: Vec<String>,
-    renewals: Renewals,
+    renewals: Arc<Renewals>,
 }
 
 /// What can go wrong between us and a provider.
@@ -102,6 +106,8 @@ enum Refusal {
     Sent(String),
     Provider(ProviderError),
     Unwelcome(Unwelcome),
+    /// From this network, which is to wait for so long.
+    TooManyCodes(Duration),
     /// The user has so many sessions already.
     Full(u32),
 }
@@ -121,28 +127,43 @@ const ACCESS_TOKEN: &str = "access_token";
 const REFRESH_TOKEN: &str = "refresh_token";
 /// A record takes 64 KiB, and its tokens are not all that is in it.
 const TOKEN_BYTES_KEPT: usize = 12 * 1024;
+/// Codes from one network in [`CODES_WINDOW`] of which nothing came: each costs the provider a question, and us one of the
+/// places to ask.
+const CODES_MAX: u64 = 100;
+const CODES_WINDOW: Duration = Duration::from_secs(60);
 /// A code or a state that is longer is none that anybody gave out.
 const PARAMETER_BYTES_MAX: usize = 4 * 1024;
 
 impl Providers {
     /// Asks nobody yet.
     pub(super) fn new(config: &model::Login, ring: Option<&Arc<KeyRing>>) -> Result<Self, SysError> {
-        let fetcher = Arc::new(Fetcher::new(!config.oidc.is_empty()));
+        let agent = Fetcher::agent(!config.oidc.is_empty());
         let build = |(name, provider): (&String, &model::OidcLogin)| {
             let secret = provider.client_secret.as_ref().map(|secret| secret.get_ref().expose());
             let seal = Seal::new(ring, secret)?;
-            Ok((name.clone(), Provider::new(name, provider, seal, Arc::clone(&fetcher))))
+            Ok((name.clone(), Arc::new(Provider::new(name, provider, seal, Fetcher::new(agent.clone())))))
         };
         Ok(Self {
             by_name: config.oidc.iter().map(build).collect::<Result<_, _>>()?,
             origins: config.origins.iter().map(|origin| origin.get_ref().clone()).collect(),
-            renewals: Renewals::default(),
+            renewals: Arc::default(),
         })
+    }
+
+    /// What is known of the providers whose tables are as they were, attempts at public clients among it, and whose tokens
+    /// are looked after.
+    pub(super) fn take_over(&mut self, previous: &Self) {
+        for (name, provider) in &mut self.by_name {
+            if let Some(same) = previous.by_name.get(name).filter(|older| older.config == provider.config) {
+                *provider = Arc::clone(same);
+            }
+        }
+        self.renewals = Arc::clone(&previous.renewals);
     }
 
     /// Name and title of each, for the login page.
     pub(super) fn titles(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.by_name.values().map(|provider| (provider.name.as_str(), provider.title.as_str()))
+        self.by_name.values().map(|provider| (&*provider.name, &*provider.title))
     }
 
     /// Asks each what it is: its name, and what was found odd about it.
@@ -167,7 +188,7 @@ impl Providers {
     }
 
     /// The path of an endpoint: `NAME/callback`.
-    fn endpoint(&self, path: &str) -> Option<(&Provider, Step)> {
+    fn endpoint(&self, path: &str) -> Option<(&Arc<Provider>, Step)> {
         let (name, step) = path.split_once('/')?;
         let step = match step {
             "login" => Step::Login,
@@ -226,25 +247,66 @@ impl Login {
 
     /// Sends a page navigation whose login is not enough for a route to a better one.
     pub fn step_up(&self, path_and_query: &str, demand: &Demand, record: &Record) -> Response<Bytes> {
-        let current = record.login.as_ref().and_then(|login| self.providers.by_name.get(&login.provider));
-        let Some(provider) = current.or_else(|| self.providers.by_name.values().next()) else {
+        let Some(address) = self.better_login(path_and_query, demand, record) else {
             return self.login_redirect(path_and_query, None);
         };
+        if record.login.is_some() {
+            return redirect(StatusCode::FOUND, &address);
+        }
+        // Perhaps the login form has led here, and browsers hold all redirects of a form to its page's `form-action`: a page
+        // of our own ends that chain.
+        let (title, text) = ("One more step", "This page takes a login at another place, which follows.");
+        let mut response = self.leading_page(StatusCode::OK, title, text, &address);
+        if let Ok(refresh) = refresh_to(&address) {
+            response.headers_mut().insert(REFRESH, refresh);
+        }
+        response
+    }
+
+    /// As [`Self::step_up`], of a form that was posted: a page says that it was not taken, and leads to the login and from
+    /// there to the page that held it, as far as the browser says which one that was (`Referer`, of our own `origin`).
+    pub fn form_step_up(&self, headers: &HeaderMap, origin: &str, demand: &Demand, record: &Record) -> Response<Bytes> {
+        let page = referring_page(headers, origin).unwrap_or_default();
+        let Some(address) = self.better_login(page, demand, record) else {
+            return self.form_redirect(headers, origin);
+        };
+        let text = "What you just sent was not taken: it takes another login than yours. After that, look at the page \
+                    that you sent it from, and send it again.";
+        self.leading_page(StatusCode::FORBIDDEN, "One more step", text, &address)
+    }
+
+    /// The address of a login as demanded, with the provider of this session, else the first one. It leads to `target`
+    /// where that is safe to follow.
+    fn better_login(&self, target: &str, demand: &Demand, record: &Record) -> Option<String> {
+        let current = record.login.as_ref().and_then(|login| self.providers.by_name.get(&login.provider));
+        let provider = current.or_else(|| self.providers.by_name.values().next())?;
+        Some(self.address_of_login(provider, target, &demand.acr, demand.max_age.map(|age| age.as_secs())))
+    }
+
+    /// `max_age`: in s.
+    fn address_of_login(&self, provider: &Provider, target: &str, acr: &[String], max_age: Option<u64>) -> String {
         let mut query = form_urlencoded::Serializer::new(String::new());
-        if let Some(target) = self.own_page(path_and_query) {
+        if let Some(target) = self.own_page(target) {
             query.append_pair("return_to", &target.to_string());
         }
-        if !demand.acr.is_empty() {
-            query.append_pair("acr", &demand.acr.join(" "));
+        if !acr.is_empty() {
+            query.append_pair("acr", &acr.join(" "));
         }
-        if let Some(max_age) = demand.max_age {
-            query.append_pair("max_age", &max_age.as_secs().to_string());
+        if let Some(max_age) = max_age {
+            query.append_pair("max_age", &max_age.to_string());
         }
-        redirect(StatusCode::FOUND, &format!("{}oidc/{}/login?{}", self.prefix, provider.name, query.finish()))
+        let query = query.finish();
+        let separator = if query.is_empty() { "" } else { "?" };
+        format!("{}oidc/{}/login{separator}{query}", self.prefix, provider.name)
+    }
+
+    fn leading_page(&self, status: StatusCode, title: &str, text: &str, address: &str) -> Response<Bytes> {
+        let next = Some(Link { href: address, text: "Log in" });
+        message_page(&self.prefix, &Message { status, title, text, next, retry_after: None, request_id: "" })
     }
 
     /// To the provider. What the address asks for (`acr`, `max_age`) can only make the login harder.
-    async fn begin(&self, provider: &Provider, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+    async fn begin(&self, provider: &Arc<Provider>, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
         let asked = |wanted: &str| {
             let mut pairs = form_urlencoded::parse(request.query.unwrap_or_default().as_bytes());
             pairs.find(|(name, _)| name == wanted).map(|(_, value)| value.into_owned())
@@ -281,8 +343,12 @@ impl Login {
         let mut attempt = Attempt::begin(&provider.name, Purpose::Login, origin, return_to.to_string(), now)?;
         let is_acr =
             |acr: &&str| !acr.is_empty() && acr.len() <= 128 && acr.bytes().all(|byte| byte.is_ascii_graphic());
-        attempt.acr = asked("acr").unwrap_or_default().split(' ').filter(is_acr).take(8).map(str::to_owned).collect();
+        let values = asked("acr").unwrap_or_default();
+        attempt.acr = values.split(' ').filter(is_acr).take(ACR_VALUES_MAX).map(str::to_owned).collect();
         attempt.max_age = asked("max_age").and_then(|seconds| seconds.parse().ok());
+        // A `Strict` cookie does not come back with the answer.
+        let replaces = request.cookie.find(request.headers).filter(|_| request.cookie.is_strict());
+        attempt.replaces = replaces.map(|id| id.to_cookie_value());
         let authorization = Authorization {
             redirect_uri: &self.callback_url(provider, origin),
             state: &attempt.state,
@@ -300,7 +366,7 @@ impl Login {
     }
 
     /// Back from the provider. Whatever comes of it, the attempt is over.
-    async fn callback(&self, provider: &Provider, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
+    async fn callback(&self, provider: &Arc<Provider>, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
         let Some(returned) = Returned::parse(request.query.unwrap_or_default()) else {
             return Ok(self.refuse(provider, request, None, &Refusal::NotUnderstood));
         };
@@ -313,15 +379,14 @@ impl Login {
         let is_good =
             |attempt: &&Attempt| !attempt.is_over(now()) && attempt.origin.eq_ignore_ascii_case(request.origin);
         let Some(open) = attempt.as_ref().filter(is_good) else {
-            return self.come_late(provider, request, attempt.as_ref()).await;
+            return self.come_late(provider, request, attempt.as_ref(), &Refusal::NoSuchAttempt).await;
         };
-        // The cookie goes with the answer, and a copy of it is good for nothing.
-        let is_first = self.providers.first_use(self, provider, &open.state).await?;
-        if !is_first {
-            return self.come_late(provider, request, attempt.as_ref()).await;
-        }
         let mut response = match self.log_in_by(provider, request, open, &returned).await? {
             Ok(response) => response,
+            // An answer that came before: its code is used up.
+            Err(refusal @ (Refusal::NoSuchAttempt | Refusal::Provider(ProviderError::Refused(_)))) => {
+                self.come_late(provider, request, attempt.as_ref(), &refusal).await?
+            }
             Err(refusal) => self.refuse(provider, request, Some(open), &refusal),
         };
         if let Some(cookie) = cookies.clear(&open.state) {
@@ -337,17 +402,18 @@ impl Login {
         provider: &Provider,
         request: &LoginRequest<'_>,
         attempt: Option<&Attempt>,
+        refusal: &Refusal,
     ) -> Result<Response<Bytes>, Failure> {
         if self.visitor(request).await?.is_some() {
             let target = self.return_to(attempt.map(|attempt| attempt.return_to.as_str()));
             return Ok(redirect(StatusCode::SEE_OTHER, &target.to_string()));
         }
-        Ok(self.refuse(provider, request, attempt, &Refusal::NoSuchAttempt))
+        Ok(self.refuse(provider, request, attempt, refusal))
     }
 
     async fn log_in_by(
         &self,
-        provider: &Provider,
+        provider: &Arc<Provider>,
         request: &LoginRequest<'_>,
         attempt: &Attempt,
         returned: &Returned,
@@ -365,12 +431,29 @@ impl Login {
         let Some(code) = &returned.code else {
             return Ok(Err(Refusal::Sent(error_code(returned.error.as_deref().unwrap_or_default()))));
         };
+        // Anybody can send us to the provider with a code, and only so often: a good one does not count.
+        let (store, counter) = (self.sessions.store(), format!("oidc codes {:?}", Network::of(request.client)));
+        let count = store.increment(&counter, CODES_WINDOW).await?;
+        let resets = Instant::now() + count.resets_in;
+        if CODES_MAX < count.value {
+            return Ok(Err(Refusal::TooManyCodes(count.resets_in)));
+        }
         let newcomer = match self.newcomer(provider, request, attempt, code).await {
             Ok(newcomer) => newcomer,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        if Instant::now() < resets {
+            // When this fails, it is the time that must pass.
+            let _: Result<(), StoreError> = store.decrement(&counter).await;
+        }
+        // The cookie goes with the answer, and a copy of it is good for nothing, whatever the provider does with a code
+        // that comes twice.
+        if !self.providers.first_use(self, provider, &attempt.state).await? {
+            return Ok(Err(Refusal::NoSuchAttempt));
+        }
         let user = newcomer.identity.user.clone();
-        let replaces = request.cookie.find(request.headers);
+        let of_attempt = || attempt.replaces.as_deref().and_then(SessionId::parse);
+        let replaces = request.cookie.find(request.headers).or_else(of_attempt);
         let id = match self.sessions.start(newcomer, replaces.as_ref()).await? {
             Started::Begun { id, displaced } => {
                 self.note_begun(at_provider(provider, request, "success"), &user, &id, displaced);
@@ -397,7 +480,7 @@ impl Login {
     /// Redeems the code: who the provider says this is.
     async fn newcomer(
         &self,
-        provider: &Provider,
+        provider: &Arc<Provider>,
         request: &LoginRequest<'_>,
         attempt: &Attempt,
         code: &str,
@@ -416,7 +499,9 @@ impl Login {
             access_token: tokens.access_token.as_deref(),
         };
         let token = provider.id_token(id_token, now, &asked).await.map_err(Refusal::Provider)?;
-        let claims = provider.claims(&token, tokens.access_token.as_deref(), now).await.map_err(Refusal::Provider)?;
+        let access_token = tokens.access_token.as_deref();
+        let claims =
+            provider.claims(&token.subject, &token.claims, access_token, now).await.map_err(Refusal::Provider)?;
         let identity = provider.mapping.identity(&claims).map_err(Refusal::Unwelcome)?;
 
         let secrets = kept_tokens(provider, &tokens, None);
@@ -449,15 +534,15 @@ impl Login {
             warn!(provider = provider.name, request_id = request.request_id, %error, "login at the provider failed");
         }
         let (status, title, text) = refusal.words();
-        let mut again = format!("{}oidc/{}/login", self.prefix, provider.name);
-        if let Some(target) = attempt.and_then(|attempt| self.own_page(&attempt.return_to)) {
-            let query =
-                form_urlencoded::Serializer::new(String::new()).append_pair("return_to", &target.to_string()).finish();
-            again = format!("{again}?{query}");
-        }
+        let again = match attempt {
+            Some(attempt) => self.address_of_login(provider, &attempt.return_to, &attempt.acr, attempt.max_age),
+            None => self.address_of_login(provider, "", &[], None),
+        };
         let next = Some(Link { href: &again, text: "Log in again" });
         let mut response = self.page_with_next(request, status, title, &text, next);
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if let Refusal::TooManyCodes(wait) = refusal {
+            super::pages::set_retry_after(&mut response, *wait);
+        } else if status == StatusCode::SERVICE_UNAVAILABLE {
             super::pages::set_retry_after(&mut response, super::RETRY_AFTER);
         }
         response
@@ -533,6 +618,7 @@ impl Refusal {
             Self::Sent(_) => "provider_refused",
             Self::Provider(error) => error.label(),
             Self::Unwelcome(why) => why.label(),
+            Self::TooManyCodes(_) => "too_many",
             Self::Full(_) => "full",
         }
     }
@@ -581,7 +667,18 @@ impl Refusal {
                 "Not logged in",
                 "The login service gave an answer that cannot be relied on. Please tell whoever runs this site.",
             ),
-            Self::Unwelcome(_) => (
+            Self::TooManyCodes(_) => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "Too many logins",
+                "Too many logins from your network have failed. Please try again in a minute.",
+            ),
+            Self::Unwelcome(Unwelcome::TooMuch) => (
+                StatusCode::FORBIDDEN,
+                "Not logged in",
+                "The login service says more of you, of your groups perhaps, than this site can keep. Please tell whoever \
+                 runs it.",
+            ),
+            Self::Unwelcome(Unwelcome::NoName | Unwelcome::NotAllowed) => (
                 StatusCode::FORBIDDEN,
                 "Not allowed",
                 "The login service knows you, but your account may not use this site. Ask whoever runs it.",

@@ -1,8 +1,8 @@
 //! What do we know of a provider, and what does it answer? Its metadata and keys, fetched when somebody needs them.
 //!
 //! Nothing is fetched at the start: a provider that is away stops neither the gateway nor who is logged in. What was
-//! fetched is used for an hour, and for longer while nothing newer can be had. A signature under an unknown key fetches
-//! the keys anew, at most once a minute, so that nobody can make us ask without end.
+//! fetched is used for an hour; after that whoever needs it has it fetched anew, and does not wait for that. A signature
+//! under an unknown key fetches the keys anew, at most once a minute, so that nobody can make us ask without end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,11 +14,12 @@ use base64::engine::general_purpose::STANDARD;
 use form_urlencoded::Serializer;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use tokio::sync::Mutex;
 use tracing::warn;
 
 use super::ProviderError;
 use super::attempt::Seal;
-use super::claims::Mapping;
+use super::claims::{Mapping, add_userinfo};
 use super::fetch::{Answer, Fetcher};
 use super::jws::{self, Keys, SignatureError, Signed};
 use super::token::{Asked, IdToken, LogoutToken, Parties};
@@ -44,9 +45,11 @@ pub(super) struct Provider {
     pub(super) logs_out: bool,
     pub(super) frontchannel_logout: bool,
     pub(super) seal: Seal,
-    fetcher: Arc<Fetcher>,
+    fetcher: Fetcher,
     known: ArcSwapOption<Known>,
-    asking: tokio::sync::Mutex<Asking>,
+    asking: Arc<Mutex<Asking>>,
+    /// As the operator wrote it: a reload that leaves it as it is leaves all of this as it is.
+    pub(super) config: model::OidcLogin,
 }
 
 /// What a provider says of itself.
@@ -113,7 +116,7 @@ const FAILURE_KEPT: Duration = Duration::from_secs(2);
 const KEYS_PAUSE: Duration = Duration::from_secs(60);
 
 impl Provider {
-    pub(super) fn new(name: &str, config: &model::OidcLogin, seal: Seal, fetcher: Arc<Fetcher>) -> Self {
+    pub(super) fn new(name: &str, config: &model::OidcLogin, seal: Seal, fetcher: Fetcher) -> Self {
         let scopes = config.scopes.iter().map(|scope| scope.get_ref().as_str());
         let parameters: BTreeMap<_, _> =
             config.parameters.iter().map(|(name, value)| (name.get_ref().clone(), value.clone())).collect();
@@ -134,23 +137,32 @@ impl Provider {
             seal,
             fetcher,
             known: ArcSwapOption::empty(),
-            asking: tokio::sync::Mutex::default(),
+            asking: Arc::default(),
+            config: config.clone(),
         }
     }
 
-    /// Its metadata and keys, not older than an hour if it answers.
-    pub(super) async fn known(&self) -> Result<Arc<Known>, ProviderError> {
-        let fresh = || self.known.load_full().filter(|known| known.since.elapsed() < FRESH);
-        if let Some(known) = fresh() {
-            return Ok(known);
+    /// Its metadata and keys. Only who is the first to need them waits; older ones are fetched anew meanwhile.
+    pub(super) async fn known(self: &Arc<Self>) -> Result<Arc<Known>, ProviderError> {
+        let Some(known) = self.known.load_full() else {
+            let mut asking = self.asking.lock().await;
+            return match self.known.load_full() {
+                Some(known) => Ok(known),
+                None => self.learn(&mut asking).await,
+            };
+        };
+        if FRESH <= known.since.elapsed()
+            && let Ok(mut asking) = Arc::clone(&self.asking).try_lock_owned()
+        {
+            let provider = Arc::clone(self);
+            tokio::spawn(async move { provider.learn(&mut asking).await });
         }
-        let mut asking = self.asking.lock().await;
-        if let Some(known) = fresh() {
-            return Ok(known);
-        }
-        let before = self.known.load_full();
+        Ok(known)
+    }
+
+    async fn learn(&self, asking: &mut Asking) -> Result<Arc<Known>, ProviderError> {
         if asking.failed.is_some_and(|failed| failed.elapsed() < FAILURE_KEPT) {
-            return before.ok_or_else(|| ProviderError::Away("it failed a moment ago".to_owned()));
+            return Err(ProviderError::Away("it failed a moment ago".to_owned()));
         }
         match self.fetch().await {
             Ok(known) => {
@@ -161,8 +173,9 @@ impl Provider {
             }
             Err(error) => {
                 asking.failed = Some(Instant::now());
-                warn!(provider = self.name, %error, has_older = before.is_some(), "provider does not say what it is");
-                before.ok_or(error)
+                let has_older = self.known.load().is_some();
+                warn!(provider = self.name, %error, has_older, "provider does not say what it is");
+                Err(error)
             }
         }
     }
@@ -194,7 +207,12 @@ impl Provider {
     }
 
     /// Redeems a code (OpenID Connect Core 1.0, section 3.1.3).
-    pub(super) async fn redeem(&self, code: &str, redirect_uri: &str, verifier: &str) -> Result<Tokens, ProviderError> {
+    pub(super) async fn redeem(
+        self: &Arc<Self>,
+        code: &str,
+        redirect_uri: &str,
+        verifier: &str,
+    ) -> Result<Tokens, ProviderError> {
         let grant = [
             ("grant_type", "authorization_code"),
             ("code", code),
@@ -205,31 +223,37 @@ impl Provider {
     }
 
     /// New tokens for a refresh token (OpenID Connect Core 1.0, section 12).
-    pub(super) async fn refresh(&self, refresh_token: &str) -> Result<Tokens, ProviderError> {
+    pub(super) async fn refresh(self: &Arc<Self>, refresh_token: &str) -> Result<Tokens, ProviderError> {
         self.tokens(&[("grant_type", "refresh_token"), ("refresh_token", refresh_token)]).await
     }
 
     /// An ID token that keeps every rule.
-    pub(super) async fn id_token(&self, token: &str, now: u64, asked: &Asked<'_>) -> Result<IdToken, ProviderError> {
+    pub(super) async fn id_token(
+        self: &Arc<Self>,
+        token: &str,
+        now: u64,
+        asked: &Asked<'_>,
+    ) -> Result<IdToken, ProviderError> {
         let signed = self.verify(token).await?;
         IdToken::check(signed, &self.parties(now), asked).map_err(ProviderError::Token)
     }
 
     /// A logout token that keeps every rule. Whether it came before is for the store to say.
-    pub(super) async fn logout_token(&self, token: &str, now: u64) -> Result<LogoutToken, ProviderError> {
+    pub(super) async fn logout_token(self: &Arc<Self>, token: &str, now: u64) -> Result<LogoutToken, ProviderError> {
         let signed = self.verify(token).await?;
         LogoutToken::check(signed, &self.parties(now)).map_err(ProviderError::Token)
     }
 
-    /// All claims of the user: those of the ID token, and where that is asked for those of the UserInfo endpoint that
-    /// the ID token lacks (OpenID Connect Core 1.0, section 5.3).
+    /// All claims of the user `subject`: those that the ID token `said`, and where that is asked for those of the UserInfo
+    /// endpoint that the ID token lacks (OpenID Connect Core 1.0, section 5.3).
     pub(super) async fn claims(
-        &self,
-        id_token: &IdToken,
+        self: &Arc<Self>,
+        subject: &str,
+        said: &Map<String, Value>,
         access_token: Option<&str>,
         now: u64,
     ) -> Result<Map<String, Value>, ProviderError> {
-        let mut claims = id_token.claims.clone();
+        let mut claims = said.clone();
         let asks = match self.userinfo {
             UserInfo::Never => false,
             UserInfo::WhenMissing => self.mapping.lacks(&claims),
@@ -249,12 +273,10 @@ impl Provider {
             None => answer.json()?,
         };
         // Section 5.3.2: else one user's token could bring another user's claims.
-        if further.get("sub").and_then(Value::as_str) != Some(&id_token.subject) {
+        if further.get("sub").and_then(Value::as_str) != Some(subject) {
             return Err(ProviderError::Wrong("UserInfo is about another user".to_owned()));
         }
-        for (name, value) in further {
-            claims.entry(name).or_insert(value);
-        }
+        add_userinfo(&mut claims, further);
         Ok(claims)
     }
 
@@ -319,42 +341,37 @@ impl Provider {
     }
 
     /// Whoever has signed with a key that is not known may have a new one.
-    async fn verify(&self, token: &str) -> Result<Signed, ProviderError> {
+    async fn verify(self: &Arc<Self>, token: &str) -> Result<Signed, ProviderError> {
         let known = self.known().await?;
-        match known.keys.verify(token) {
+        let error = match known.keys.verify(token) {
             // The second, because a provider without key ids changes its key unnoticed.
-            Err(error @ (SignatureError::UnknownKey | SignatureError::Wrong)) => match self.renew_keys(&known).await {
-                Some(renewed) => renewed.keys.verify(token).map_err(ProviderError::Signature),
-                None => Err(ProviderError::Signature(error)),
-            },
-            verified => verified.map_err(ProviderError::Signature),
+            Err(error @ (SignatureError::UnknownKey | SignatureError::Wrong)) => error,
+            verified => return verified.map_err(ProviderError::Signature),
+        };
+        match self.renew_keys(&known).await {
+            Ok(Some(renewed)) => renewed.keys.verify(token).map_err(ProviderError::Signature),
+            Ok(None) if error == SignatureError::Wrong => Err(ProviderError::Signature(error)),
+            // Whether there is such a key by now, nobody has seen: no reason to believe the token, nor to call it bad.
+            Ok(None) => Err(ProviderError::Away("a key is unknown, and others were a moment ago".to_owned())),
+            Err(error) => Err(ProviderError::Away(format!("a key is unknown, and its keys cannot be had: {error}"))),
         }
     }
 
-    /// Newer keys than these, if there are any to be had now.
-    async fn renew_keys(&self, known: &Arc<Known>) -> Option<Arc<Known>> {
+    /// Newer keys than these; none when they were renewed a moment ago.
+    async fn renew_keys(&self, known: &Arc<Known>) -> Result<Option<Arc<Known>>, ProviderError> {
         let mut asking = self.asking.lock().await;
         if let Some(newer) = self.known.load_full().filter(|newer| !Arc::ptr_eq(newer, known)) {
-            return Some(newer);
+            return Ok(Some(newer));
         }
         if asking.keys_renewed.is_some_and(|renewed| renewed.elapsed() < KEYS_PAUSE) {
-            return None;
+            return Ok(None);
         }
+        let renewed = self.learn(&mut asking).await?;
         asking.keys_renewed = Some(Instant::now());
-        match self.fetch().await {
-            Ok(renewed) => {
-                let renewed = Arc::new(renewed);
-                self.known.store(Some(Arc::clone(&renewed)));
-                Some(renewed)
-            }
-            Err(error) => {
-                warn!(provider = self.name, %error, "keys of the provider were not renewed");
-                None
-            }
-        }
+        Ok(Some(renewed))
     }
 
-    async fn tokens(&self, grant: &[(&str, &str)]) -> Result<Tokens, ProviderError> {
+    async fn tokens(self: &Arc<Self>, grant: &[(&str, &str)]) -> Result<Tokens, ProviderError> {
         let known = self.known().await?;
         let mut form = grant.to_vec();
         let authorization = self.show_ourselves(&known.metadata, &mut form)?;

@@ -61,6 +61,8 @@ pub(super) enum TokenError {
     Claim(&'static str),
     Issuer,
     Audience,
+    /// It speaks of another user than the tokens before it.
+    Subject,
     Expired,
     NotYetValid,
     Nonce,
@@ -234,6 +236,7 @@ impl fmt::Display for TokenError {
             Self::Claim(name) => write!(f, "its claim {name} is missing or not as it must be"),
             Self::Issuer => f.write_str("it is of another issuer"),
             Self::Audience => f.write_str("it is meant for somebody else"),
+            Self::Subject => f.write_str("it speaks of somebody else"),
             Self::Expired => f.write_str("it has expired"),
             Self::NotYetValid => f.write_str("it is not valid yet"),
             Self::Nonce => f.write_str("its nonce is not the one of this login"),
