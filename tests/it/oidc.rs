@@ -4,7 +4,7 @@ use crate::basic::basic;
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Response};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
-use crate::harness::provider::{FakeProvider, Script, remove, set};
+use crate::harness::provider::{FakeProvider, Script, Signing, remove, set};
 use crate::harness::redis::RedisServer;
 use crate::harness::wait_until;
 
@@ -228,6 +228,7 @@ fn a_route_asks_for_a_stronger_or_a_younger_login() {
     let before = client.cookie("session").unwrap();
     let refused = log_in(&client, &provider, "/fresh");
     assert_eq!(refused.status, 403, "a provider that does not do it leads to no circle: {}", refused.text());
+    assert!(refused.text().contains("max_age=600"), "the next try asks for the same: {}", refused.text());
 
     provider.play(Script::default());
     let response = log_in(&client, &provider, "/gold?x=1");
@@ -336,7 +337,7 @@ fn twenty_requests_at_two_gateways_renew_the_tokens_once() {
     let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
     let setup = |keys| gateway(&backend, &provider, keys).route("/", "access_token = \"X-Access-Token\"");
     let gateways = [(); 2].map(|()| setup("tokens = true").store(Store::of(&redis)).start());
-    provider.play(Script { tokens: set("expires_in", 1), ..Script::default() });
+    provider.play(Script { tokens: set("expires_in", 0), ..Script::default() });
     let client = logged_in(&gateways[0], &provider);
     let session = client.cookie("session").unwrap();
     let old = ["access-2"]; // the first token that this provider has given out
@@ -347,17 +348,10 @@ fn twenty_requests_at_two_gateways_renew_the_tokens_once() {
             scope.spawn(move || {
                 let client = browser(gateway);
                 client.set_cookie("session", session);
-                assert_eq!(client.get("/").send().status, 200, "nobody waits in vain");
+                let seen = client.get("/").send().seen();
+                assert_ne!(seen.headers("x-access-token"), old, "nobody goes on with a token that has ended");
             });
         }
-    });
-    wait_until("the new token is in use everywhere", || {
-        gateways.iter().all(|gateway| {
-            let client = browser(gateway);
-            client.set_cookie("session", &session);
-            let seen = client.get("/").send().seen();
-            seen.headers("x-access-token") != old[..]
-        })
     });
     assert_eq!(provider.count("grant_type=refresh_token"), 1, "a refresh token is used once");
 }
@@ -561,4 +555,261 @@ fn the_check_asks_the_provider_when_it_is_told_to() {
 
     provider.go_away();
     assert_eq!(online().0, Some(1));
+}
+
+/// A gateway whose backend gets the access token, and somebody there whose token has ended.
+fn with_token_that_has_ended(
+    backend: &Backend,
+    provider: &FakeProvider,
+    keys: &str,
+    tables: &str,
+) -> (Gateway, Client, Vec<String>) {
+    let setup = gateway(backend, provider, &format!("tokens = true\n{keys}")).with(tables);
+    let gateway = setup.route("/", "access_token = \"X-Access-Token\"").route("/plain", "").start();
+    provider.play(Script { tokens: set("expires_in", 0), ..Script::default() });
+    let client = logged_in(&gateway, provider);
+    let old = (0..20).map(|number| format!("access-{number}")).collect();
+    provider.play(Script::default());
+    (gateway, client, old)
+}
+
+#[test]
+fn what_is_wrong_with_a_new_id_token_ends_no_session_and_loses_no_token() {
+    use serde_json::json;
+    let moved = |name: &'static str, by: i64| -> Option<crate::harness::provider::Change> {
+        Some(std::sync::Arc::new(move |claims: &mut serde_json::Value| {
+            claims[name] = (claims[name].as_i64().unwrap() + by).into();
+        }))
+    };
+    let default = Script::default;
+    let cases = [
+        ("signed by nobody", Script { signing: Signing::Damaged, ..default() }),
+        ("under an unknown key", Script { header: set("kid", "nobody"), ..default() }),
+        ("under a key that cannot be had", Script { failing: [("/jwks", 503)].into(), ..default() }),
+        ("by a clock that is ahead", Script { claims: moved("iat", 600), ..default() }),
+        ("over already", Script { claims: moved("exp", -900), ..default() }),
+        ("without a sub", Script { claims: remove("sub"), ..default() }),
+        ("with too many groups", Script { claims: set("groups", json!(vec!["g".repeat(100); 200])), ..default() }),
+        ("not there", Script { tokens: remove("id_token"), ..default() }),
+    ];
+    for (what, script) in cases {
+        let (backend, provider) = (Backend::echo(), FakeProvider::start());
+        let (_gateway, client, old) = with_token_that_has_ended(&backend, &provider, "", "");
+        if script.failing.contains_key("/jwks") {
+            provider.rotate_keys();
+        }
+        provider.play(script);
+        let mut seen = Vec::new();
+        wait_until(&format!("the new token arrives, whose ID token is {what}"), || {
+            let answer = client.get("/").send();
+            assert_eq!(answer.status, 200, "{what}: {}", answer.text());
+            seen = answer.seen().headers("x-access-token").iter().map(|token| (*token).to_owned()).collect();
+            seen != ["access-2"]
+        });
+        assert!(old[3..].contains(&seen[0]), "{what}: {seen:?}");
+        let seen = client.get("/").send().seen();
+        assert_eq!(seen.headers("x-forwarded-user"), ["ann"], "{what}");
+        assert_eq!(seen.headers("x-forwarded-groups"), ["staff"], "{what}: as the login said it");
+    }
+}
+
+#[test]
+fn a_logout_whose_key_nobody_could_look_for_may_come_again() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = logged_in(&gateway, &provider);
+    provider.rotate_keys();
+    let token = provider.logout_token(|_| {});
+    provider.play(Script { failing: [("/jwks", 503)].into(), ..Script::default() });
+    assert_eq!(say_logout(&gateway, &token).status, 503, "the keys cannot be had now");
+    assert!(is_logged_in(&client));
+    provider.play(Script::default());
+    wait_until("the same token is carried out", || say_logout(&gateway, &token).status == 200);
+    assert!(!is_logged_in(&client));
+
+    // Now the keys were renewed a moment ago, as anybody can have them by a token that names another key.
+    provider.rotate_keys();
+    assert_eq!(say_logout(&gateway, &provider.logout_token(|_| {})).status, 503, "nobody has looked for this one");
+}
+
+#[test]
+fn groups_that_were_taken_away_go_with_the_next_tokens() {
+    use serde_json::json;
+    let (none, from_userinfo) = (json!([]), "userinfo = \"always\"\n");
+    for (keys, script) in
+        [("", Script::default()), (from_userinfo, Script { claims: remove("groups"), ..Script::default() })]
+    {
+        let (backend, provider) = (Backend::echo(), FakeProvider::start());
+        let (_gateway, client, _) = with_token_that_has_ended(&backend, &provider, keys, "");
+        provider.with_user(|user| user["groups"] = none.clone());
+        provider.play(script.clone());
+        let seen = client.get("/").send().seen();
+        assert_eq!(seen.headers("x-forwarded-user"), ["ann"]);
+        wait_until("the groups are gone", || client.get("/").send().seen().headers("x-forwarded-groups").is_empty());
+
+        let (backend, provider) = (Backend::echo(), FakeProvider::start());
+        let keys = format!("{keys}allowed_groups = [\"staff\"]");
+        let (_gateway, client, _) = with_token_that_has_ended(&backend, &provider, &keys, "");
+        provider.with_user(|user| user["groups"] = none.clone());
+        provider.play(script);
+        assert_eq!(client.get("/").send().status, 401, "who waits for the tokens of a session that ends is nobody");
+    }
+
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let (_gateway, client, _) = with_token_that_has_ended(&backend, &provider, from_userinfo, "");
+    provider.play(Script { failing: [("/userinfo", 503)].into(), claims: remove("groups"), ..Script::default() });
+    wait_until("the new token is there without UserInfo", || {
+        client.get("/").send().seen().headers("x-access-token") != ["access-2"]
+    });
+    assert_eq!(client.get("/").send().seen().headers("x-forwarded-groups"), ["staff"]);
+}
+
+#[test]
+fn a_login_ends_the_old_session_also_where_its_cookie_does_not_come_along() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").with("[session]\nsame_site = \"strict\"").start();
+    let client = browser(&gateway);
+    assert_eq!(log_in(&client, &provider, LOGIN).status, 200, "a page that leads on");
+    let before = client.cookie("session").unwrap();
+    let callback = provider.authorize(&location(&client.navigate(LOGIN).send()));
+    let without = browser(&gateway); // as a browser that comes from another site
+    client
+        .cookies()
+        .iter()
+        .filter(|(name, _)| name != "session")
+        .for_each(|(name, value)| without.set_cookie(name, value));
+    assert_eq!(without.navigate(own_path(&callback)).send().status, 200);
+    assert!(is_logged_in(&without));
+    let thief = browser(&gateway);
+    thief.set_cookie("session", &before);
+    assert!(!is_logged_in(&thief), "the old id is worth nothing");
+}
+
+#[test]
+fn a_refusal_of_tokens_that_somebody_has_renewed_meanwhile_ends_nothing() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let gateways = [(); 2].map(|()| gateway(&backend, &provider, "tokens = true").store(Store::of(&redis)).start());
+    provider.play(Script { tokens: set("expires_in", 0), ..Script::default() });
+    let client = logged_in(&gateways[0], &provider);
+    provider.play(Script { failing: [("/token", 400)].into(), waiting: ["/token"].into(), ..Script::default() });
+    assert_eq!(client.get("/").send().status, 200);
+    wait_until("the provider is asked", || provider.count("grant_type=refresh_token") == 1);
+
+    // Its claim is lost, as with a store that fails over.
+    for claim in redis.ask::<Vec<String>>("KEYS *l:*") {
+        let _: i64 = redis.ask(&format!("DEL {claim}"));
+    }
+    provider.play(Script::default());
+    let other = browser(&gateways[1]);
+    other.set_cookie("session", &client.cookie("session").unwrap());
+    assert_eq!(other.get("/").send().status, 200);
+    wait_until("the other gateway has renewed them", || {
+        gateways[1].metric("cloakroom_token_renewals_total{result=\"renewed\"}") == 1.0
+    });
+    provider.step();
+    wait_until("the first one is done", || {
+        gateways[0].metric("cloakroom_token_renewals_total{result=\"not_ours\"}") == 1.0
+    });
+    assert!(is_logged_in(&client) && is_logged_in(&other));
+}
+
+#[test]
+fn tokens_that_are_being_renewed_are_kept_by_a_gateway_that_ends() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let start = || gateway(&backend, &provider, "tokens = true").store(Store::of(&redis)).start();
+    let first = start();
+    provider.play(Script { tokens: set("expires_in", 0), ..Script::default() });
+    let client = logged_in(&first, &provider);
+    provider.play(Script { waiting: ["/token"].into(), ..Script::default() });
+    assert_eq!(client.get("/").send().status, 200, "the answer does not wait");
+    wait_until("the provider is asked", || provider.count("grant_type=refresh_token") == 1);
+    let address = first.address();
+    std::thread::scope(|scope| {
+        scope.spawn(move || first.stop());
+        wait_until("the gateway ends", || std::net::TcpStream::connect(address).is_err());
+        provider.step();
+    });
+    provider.play(Script::default());
+    let second = start();
+    let later = browser(&second);
+    later.set_cookie("session", &client.cookie("session").unwrap());
+    assert!(is_logged_in(&later));
+    assert_eq!(later.get("/").send().status, 200);
+    assert_eq!(provider.count("grant_type=refresh_token"), 1, "the new tokens were written");
+}
+
+#[test]
+fn a_network_sends_us_to_the_provider_with_so_many_bad_codes_and_leaves_nothing_in_the_store() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let gateway = gateway(&backend, &provider, "").store(Store::of(&redis)).start();
+    let client = browser(&gateway);
+    let target = location(&client.navigate(LOGIN).send());
+    let kept = client.cookies();
+    let callback = provider.authorize(&target);
+    let answer_with = |from: &str, to: &str| {
+        kept.iter().for_each(|(name, value)| client.set_cookie(name, value));
+        client.navigate(&own_path(&callback).replace(from, to)).send()
+    };
+    let keys = || redis.ask::<u64>("DBSIZE");
+    let before = keys();
+    assert_eq!(answer_with("code=", "error=access_denied&was=").status, 403);
+    assert_eq!(keys(), before, "who cancels leaves nothing");
+    for number in 0..100 {
+        assert_eq!(answer_with("code=", "code=bad-").status, 400, "{number}");
+    }
+    assert!(keys() <= before + 1, "one counter for the network");
+    let refused = answer_with("code=", "code=bad-");
+    assert_eq!(refused.status, 429, "{}", refused.text());
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(provider.count("/token"), 100);
+}
+
+#[test]
+fn a_reload_keeps_what_is_known_of_a_provider_whose_table_is_the_same() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let client = browser(&gateway);
+    let callback = provider.authorize(&location(&client.navigate(LOGIN).send()));
+    gateway.reload(|setup| setup.with("[identity]\npreset = \"remote\"")).unwrap();
+    assert_eq!(client.navigate(own_path(&callback)).send().status, 303);
+    assert_eq!(provider.count("/.well-known/openid-configuration"), 1, "nobody is asked again");
+}
+
+#[test]
+fn a_step_up_follows_no_form() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let login = format!("[login]\norigins = [\"{ORIGIN}\"]\n{}", provider.table("fake", ""));
+    let gateway =
+        Gateway::in_front_of(&[&backend]).route("/", "").route("/gold", "acr = [\"gold\"]").with(&login).start();
+    let client = browser(&gateway);
+    assert_eq!(gateway.try_log_in(&client, "ann", PASSWORD).status, 303);
+    let page = client.navigate("/gold").send();
+    assert_eq!(page.status, 200, "browsers follow no redirect of a form to another site: {}", page.text());
+    let next = page.header("refresh").unwrap().strip_prefix("0; url=").unwrap().to_owned();
+    let answer = log_in(&client, &provider, &next);
+    assert_eq!((answer.status, location(&answer).as_str()), (303, "/gold"), "{}", answer.text());
+    assert_eq!(client.get("/gold").send().status, 200);
+
+    let ann = logged_in(&gateway, &provider);
+    let refused = ann.post_form("/gold", &[("a", "b")]).header("Referer", &format!("{ORIGIN}/page?of=form")).send();
+    assert_eq!(refused.status, 403, "{}", refused.text());
+    let text = refused.text();
+    assert!(text.contains("not taken") && text.contains("return_to=%2Fpage%3Fof%3Dform"), "{text}");
+    assert!(text.contains("acr=gold") && refused.header("refresh").is_none(), "{text}");
+    assert!(!backend.has_received("a=b"));
+}
+
+#[test]
+fn an_attempt_fits_into_a_cookie_that_browsers_keep() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let gateway = gateway(&backend, &provider, "").start();
+    let (path, values) = (format!("/{}", "x".repeat(2000)), ["y".repeat(120), "z".repeat(1000)].join("%20"));
+    for (acr, expected) in [("gold", path.as_str()), (&values, &path), (&["y".repeat(120); 8].join("%20"), "/")] {
+        let client = browser(&gateway);
+        let sent = client.navigate(&format!("{LOGIN}?return_to={path}&acr={acr}")).send();
+        let longest = client.cookies().iter().map(|(name, value)| name.len() + value.len()).max().unwrap();
+        assert!(longest <= 4096, "{longest} bytes");
+        let answer = client.navigate(own_path(&provider.authorize(&location(&sent)))).send();
+        assert_eq!((answer.status, location(&answer).as_str()), (303, expected));
+    }
 }

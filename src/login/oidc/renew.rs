@@ -71,7 +71,7 @@ const WRITES: [Duration; 5] = [
     Duration::from_secs(4),
 ];
 /// A request does not wait for longer, and goes on with what there is.
-const WAIT_MAX: Duration = Duration::from_secs(5);
+const WAIT_MAX: Duration = Duration::from_secs(10);
 /// Between two looks of who waits.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const REMEMBERED_MAX: usize = 100_000;

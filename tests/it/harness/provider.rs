@@ -3,7 +3,7 @@
 //! It signs real tokens with real keys, and checks what a provider checks: the client's secret, the redirect URI, PKCE,
 //! and that a code is used once. What a person would do on its pages, [`FakeProvider::authorize`] does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::SystemTime;
 
@@ -68,6 +68,8 @@ pub(crate) struct Script {
     pub(crate) logged_in_ago: u64,
     /// All answers of these paths are this status with an empty object.
     pub(crate) failing: BTreeMap<&'static str, u16>,
+    /// Answers of these paths come with a [`FakeProvider::step`] each.
+    pub(crate) waiting: BTreeSet<&'static str>,
 }
 
 /// Runs until it is dropped.
@@ -163,6 +165,11 @@ impl FakeProvider {
         self.backend.kill();
     }
 
+    /// Lets one answer of [`Script::waiting`] go.
+    pub(crate) fn step(&self) {
+        self.backend.step();
+    }
+
     pub(crate) fn come_back(&self) {
         self.backend.revive();
     }
@@ -217,13 +224,21 @@ impl Shared {
     fn answer(&self, request: &Request) -> Answer {
         let mut state = self.state.lock().unwrap();
         let path = request.target().split('?').next().unwrap_or_default().to_owned();
-        if let Some(status) = state.script.failing.get(path.as_str()) {
+        let is_waiting = state.script.waiting.contains(path.as_str());
+        let answer = state.answer(request, &path);
+        if is_waiting { Answer::AfterStep(Box::new(answer)) } else { answer }
+    }
+}
+
+impl State {
+    fn answer(&mut self, request: &Request, path: &str) -> Answer {
+        if let Some(status) = self.script.failing.get(path) {
             return json_answer(*status, &json!({ "error": "invalid_grant" }));
         }
-        match path.as_str() {
-            "/.well-known/openid-configuration" => json_answer(200, &state.metadata()),
-            "/jwks" => json_answer(200, &state.published_keys()),
-            "/token" => state.token(request),
+        match path {
+            "/.well-known/openid-configuration" => json_answer(200, &self.metadata()),
+            "/jwks" => json_answer(200, &self.published_keys()),
+            "/token" => self.token(request),
             "/authorize" => {
                 let query = request.target().split_once('?').unwrap_or_default().1;
                 let asked: BTreeMap<String, String> = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
@@ -235,22 +250,22 @@ impl Shared {
                     );
                     return Answer::response(200, &[("content-type", "text/html")], page);
                 }
-                Answer::response(303, &[("location", &state.send_back(&asked))], "")
+                Answer::response(303, &[("location", &self.send_back(&asked))], "")
             }
             "/userinfo" => {
-                let mut user = state.user.clone();
-                if state.script.userinfo_signing.is_some() {
-                    (user["iss"], user["aud"]) = (state.issuer.clone().into(), CLIENT_ID.into());
+                let mut user = self.user.clone();
+                if self.script.userinfo_signing.is_some() {
+                    (user["iss"], user["aud"]) = (self.issuer.clone().into(), CLIENT_ID.into());
                 }
                 if !request.head.values("authorization").iter().any(|value| value.starts_with("Bearer access-")) {
                     return json_answer(401, &json!({}));
                 }
-                if let Some(change) = &state.script.userinfo {
+                if let Some(change) = &self.script.userinfo {
                     change(&mut user);
                 }
-                match state.script.userinfo_signing {
+                match self.script.userinfo_signing {
                     Some(signing) => {
-                        let signed = state.sign("JWT", &user, signing);
+                        let signed = self.sign("JWT", &user, signing);
                         Answer::response(200, &[("content-type", "application/jwt")], signed)
                     }
                     None => json_answer(200, &user),
@@ -259,9 +274,7 @@ impl Shared {
             _ => json_answer(404, &json!({})),
         }
     }
-}
 
-impl State {
     fn next(&mut self, what: &str) -> String {
         self.counter += 1;
         format!("{what}-{}", self.counter)
