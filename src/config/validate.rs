@@ -1406,6 +1406,17 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
     }
 
     #[test]
+    fn a_route_names_as_many_kinds_of_login_as_one_request_carries() {
+        let provider = "[login]\norigins = [\"https://app.example.org\"]\n[login.oidc.staff]\n\
+                        issuer = \"https://p.example\"\nclient_id = \"us\"\n";
+        let with = |values: usize| {
+            GOOD.replace("[pool", &format!("{provider}[pool")) + &format!("acr = {:?}\n", vec!["x"; values])
+        };
+        assert_eq!(errors(&with(8)), "nothing is wrong");
+        assert!(errors(&with(9)).contains("more than 8 values of acr"));
+    }
+
+    #[test]
     fn what_backends_may_say_makes_sense_together() {
         let with = |login: &str, route: &str| GOOD.replace("[pool", &format!("{login}[pool")) + route;
         let page = "[login.backend]\npage = \"/\"\n";

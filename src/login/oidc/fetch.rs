@@ -131,3 +131,18 @@ impl std::fmt::Debug for Fetcher {
         f.write_str("Fetcher")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_provider_that_hangs_takes_no_places_from_another() {
+        let agent = Fetcher::agent(false);
+        let (hanging, other) = (Fetcher::new(agent.clone()), Fetcher::new(agent));
+        let _taken = hanging.places.acquire_many(PLACES as u32).await.unwrap();
+        let why = |answer: Result<Answer, ProviderError>| answer.err().unwrap().to_string();
+        assert!(why(hanging.get("http://127.0.0.1:1/", None).await).contains("too many questions"));
+        assert!(!why(other.get("http://127.0.0.1:1/", None).await).contains("too many questions"), "it is asked");
+    }
+}

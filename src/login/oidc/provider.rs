@@ -443,3 +443,73 @@ impl std::fmt::Debug for Tokens {
         f.write_str("Tokens(..)")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn provider(issuer: &str) -> Arc<Provider> {
+        let config = toml::from_str(&format!("issuer = {issuer:?}\nclient_id = \"us\"")).unwrap();
+        let fetcher = Fetcher::new(Fetcher::agent(false));
+        Arc::new(Provider::new("p", &config, Seal::new(None, None).unwrap(), fetcher))
+    }
+
+    fn known(issuer: &str, since: Instant) -> Arc<Known> {
+        let metadata = serde_json::json!({
+            "issuer": issuer, "authorization_endpoint": issuer, "token_endpoint": issuer, "jwks_uri": issuer,
+        });
+        Arc::new(Known { metadata: Metadata::deserialize(metadata).unwrap(), keys: Keys::default(), since })
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_newer_metadata_and_one_asks_for_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let issuer = format!("http://{}", listener.local_addr().unwrap());
+        let provider = provider(&issuer);
+        let older = known(&issuer, Instant::now().checked_sub(FRESH).unwrap());
+        provider.known.store(Some(Arc::clone(&older)));
+        for _ in 0..10 {
+            // Nobody answers yet.
+            assert!(Arc::ptr_eq(&provider.known().await.unwrap(), &older));
+        }
+        let (told, questions) = mpsc::channel();
+        let answering = std::thread::spawn(move || {
+            for _ in 0..2 {
+                let (mut connection, _) = listener.accept().unwrap();
+                let mut head = [0; 4096];
+                let read = connection.read(&mut head).unwrap();
+                told.send(String::from_utf8_lossy(&head[..read]).lines().next().unwrap().to_owned()).unwrap();
+                let url = format!("http://{}", listener.local_addr().unwrap());
+                let body = serde_json::json!({
+                    "issuer": url, "authorization_endpoint": url, "token_endpoint": url, "jwks_uri": url, "keys": [],
+                })
+                .to_string();
+                let head = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length";
+                write!(connection, "{head}: {}\r\n\r\n{body}", body.len()).unwrap();
+            }
+        });
+        while Arc::ptr_eq(&provider.known().await.unwrap(), &older) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        answering.join().unwrap();
+        let questions: Vec<_> = questions.iter().collect();
+        assert_eq!(questions, ["GET /.well-known/openid-configuration HTTP/1.1", "GET / HTTP/1.1"]);
+    }
+
+    #[tokio::test]
+    async fn keys_that_cannot_be_had_condemn_no_token() {
+        let nobody = "http://127.0.0.1:1";
+        let provider = provider(nobody);
+        provider.known.store(Some(known(nobody, Instant::now())));
+        // {"alg":"ES256","kid":"k"}
+        let verified = provider.verify("eyJhbGciOiJFUzI1NiIsImtpZCI6ImsifQ.e30.AAAA").await;
+        assert!(matches!(verified, Err(ProviderError::Away(_))), "{verified:?}");
+        provider.asking.lock().await.keys_renewed = Some(Instant::now());
+        let verified = provider.verify("eyJhbGciOiJFUzI1NiIsImtpZCI6ImsifQ.e30.AAAA").await;
+        assert!(matches!(verified, Err(ProviderError::Away(_))), "{verified:?}");
+    }
+}
