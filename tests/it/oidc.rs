@@ -804,7 +804,7 @@ fn an_attempt_fits_into_a_cookie_that_browsers_keep() {
     let (backend, provider) = (Backend::echo(), FakeProvider::start());
     let gateway = gateway(&backend, &provider, "").start();
     let (path, values) = (format!("/{}", "x".repeat(2000)), ["y".repeat(120), "z".repeat(1000)].join("%20"));
-    for (acr, expected) in [("gold", path.as_str()), (&values, &path), (&["y".repeat(120); 8].join("%20"), "/")] {
+    for (acr, expected) in [("gold", path.as_str()), (&values, &path), (&vec!["y".repeat(120); 8].join("%20"), "/")] {
         let client = browser(&gateway);
         let sent = client.navigate(&format!("{LOGIN}?return_to={path}&acr={acr}")).send();
         let longest = client.cookies().iter().map(|(name, value)| name.len() + value.len()).max().unwrap();

@@ -241,7 +241,7 @@ impl Login {
             outcome = self.sessions.update(key, change).await;
             match &outcome {
                 Err(StoreError::Unavailable(_)) => {}
-                Ok(_) | Err(StoreError::Refused(_) | StoreError::Unreadable) => break,
+                Ok(_) | Err(StoreError::Refused(_) | StoreError::Unreadable | StoreError::TooLarge) => break,
             }
         }
         Ok(outcome?.is_some())
