@@ -1,8 +1,11 @@
 //! Does a login at a provider keep its promises, from the first redirect to the last logout?
 
+use std::time::Duration;
+
 use crate::basic::basic;
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Response};
+use crate::harness::fault::{Fault, FaultProxy};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
 use crate::harness::provider::{FakeProvider, Script, Signing, remove, set};
 use crate::harness::redis::RedisServer;
@@ -633,6 +636,21 @@ fn a_logout_whose_key_nobody_could_look_for_may_come_again() {
 }
 
 #[test]
+fn a_logout_whose_store_answers_too_late_may_come_again() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let proxy = FaultProxy::to(redis.port());
+    let store = Store::Redis(format!("url = \"{}\"\nresponse_timeout = \"2s\"", proxy.url()));
+    let gateway = gateway(&backend, &provider, "").store(store).start();
+    let client = logged_in(&gateway, &provider);
+    let token = provider.logout_token(|_| {});
+    proxy.set(Fault { back: Duration::from_secs(8), ..Fault::default() });
+    assert_eq!(say_logout(&gateway, &token).status, 503, "nobody knows whether it was noted");
+    proxy.heal();
+    wait_until("the same token is carried out", || say_logout(&gateway, &token).status == 200);
+    wait_until("the session has ended", || client.get("/.cloakroom/session").send().status == 401);
+}
+
+#[test]
 fn groups_that_were_taken_away_go_with_the_next_tokens() {
     use serde_json::json;
     let (none, from_userinfo) = (json!([]), "userinfo = \"always\"\n");
@@ -723,16 +741,23 @@ fn tokens_that_are_being_renewed_are_kept_by_a_gateway_that_ends() {
     provider.play(Script { waiting: ["/token"].into(), ..Script::default() });
     assert_eq!(client.get("/").send().status, 200, "the answer does not wait");
     wait_until("the provider is asked", || provider.count("grant_type=refresh_token") == 1);
-    let address = first.address();
+    let (address, session) = (first.address(), client.cookie("session").unwrap());
+    drop(client);
+    let (stopped, has_stopped) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        scope.spawn(move || first.stop());
+        scope.spawn(move || {
+            first.stop();
+            stopped.send(()).unwrap();
+        });
         wait_until("the gateway ends", || std::net::TcpStream::connect(address).is_err());
+        // Idle connections would have it wait for a second.
+        assert!(has_stopped.recv_timeout(Duration::from_secs(3)).is_err(), "it ends without the tokens");
         provider.step();
     });
     provider.play(Script::default());
     let second = start();
     let later = browser(&second);
-    later.set_cookie("session", &client.cookie("session").unwrap());
+    later.set_cookie("session", &session);
     assert!(is_logged_in(&later));
     assert_eq!(later.get("/").send().status, 200);
     assert_eq!(provider.count("grant_type=refresh_token"), 1, "the new tokens were written");

@@ -21,6 +21,10 @@ use crate::session::id::SessionId;
 use crate::session::record::ExternalLogin;
 use crate::session::store::StoreError;
 
+/// A logout token is taken by one request for so long, and remembered when that has carried it out: what a store that
+/// fails leaves behind is soon gone, and the provider's next try counts.
+const CARRIED_OUT_WITHIN: Duration = Duration::from_secs(10);
+
 impl Login {
     /// Where somebody goes on to whose session has just ended here: the provider's own logout (OpenID Connect
     /// RP-Initiated Logout 1.0, section 2). None where there is none, or it cannot be reached now.
@@ -117,11 +121,11 @@ impl Login {
         let take_back = async || {
             let _: Result<(), StoreError> = store.release(&replay, request.request_id).await;
         };
-        match store.claim(&replay, request.request_id, remembered).await {
+        match store.claim(&replay, request.request_id, CARRIED_OUT_WITHIN).await {
             Ok(true) => {}
             Ok(false) => return Ok(refused(&"it came before", "replayed")),
             Err(error) => {
-                // Nobody knows whether it was done: the answer may just have been late.
+                // Perhaps it was noted, and only the answer was late.
                 take_back().await;
                 return Err(error.into());
             }
@@ -144,6 +148,9 @@ impl Login {
                 return Err(error.into());
             }
         };
+        // Between these two it could be carried out once more, which ends nothing new.
+        take_back().await;
+        store.claim(&replay, request.request_id, remembered).await?;
         self.note_provider_logout(provider, request, "backchannel", ended);
         let mut response = Response::default();
         response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
