@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::*;
 use crate::config::model::WhenFull;
+use crate::login::oidc::Demand;
 use crate::session::id::SessionKey;
 use crate::session::record::Record;
 use crate::session::store::{
@@ -965,6 +966,17 @@ async fn what_was_lost_on_the_way_is_said_whether_one_must_log_in_or_not() {
     browser.log_in("alice", PASSWORD).await;
     let page = browser.get(target).await;
     assert!(page.html().contains("was not taken") && page.html().contains("href=\"/form\""), "{}", page.html());
+}
+
+#[tokio::test]
+async fn who_logged_in_with_a_password_too_long_ago_is_asked_in_every_way_that_there_is() {
+    let mut browser = Browser::new();
+    browser.log_in("alice", PASSWORD).await;
+    let record = browser.store.with(|kept| kept.sessions.values().next().cloned()).unwrap().unwrap();
+    let demand = Demand { max_age: Some(Duration::from_secs(600)), ..Demand::default() };
+    let answer = browser.login.step_up("/a?b=1", &demand, &record);
+    assert_eq!(answer.status(), StatusCode::FOUND);
+    assert_eq!(answer.headers()["location"], "/.cloakroom/login?return_to=%2Fa%3Fb%3D1&reason=confirm");
 }
 
 #[tokio::test]

@@ -838,3 +838,21 @@ fn an_attempt_fits_into_a_cookie_that_browsers_keep() {
         assert_eq!((answer.status, location(&answer).as_str()), (303, expected));
     }
 }
+
+#[test]
+fn a_link_on_another_site_changes_nobodys_session() {
+    let (backend, provider) = (Backend::echo(), FakeProvider::start());
+    let login = format!("[login]\norigins = [\"{ORIGIN}\"]\n{}", provider.table("fake", ""));
+    let gateway = Gateway::in_front_of(&[&backend]).route("/", "").with(&login).start();
+    let from_elsewhere = |client: &Client| {
+        let link = client.get(&format!("{LOGIN}?return_to=/page")).header("Accept", "text/html");
+        link.header("Sec-Fetch-Mode", "navigate").header("Sec-Fetch-Site", "cross-site").send()
+    };
+    let client = browser(&gateway);
+    assert_eq!(gateway.try_log_in(&client, "bob", PASSWORD).status, 303);
+    let session = client.cookie("session");
+    assert_eq!(location(&from_elsewhere(&client)), "/page", "who is logged in just goes on");
+    assert_eq!(client.cookie("session"), session);
+    let target = location(&from_elsewhere(&browser(&gateway)));
+    assert!(target.starts_with(&provider.issuer()), "a login may begin elsewhere: {target}");
+}

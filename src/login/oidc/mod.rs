@@ -33,7 +33,7 @@ mod renew;
 
 use super::csrf::referring_page;
 use super::pages::{Link, Message, message_page, redirect};
-use super::{Failure, Login, LoginRequest};
+use super::{Failure, Login, LoginRequest, Notice};
 use crate::audit;
 use crate::config::model::{self, ACR_VALUES_MAX};
 use crate::session::id::SessionId;
@@ -250,7 +250,7 @@ impl Login {
         let Some(address) = self.better_login(path_and_query, demand, record) else {
             return self.login_redirect(path_and_query, None);
         };
-        if record.login.is_some() {
+        if record.login.is_some() || demand.acr.is_empty() {
             return redirect(StatusCode::FOUND, &address);
         }
         // Perhaps the login form has led here, and browsers hold all redirects of a form to its page's `form-action`: a page
@@ -275,9 +275,12 @@ impl Login {
         self.leading_page(StatusCode::FORBIDDEN, "One more step", text, &address)
     }
 
-    /// The address of a login as demanded, with the provider of this session, else the first one. It leads to `target`
-    /// where that is safe to follow.
+    /// The address of a login as demanded, with the provider of this session, else the first one; or in any way, where
+    /// none was asked and the login only has to be new. It leads to `target` where that is safe to follow.
     fn better_login(&self, target: &str, demand: &Demand, record: &Record) -> Option<String> {
+        if demand.acr.is_empty() && record.login.is_none() {
+            return Some(self.login_address(self.own_page(target).as_ref(), Some(Notice::Confirm)));
+        }
         let current = record.login.as_ref().and_then(|login| self.providers.by_name.get(&login.provider));
         let provider = current.or_else(|| self.providers.by_name.values().next())?;
         Some(self.address_of_login(provider, target, &demand.acr, demand.max_age.map(|age| age.as_secs())))
@@ -330,6 +333,12 @@ impl Login {
             target.strip_prefix(origin.as_str()).map(str::to_owned)
         });
         let return_to = self.return_to(target.as_deref());
+        // A link on another site is no reason to give up a good session for what the provider says without asking anybody.
+        let is_foreign = request.headers.get("sec-fetch-site").is_some_and(|site| site == "cross-site");
+        let asks_for_more = ["acr", "max_age"].iter().any(|name| asked(name).is_some());
+        if is_foreign && !asks_for_more && self.visitor(request).await?.is_some() {
+            return Ok(redirect(StatusCode::SEE_OTHER, &return_to.to_string()));
+        }
 
         let now = now();
         let cookies = AttemptCookies::beside(request.cookie, request.secure);
