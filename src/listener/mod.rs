@@ -48,7 +48,7 @@ pub struct Listener {
     facts: Arc<ListenerFacts>,
 }
 
-/// Who announces the clients of a listener, see [`proxy_protocol`]; nobody else may connect to it.
+/// Who announces the clients of a listener, see `proxy_protocol.rs`; nobody else may connect to it.
 type Balancers = Arc<[IpNet]>;
 
 /// The accepting side of a worker.

@@ -245,7 +245,7 @@ impl RequestContext {
 impl Drop for RequestContext {
     fn drop(&mut self) {
         if !self.is_recorded && self.line.is_some() {
-            let outcome = if self.is_cut() { Outcome::SessionEnded } else { Outcome::Cut };
+            let outcome = if self.is_cut() { Outcome::EndedWithSession } else { Outcome::Cut };
             self.record(self.status, outcome, 0, 0);
         }
     }

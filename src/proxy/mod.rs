@@ -329,7 +329,7 @@ impl ProxyHttp for Gateway {
         let rejection = rejection(error, context);
         let is_socket = downstream.response_written().is_some_and(is_upgraded);
         let outcome = match rejection {
-            _ if context.is_cut() && has_begun(downstream) => Outcome::SessionEnded,
+            _ if context.is_cut() && has_begun(downstream) => Outcome::EndedWithSession,
             _ if context.is_cut() => Outcome::Rejected(Rejection::Unauthenticated),
             Some(Rejection::BackendTimeout | Rejection::BodyTooSlow) if is_socket => Outcome::IdleSocket,
             None => Outcome::ClientGone,
@@ -341,7 +341,7 @@ impl ProxyHttp for Gateway {
         let label = outcome.label();
         // What clients do is their business, and they could fill the log with it.
         if *error.esource() == ErrorSource::Downstream
-            || [Outcome::IdleSocket, Outcome::SessionEnded].contains(&outcome)
+            || [Outcome::IdleSocket, Outcome::EndedWithSession].contains(&outcome)
         {
             tracing::debug!(request_id = context.request_id.as_str(), outcome = label, cause = %error, "request ended early");
         } else {
@@ -357,7 +357,7 @@ impl ProxyHttp for Gateway {
                 tracing::debug!(request_id = context.request_id.as_str(), %error, "client left before its error page");
             }
         }
-        if is_socket && outcome == Outcome::SessionEnded && !is_stuck(error) {
+        if is_socket && outcome == Outcome::EndedWithSession && !is_stuck(error) {
             Box::pin(say_goodbye(downstream, context)).await;
         }
         FailToProxy { error_code, can_reuse_downstream: false }

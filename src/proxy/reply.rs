@@ -83,7 +83,7 @@ pub enum Outcome {
     /// A WebSocket on which nothing was said for too long.
     IdleSocket,
     /// It was cut, because its session had ended.
-    SessionEnded,
+    EndedWithSession,
     /// Dropped on its way: the shutdown had no more time for it, or a panic of ours ended it.
     Cut,
     Rejected(Rejection),
@@ -263,7 +263,7 @@ impl Outcome {
             Self::ClientGone => "client_gone",
             Self::Truncated => "truncated",
             Self::IdleSocket => "idle_socket",
-            Self::SessionEnded => "session_ended",
+            Self::EndedWithSession => "ended_with_session",
             Self::Cut => "cut",
             Self::Rejected(rejection) => rejection.label(),
         }

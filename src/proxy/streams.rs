@@ -2,7 +2,7 @@
 //! long poll (invariant 5).
 //!
 //! A request that is still under way after [`MOMENT`] is listed under the session that it came with, and in every
-//! [`ROUND`] the sessions of all that are listed are looked at: a copy that is known to be true will do, else the store
+//! `ROUND` the sessions of all that are listed are looked at: a copy that is known to be true will do, else the store
 //! is asked. Where the store says that a session is gone, however it ended and on whichever instance, its requests are
 //! cut. There is no message that could be lost, and a store that says nothing cuts nothing (invariant 4).
 //!
@@ -25,7 +25,7 @@ use crate::session::id::{KeyHashing, SessionKey};
 use crate::session::record::Record;
 use crate::session::store::{Found, StoreError, Stored};
 
-/// What lasts less long is not listed, and costs nothing. With [`ROUND`], and the time that the store takes to answer,
+/// What lasts less long is not listed, and costs nothing. With `ROUND`, and the time that the store takes to answer,
 /// the longest for which a request goes on without its session.
 pub const MOMENT: Duration = Duration::from_millis(500);
 

@@ -110,7 +110,7 @@ fn however_a_session_ends_its_web_sockets_are_closed_and_nobody_elses() {
         assert_goes_on(&mut of_bob, "another user's");
         assert_goes_on(&mut of_nobody, "nobody's");
         assert_goes_on(&mut of_public, "on a public route nobody has a session");
-        let cut = "cloakroom_requests_total{outcome=\"session_ended\",route=\"/\",status=\"101\"}";
+        let cut = "cloakroom_requests_total{outcome=\"ended_with_session\",route=\"/\",status=\"101\"}";
         wait_until("each is in the log as what it is", || gateway.metric(cut) == 6.0);
         assert_eq!(gateway.metric("cloakroom_streams_cut_total"), 12.0);
         end_by_api(&gateway, "/api/sessions?everyone=true");
@@ -280,7 +280,7 @@ fn in_a_frame_that_the_backend_does_not_finish_nothing_is_said() {
     let mut socket = ann.web_socket("/", &[]).unwrap();
     gateway.log_out(&ann);
     assert_eq!(socket.read_to_end().unwrap(), b"\x82\x10half", "what would follow would be taken for the rest");
-    let cut = "cloakroom_requests_total{outcome=\"session_ended\",route=\"/\",status=\"101\"}";
+    let cut = "cloakroom_requests_total{outcome=\"ended_with_session\",route=\"/\",status=\"101\"}";
     wait_until("it is in the log all the same", || gateway.metric(cut) == 1.0);
 }
 
@@ -313,7 +313,7 @@ fn an_event_stream_breaks_off_and_a_download_is_seen_to_be_cut_short() {
             None => assert_eq!(rest, b"7\r\ndata: \n\r\n", "no last chunk: nobody takes it for whole"),
         }
         assert_eq!(ann.get("/").send().status, 401, "and who asks once more learns why");
-        let cut = "cloakroom_requests_total{outcome=\"session_ended\",route=\"/\",status=\"200\"}";
+        let cut = "cloakroom_requests_total{outcome=\"ended_with_session\",route=\"/\",status=\"200\"}";
         wait_until("it is in the log", || gateway.metric(cut) == 1.0);
     }
 }
