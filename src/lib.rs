@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! listener     accepts under a cap, TLS                                     listener/
-//! connection   reads the head, whole, under one deadline and one limit      proxy/connection.rs
+//! connection   reads the head, whole, under one deadline and one limit      proxy/connection.rs, http2.rs
 //! guard        refuses what two readers could read differently: 400         proxy/guard.rs
 //! route        host + path -> Route, or 404                                 proxy/route.rs
 //! session      cookie -> SessionId -> copy -> store      (none | live | unreadable | down)   session/
@@ -58,6 +58,7 @@ pub mod backend;
 pub mod events;
 pub mod admin;
 pub mod config;
+pub mod pem;
 pub mod audit;
 pub mod outgoing;
 pub mod log;

@@ -41,6 +41,8 @@ pub struct Metrics {
     /// Requests with a session that have lasted longer than a moment.
     pub streams: IntGauge,
     pub streams_cut: IntCounter,
+    /// file
+    pub certificate_expires: IntGaugeVec,
     /// 1 or 0
     pub store_up: IntGauge,
     /// pool, backend
@@ -122,6 +124,7 @@ impl Metrics {
                 &registry,
                 "cloakroom_sessions",
                 "Sessions in the store, at the instance that leads.",
+                &[],
             ),
             connections: gauge(&registry, "cloakroom_connections", "Open client connections."),
             proxy_protocol_refused: counter(
@@ -142,6 +145,12 @@ impl Metrics {
                 registry.register(Box::new(cut.clone())).expect("a name used once");
                 cut
             },
+            certificate_expires: labelled_gauge(
+                &registry,
+                "cloakroom_certificate_expires_seconds",
+                "When a listener's certificate ends, in seconds since 1970.",
+                &["file"],
+            ),
             store_up: gauge(&registry, "cloakroom_store_up", "Whether the session store answered when last asked."),
             backend_requests: counter(
                 &registry,
@@ -196,8 +205,8 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
 }
 
 /// One that can be without a value.
-fn labelled_gauge(registry: &Registry, name: &str, help: &str) -> IntGaugeVec {
-    let gauge = IntGaugeVec::new(Opts::new(name, help), &[]).expect("a valid name");
+fn labelled_gauge(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let gauge = IntGaugeVec::new(Opts::new(name, help), labels).expect("a valid name");
     registry.register(Box::new(gauge.clone())).expect("a name used once");
     gauge
 }

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
@@ -25,8 +25,9 @@ use crate::admin::{Admin, Health, Quiet, SessionsApi};
 use crate::backend::{balance, discover};
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
+use crate::config::value::Cidr;
 use crate::events::{Events, Pace};
-use crate::listener::certificate::Certificate;
+use crate::listener::tls::Tls;
 use crate::listener::{self, Desk, Listener, Queue, Worker};
 use crate::log::{LineWriter, Lines};
 use crate::login::Login;
@@ -47,7 +48,7 @@ use crate::session::seal::KeyRing;
 use crate::session::store::memory::{FileError, Loaded, MemoryStore};
 use crate::session::store::redis::RedisStore;
 use crate::session::store::{Gravity, Risk, SessionStore, StoreOptions};
-use crate::session::{Lifetime, Options, Sessions};
+use crate::session::{Lifetime, Options, Sessions, unix_now};
 
 /// Idle connections to backends that one worker keeps.
 const BACKEND_CONNECTIONS_KEPT: usize = 512;
@@ -70,7 +71,7 @@ pub struct Prepared {
     /// The store of `sessions`, where that has a file to open.
     memory: Option<Arc<MemoryStore>>,
     ring: Option<Arc<KeyRing>>,
-    certificates: Vec<Option<Arc<Certificate>>>,
+    tls: Vec<Option<Arc<Tls>>>,
     metrics: Metrics,
     pace: Pace,
 }
@@ -81,7 +82,7 @@ pub struct Running {
     addresses: Vec<SocketAddr>,
     admin_address: Option<SocketAddr>,
     rules: Arc<ArcSwap<Rules>>,
-    certificates: Vec<Option<Arc<Certificate>>>,
+    tls: Vec<Option<Arc<Tls>>>,
     sessions: Sessions,
     memory: Option<Arc<MemoryStore>>,
     ring: Option<Arc<KeyRing>>,
@@ -137,10 +138,10 @@ fn prepare_all(
     let options = Options::of(&config.session, &config.store, ring.clone());
     let sessions = Sessions::new(store, Lifetime::of(&config.session)).with(options);
     let metrics = Metrics::new();
-    let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<_, _>>()?;
+    let tls = config.listeners.iter().map(Tls::of).collect::<Result<_, _>>()?;
     let login = build_login(&config, &sessions, &metrics)?;
-    let rules = Rules::build(&config, login, None);
-    Ok(Prepared { config, rules, sessions, memory: None, ring, certificates, metrics, pace: Pace::default() })
+    let rules = Rules::build(&config, login, None)?;
+    Ok(Prepared { config, rules, sessions, memory: None, ring, tls, metrics, pace: Pace::default() })
 }
 
 impl Prepared {
@@ -236,14 +237,14 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, memory, ring, certificates, metrics, pace } = prepared;
-    let bound =
-        config.listeners.iter().zip(&certificates).map(|(listener, certificate)| bind(listener, certificate, &config));
+    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace } = prepared;
+    let bound = config.listeners.iter().zip(&tls).map(|(listener, tls)| bind(listener, tls, &config));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
     let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
     if let Some(memory) = &memory {
         open_file(memory, &config)?;
     }
+    tls.iter().flatten().for_each(|tls| tls.report(&metrics, now_seconds()));
     let (access_log, log_writer) = open_access_log(&config.log)?;
     let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
 
@@ -275,6 +276,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
             headers_max: config.limits.headers_max,
             target_bytes: config.limits.target_bytes.0 as usize,
         },
+        streams_max: config.limits.streams_max,
         timeout: config.limits.head_timeout.get(),
         keepalive: config.limits.keepalive_timeout.get(),
     });
@@ -290,7 +292,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         addresses,
         admin_address: admin.as_ref().map(Listener::address),
         rules,
-        certificates,
+        tls,
         sessions: sessions.clone(),
         memory,
         ring,
@@ -363,24 +365,38 @@ impl Running {
     }
 
     fn apply(&self, config: &Config) -> Result<Vec<&'static str>, ConfigError> {
-        let certificates = config.listeners.iter().map(Certificate::of).collect::<Result<Vec<_>, _>>()?;
+        let tls = self.tls_of(config)?;
         let login = build_login(config, &self.sessions, &self.metrics)?;
         let keys = self.ring.as_ref().map(|ring| Ok((ring, ring.read_again()?))).transpose()?;
         let previous = self.rules.load_full();
-        let rules = Rules::build(config, login.taking_over(&previous.login), Some(&previous));
+        let rules = Rules::build(config, login.taking_over(&previous.login), Some(&previous))?;
         let pools: Vec<_> = rules.pools.values().cloned().collect();
         discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
         self.rules.store(Arc::new(rules));
         if let Some((ring, keys)) = keys {
             ring.replace(keys);
         }
-        for current in self.certificates.iter().flatten() {
-            if let Some(new) = certificates.iter().flatten().find(|new| new.is_same(current)) {
-                current.replace(new);
+        self.metrics.certificate_expires.reset();
+        for (current, new) in tls {
+            if let Some(new) = new {
+                current.replace(&new);
             }
+            current.report(&self.metrics, now_seconds());
         }
         self.resolve.notify_one();
         Ok(restart_needed(&self.config, config))
+    }
+
+    /// What each TLS listener is to be replaced by, if it still is one.
+    #[expect(clippy::type_complexity, reason = "pairs of old and new")]
+    fn tls_of(&self, config: &Config) -> Result<Vec<(&Arc<Tls>, Option<Arc<Tls>>)>, ConfigError> {
+        let new = config.listeners.iter().map(Tls::of).collect::<Result<Vec<_>, _>>()?;
+        let pairs = self.tls.iter().flatten().map(|current| {
+            let new = new.iter().flatten().find(|new| new.is_same(current));
+            new.map_or(Ok(()), |new| current.accepts(new, now_seconds()))?;
+            Ok((current, new.cloned()))
+        });
+        pairs.collect()
     }
 
     /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.
@@ -548,6 +564,7 @@ const ADMIN_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const ADMIN_HEADS: HeadRules = HeadRules {
     bytes_max: 16 << 10,
     limits: HeadLimits { headers_max: 64, target_bytes: 2 << 10 },
+    streams_max: 0,
     timeout: Duration::from_secs(5),
     keepalive: Duration::from_secs(60),
 };
@@ -574,17 +591,16 @@ const DESCRIPTORS_USUAL: u64 = 1024;
 /// For listeners, store, logs and runtimes.
 const DESCRIPTORS_RESERVED: u64 = 40;
 
-fn bind(
-    listener: &model::Listener,
-    certificate: &Option<Arc<Certificate>>,
-    config: &Config,
-) -> Result<Listener, StartError> {
-    let is_https =
-        certificate.is_some() || listener.scheme.as_ref().is_some_and(|scheme| *scheme.get_ref() == Scheme::Https);
-    let facts =
-        ListenerFacts { scheme: if is_https { "https" } else { "http" }, cookie: session_cookie(config, is_https) };
+fn bind(listener: &model::Listener, tls: &Option<Arc<Tls>>, config: &Config) -> Result<Listener, StartError> {
+    let is_https = tls.is_some() || listener.scheme.as_ref().is_some_and(|scheme| *scheme.get_ref() == Scheme::Https);
+    let facts = ListenerFacts {
+        scheme: if is_https { "https" } else { "http" },
+        cookie: session_cookie(config, is_https),
+        hsts: listener.hsts.as_ref().and_then(|hsts| hsts_value(hsts.get_ref())),
+        redirect_to_port: listener.redirect_to_port.as_ref().map(|port| *port.get_ref()),
+    };
     let address = *listener.address.get_ref();
-    let bound = Listener::bind(address, certificate.clone(), facts).map_err(|cause| cannot_listen(address, cause))?;
+    let bound = Listener::bind(address, tls.clone(), facts).map_err(|cause| cannot_listen(address, cause))?;
     Ok(match &listener.proxy_protocol {
         Some(balancers) => bound.behind(balancers.get_ref().iter().map(|network| network.0)),
         None => bound,
@@ -593,8 +609,20 @@ fn bind(
 
 fn bind_admin(config: &Config) -> Result<Listener, StartError> {
     let address = *config.admin.address.get_ref();
-    let facts = ListenerFacts { scheme: "http", cookie: session_cookie(config, false) };
+    let cookie = session_cookie(config, false);
+    let facts = ListenerFacts { scheme: "http", cookie, hsts: None, redirect_to_port: None };
     Listener::bind(address, None, facts).map_err(|cause| cannot_listen(address, cause))
+}
+
+/// RFC 6797, section 6.1.
+fn hsts_value(hsts: &model::Hsts) -> Option<HeaderValue> {
+    let subdomains = if hsts.subdomains { "; includeSubDomains" } else { "" };
+    let preload = if hsts.preload { "; preload" } else { "" };
+    HeaderValue::try_from(format!("max-age={}{subdomains}{preload}", hsts.max_age.get().as_secs())).ok()
+}
+
+fn now_seconds() -> i64 {
+    (unix_now() / 1000) as i64
 }
 
 fn cannot_listen(address: SocketAddr, cause: io::Error) -> StartError {
@@ -654,11 +682,35 @@ fn on_own_runtime(work: impl Future<Output = ()>) {
     }
 }
 
+/// What of a listener only a restart changes: all but its certificates and whom it asks for one.
+#[derive(PartialEq)]
+struct Socket<'c> {
+    address: SocketAddr,
+    is_tls: bool,
+    scheme: Option<Scheme>,
+    proxy_protocol: Option<&'c [Cidr]>,
+    hsts: Option<&'c model::Hsts>,
+    redirect_to_port: Option<u16>,
+}
+
+impl<'c> Socket<'c> {
+    fn of(listener: &'c model::Listener) -> Self {
+        Self {
+            address: *listener.address.get_ref(),
+            is_tls: listener.has_certificate(),
+            scheme: listener.scheme.as_ref().map(|scheme| *scheme.get_ref()),
+            proxy_protocol: listener.proxy_protocol.as_ref().map(|balancers| balancers.get_ref().as_slice()),
+            hsts: listener.hsts.as_ref().map(Spanned::get_ref),
+            redirect_to_port: listener.redirect_to_port.as_ref().map(|port| *port.get_ref()),
+        }
+    }
+}
+
 /// The sections that differ and that only a restart applies.
 fn restart_needed(running: &Config, new: &Config) -> Vec<&'static str> {
     let sections = [
         ("server", running.server != new.server),
-        ("listener", running.listeners != new.listeners),
+        ("listener", !running.listeners.iter().map(Socket::of).eq(new.listeners.iter().map(Socket::of))),
         // A route's body limit is a rule, and so is the default of it.
         ("limits", running.limits != model::Limits { body_bytes: running.limits.body_bytes, ..new.limits.clone() }),
         ("store", running.store != new.store),

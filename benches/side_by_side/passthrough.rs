@@ -48,7 +48,7 @@ impl ProxyHttp for Passthrough {
 /// around the application.
 pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
     let cookie = SessionCookie::new("session", false, cookie::SameSite::Lax);
-    let facts = ListenerFacts { scheme: "http", cookie };
+    let facts = ListenerFacts { scheme: "http", cookie, hsts: None, redirect_to_port: None };
     let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), None, facts).unwrap();
     let address = listener.address();
     let (_running, shutdown) = watch::channel(false);
@@ -66,6 +66,7 @@ pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
                 head_rules: Arc::new(HeadRules {
                     bytes_max: 32 * 1024,
                     limits: HeadLimits { headers_max: 100, target_bytes: 8 * 1024 },
+                    streams_max: 100,
                     timeout: Duration::from_secs(10),
                     keepalive: Duration::from_secs(60),
                 }),

@@ -16,7 +16,9 @@ pub mod error;
 pub use validate::confidential_url;
 
 use error::{ConfigError, Problems};
-use model::{Admin, Config, Events, Listener, Login, PasswordLogin, RedisStore, Session, Store};
+use model::{
+    Admin, BackendTls, CertificateFiles, Config, Events, Listener, Login, PasswordLogin, RedisStore, Session, Store,
+};
 use value::Secret;
 
 /// Reads, parses and validates one file. In what comes back, paths are absolute and secrets are resolved; of the files
@@ -81,7 +83,7 @@ fn resolve(
         limits: _,
         session: Session { keys_file, .. },
         identity: _,
-        pools: _,
+        pools,
         routes: _,
         events: Events { webhook_secret, webhook: _, audit: _ },
         admin: Admin { token, address: _, enabled: _ },
@@ -90,8 +92,14 @@ fn resolve(
 
     let mut paths = Vec::<&mut Spanned<PathBuf>>::new();
     let mut secrets = Vec::<(&str, &mut Spanned<Secret>)>::new();
-    for Listener { cert, key, address: _, scheme: _, proxy_protocol: _, insecure: _ } in listeners {
-        paths.extend(cert.iter_mut().chain(key));
+    for Listener { cert, key, certificates, client_ca, .. } in listeners {
+        paths.extend(cert.iter_mut().chain(key).chain(client_ca));
+        paths.extend(certificates.iter_mut().flat_map(|CertificateFiles { cert, key }| [cert, key]));
+    }
+    for BackendTls { ca, cert, key, server_name: _, verify: _ } in
+        pools.values_mut().filter_map(|pool| pool.tls.as_mut())
+    {
+        paths.extend(ca.iter_mut().chain(cert).chain(key));
     }
     if let Some(redis) = redis {
         let RedisStore { url, ca, cert, key, .. } = redis.get_mut();
@@ -141,8 +149,13 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 29] = [
+    const EXAMPLES: [&str; 34] = [
         "page",
+        "certificates",
+        "client_ca",
+        "hsts",
+        "redirect_to_port",
+        "server_name",
         "cert",
         "key",
         "scheme",
@@ -258,6 +271,8 @@ mod tests {
             .replace("\"redis://", "\"rediss://")
             // The route of the manual is for those who have logged in, and this page is for the others.
             .replace("page = \"/login\"", "")
+            // For another listener than the one with the certificate.
+            .replace("redirect_to_port = 443", "")
             .replace("tokens = false", "tokens = true")
             .replace("\"<as the provider shows it>\"", "\"Vq83-nK2\"")
             .replace("\"<openssl rand -base64 32>\"", "\"pA0yXbq9vG3kWm7RzT5sLd2fHj8cNe4u\"");

@@ -53,7 +53,8 @@ pub struct Config {
 pub struct Server {
     /// Worker threads; 0 = one per core.
     pub threads: usize,
-    /// Open client connections at a time; further ones wait in the kernel's backlog.
+    /// Open client connections at a time, and requests on HTTP/2 connections beyond the first of each; further connections
+    /// wait in the kernel's backlog.
     pub connections_max: usize,
     /// After SIGTERM, how long requests in flight may take before they are cut.
     pub drain_timeout: Duration,
@@ -71,6 +72,20 @@ pub struct Listener {
     pub cert: Option<Spanned<PathBuf>>,
     /// PEM private key.
     pub key: Option<Spanned<PathBuf>>,
+    /// Further ones; the name that a client asks for (SNI) chooses.
+    #[serde(default)]
+    pub certificates: Vec<CertificateFiles>,
+    /// Whether TLS clients may speak HTTP/2 (ALPN).
+    #[serde(default = "Listener::default_http2")]
+    pub http2: bool,
+    /// PEM of the authorities that sign the certificates of clients; absent = clients are not asked for any.
+    pub client_ca: Option<Spanned<PathBuf>>,
+    #[serde(default)]
+    pub client_certificates: ClientCertificates,
+    /// `Strict-Transport-Security`
+    pub hsts: Option<Spanned<Hsts>>,
+    /// Every request is sent to https at this port.
+    pub redirect_to_port: Option<Spanned<u16>>,
     /// The scheme that browsers see, when a proxy in front terminates TLS: "https".
     pub scheme: Option<Spanned<Scheme>>,
     /// Networks of the balancers that announce each client by the PROXY protocol, version 2; nobody else may connect.
@@ -78,6 +93,46 @@ pub struct Listener {
     /// Allow plain HTTP (and a cookie without `Secure`) on an address other than loopback.
     #[serde(default)]
     pub insecure: bool,
+}
+
+impl Listener {
+    const fn default_http2() -> bool {
+        true
+    }
+
+    /// Whether it speaks TLS itself.
+    pub fn has_certificate(&self) -> bool {
+        self.cert.is_some() || self.key.is_some()
+    }
+}
+
+/// One of `listener.certificates`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateFiles {
+    pub cert: Spanned<PathBuf>,
+    pub key: Spanned<PathBuf>,
+}
+
+/// What is asked of a client, with `client_ca`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificates {
+    /// Who has none is let in all the same.
+    Optional,
+    #[default]
+    Required,
+}
+
+/// `listener.hsts` (RFC 6797)
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hsts {
+    pub max_age: Duration,
+    #[serde(default)]
+    pub subdomains: bool,
+    #[serde(default)]
+    pub preload: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -99,6 +154,8 @@ pub struct Limits {
     pub target_bytes: Bytes,
     /// Request body, unless the route says otherwise.
     pub body_bytes: Bytes,
+    /// Requests at a time on one HTTP/2 connection.
+    pub streams_max: u32,
     /// From the first byte of a request (or the accept) to the end of its head, in total; the TLS handshake likewise.
     pub head_timeout: Duration,
     /// An idle keep-alive connection is closed after this long.
@@ -478,6 +535,10 @@ pub enum Preset {
 pub struct Pool {
     /// `host:port`; names are resolved in the background and again from time to time.
     pub backends: Vec<Spanned<String>>,
+    #[serde(default = "Pool::default_protocol")]
+    pub protocol: Spanned<Protocol>,
+    /// `[pool.NAME.tls]`; absent = plain.
+    pub tls: Option<BackendTls>,
     #[serde(default = "Pool::default_connect_timeout")]
     pub connect_timeout: Duration,
     /// Longest pause while a response arrives (also: until it begins).
@@ -494,7 +555,44 @@ pub struct Pool {
     pub websocket_timeout: Duration,
 }
 
+/// What backends are spoken to in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    Http1,
+    /// With TLS by ALPN, else with prior knowledge (h2c).
+    Http2,
+    /// What the backend chooses by ALPN.
+    Auto,
+}
+
+/// `[pool.NAME.tls]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackendTls {
+    /// PEM of the authorities that sign the backends' certificates; default: the system's.
+    pub ca: Option<Spanned<PathBuf>>,
+    /// The name that the certificate must be for, and that is asked for (SNI); default: the host of the backend.
+    pub server_name: Option<Spanned<String>>,
+    /// PEM chain that shows backends who we are; with `key`.
+    pub cert: Option<Spanned<PathBuf>>,
+    /// PEM private key of `cert`.
+    pub key: Option<Spanned<PathBuf>>,
+    /// Whether the backend has to prove who it is.
+    #[serde(default = "BackendTls::default_verify")]
+    pub verify: Spanned<bool>,
+}
+
+impl BackendTls {
+    fn default_verify() -> Spanned<bool> {
+        Spanned::new(0..0, true)
+    }
+}
+
 impl Pool {
+    fn default_protocol() -> Spanned<Protocol> {
+        Spanned::new(0..0, Protocol::Http1)
+    }
     const fn default_connect_timeout() -> Duration {
         Duration::from_millis(2_000)
     }
@@ -670,6 +768,7 @@ impl Default for Limits {
             headers_max: 100,
             target_bytes: Bytes(8 * 1024),
             body_bytes: Bytes(100 * 1024 * 1024),
+            streams_max: 100,
             head_timeout: Duration::from_millis(10_000),
             keepalive_timeout: Duration::from_millis(60_000),
             body_timeout: Duration::from_millis(30_000),

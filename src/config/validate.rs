@@ -9,7 +9,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
 use super::model::{
-    ACR_VALUES_MAX, Access, Cache, Config, Directive, Listener, OidcLogin, RedisStore, Route, Scheme, SealRecords,
+    ACR_VALUES_MAX, Access, Cache, Config, Directive, Hsts, Listener, OidcLogin, Pool, Protocol, RedisStore, Route,
+    Scheme, SealRecords,
 };
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
@@ -79,7 +80,7 @@ impl Check<'_, '_> {
                 .add(balancers.span(), "proxy_protocol names nobody: no client could connect")
                 .hint("name the networks of the balancers in front, or leave it out");
         }
-        let speaks_tls = listener.cert.is_some() || listener.key.is_some();
+        let speaks_tls = listener.has_certificate();
         let scheme = listener.scheme.as_ref().map(Spanned::get_ref);
         if let Some(written) = &listener.scheme
             && speaks_tls
@@ -90,7 +91,9 @@ impl Check<'_, '_> {
                 .hint("leave scheme out: a listener with a certificate speaks https");
         }
         let is_loopback = listener.address.get_ref().ip().to_canonical().is_loopback();
-        if !speaks_tls && !is_loopback && !listener.insecure && scheme != Some(&Scheme::Https) {
+        self.about_tls(listener);
+        let answers = listener.redirect_to_port.is_none();
+        if answers && !speaks_tls && !is_loopback && !listener.insecure && scheme != Some(&Scheme::Https) {
             let message = format!("plain HTTP on {}, which is not loopback: sessions could be read", listener.address);
             self.problems.add(listener.address.span(), message).hint(
                 "add cert and key; or scheme = \"https\" when a proxy in front terminates TLS (and name it in \
@@ -99,9 +102,48 @@ impl Check<'_, '_> {
         }
     }
 
+    /// Keys that only mean something with a certificate, or only without one.
+    fn about_tls(&mut self, listener: &Listener) {
+        let speaks_tls = listener.has_certificate();
+        let needs_tls = "add cert and key: only a listener that speaks TLS has this";
+        if let Some(further) = listener.certificates.first().filter(|_| !speaks_tls) {
+            self.problems.add(further.cert.span(), "certificates without cert and key").hint(
+                "add cert and key, for clients that ask for no name; `certificates` are further ones, chosen by name",
+            );
+        }
+        if let Some(ca) = listener.client_ca.as_ref().filter(|_| !speaks_tls) {
+            self.problems.add(ca.span(), "client_ca on a listener without TLS").hint(needs_tls);
+        }
+        let is_https = speaks_tls || listener.scheme.as_ref().is_some_and(|scheme| *scheme.get_ref() == Scheme::Https);
+        if let Some(hsts) = listener.hsts.as_ref() {
+            if !is_https {
+                self.problems
+                    .add(hsts.span(), "hsts on a listener without TLS: browsers ignore it there")
+                    .hint("move it to the listener with cert and key");
+            }
+            let Hsts { max_age, subdomains, preload } = hsts.get_ref();
+            if *preload && !(*subdomains && YEAR.get() <= max_age.get()) {
+                self.problems
+                    .add(hsts.span(), "preload asks for subdomains = true and max_age of a year at least")
+                    .hint("see https://hstspreload.org; a domain leaves that list only after months");
+            }
+        }
+        if let Some(redirect) = &listener.redirect_to_port {
+            if is_https {
+                self.problems
+                    .add(redirect.span(), "redirect_to_port on a listener that is https itself")
+                    .hint("it belongs to a plain listener beside this one");
+            }
+            if *redirect.get_ref() == 0 {
+                self.problems.add(redirect.span(), "redirect_to_port is 0").hint("browsers usually know https at 443");
+            }
+        }
+    }
+
     fn limits(&mut self) {
         let limits = &self.config.limits;
         self.number("limits.headers_max", limits.headers_max, 1..=250);
+        self.number("limits.streams_max", limits.streams_max as usize, 1..=1000);
         let head = limits.head_bytes;
         if !(1 << 10..=512 << 10).contains(&head.0) {
             let at = self.at("limits.head_bytes");
@@ -508,6 +550,7 @@ impl Check<'_, '_> {
                     .add(at, format!("{key} has no backends"))
                     .hint("name at least one, e.g. \"127.0.0.1:9001\"");
             }
+            self.backend_tls(pool);
             for (index, backend) in pool.backends.iter().enumerate() {
                 let address = backend.get_ref();
                 if let Err(fault) = backend_address(address) {
@@ -522,6 +565,40 @@ impl Check<'_, '_> {
                         .hint("it would get two shares of the requests");
                 }
             }
+        }
+    }
+
+    fn backend_tls(&mut self, pool: &Pool) {
+        let Some(tls) = &pool.tls else {
+            if *pool.protocol.get_ref() == Protocol::Auto {
+                self.problems
+                    .add(pool.protocol.span(), "protocol = \"auto\" without tls: nobody says which it is")
+                    .hint("write \"http1\", or \"http2\" for backends that expect it (h2c); or add tls = {}");
+            }
+            return;
+        };
+        match (&tls.cert, &tls.key) {
+            (Some(cert), None) => {
+                self.problems.add(cert.span(), "cert without key").hint("add key = \"...\", the PEM private key");
+            }
+            (None, Some(key)) => {
+                self.problems.add(key.span(), "key without cert").hint("add cert = \"...\", the PEM certificate chain");
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        if let Some(name) = &tls.server_name
+            && rustls::pki_types::ServerName::try_from(name.get_ref().as_str()).is_err()
+        {
+            self.problems
+                .add(name.span(), format!("invalid server_name {:?}", name.get_ref()))
+                .hint("expected the name or the IP address in the backends' certificate, e.g. \"app.internal\"");
+        }
+        if !*tls.verify.get_ref()
+            && let Some(ca) = &tls.ca
+        {
+            self.problems
+                .add(ca.span(), "ca with verify = false: nothing is verified by it")
+                .hint("remove verify = false");
         }
     }
 
@@ -817,6 +894,8 @@ const LOGIN_AGE_MIN: Duration = Duration::from_millis(10_000);
 /// Of Redis; below, a busy machine lets it lapse for nothing.
 const LEASE_MIN: Duration = Duration::from_millis(200);
 const LEASE_MAX: Duration = Duration::from_millis(60_000);
+
+const YEAR: Duration = Duration::from_millis(365 * 24 * 60 * 60 * 1000);
 
 /// What the guard can handle: `http::Uri` holds no longer target.
 const TARGET_BYTES_MAX: Bytes = Bytes(63 * 1024);

@@ -56,6 +56,23 @@ pub enum TemplatePart {
     Claim(String),
     /// `{attribute.NAME}`: of the session.
     Attribute(String),
+    /// `{certificate.FIELD}`: of the client's certificate.
+    Certificate(CertificateField),
+}
+
+/// What a client's certificate says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CertificateField {
+    /// The whole subject (RFC 4514).
+    Subject,
+    /// Of the subject, the common name.
+    CommonName,
+    /// The alternative names of these kinds.
+    Dns,
+    Email,
+    Uri,
+    /// SHA-256 of the certificate, as 64 hexadecimal digits.
+    Fingerprint,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -304,10 +321,24 @@ fn placeholder_part(name: &str) -> Result<TemplatePart, String> {
             Some(("attribute", attribute)) if !attribute.is_empty() && !attribute.contains('{') => {
                 TemplatePart::Attribute(attribute.to_owned())
             }
+            Some(("certificate", field)) => TemplatePart::Certificate(match field {
+                "subject" => CertificateField::Subject,
+                "cn" => CertificateField::CommonName,
+                "dns" => CertificateField::Dns,
+                "email" => CertificateField::Email,
+                "uri" => CertificateField::Uri,
+                "fingerprint" => CertificateField::Fingerprint,
+                _ => {
+                    return Err(format!(
+                        "unknown placeholder `{{{name}}}`, expected one of `{{certificate.subject}}`, `.cn`, `.dns`, \
+                         `.email`, `.uri`, `.fingerprint`"
+                    ));
+                }
+            }),
             _ => {
                 return Err(format!(
                     "unknown placeholder `{{{name}}}`, expected one of `{{user}}`, `{{name}}`, `{{email}}`, \
-                     `{{groups}}`, `{{claim.NAME}}`, `{{attribute.NAME}}`"
+                     `{{groups}}`, `{{claim.NAME}}`, `{{attribute.NAME}}`, `{{certificate.FIELD}}`"
                 ));
             }
         },

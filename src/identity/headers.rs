@@ -15,16 +15,17 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue};
 
 use super::Identity;
+use super::certificate::Certificate;
 use super::presets::{self, Field, GroupList};
 use crate::config::model;
-use crate::config::value::{Template, TemplatePart};
+use crate::config::value::{CertificateField, Template, TemplatePart};
 
 /// The headers of one configuration.
 #[derive(Clone, Debug)]
 pub struct IdentityHeaders {
     headers: Vec<Header>,
-    /// Those that say what a session holds, which may change with each request.
-    of_session: Vec<Header>,
+    /// Those that say more than who the user is: what the session holds, or the certificate of the client.
+    of_request: Vec<Header>,
     groups: GroupList,
     reserved: Names,
     /// Which of all that were compiled in this process.
@@ -54,7 +55,7 @@ impl IdentityHeaders {
             }
         }
 
-        let (of_session, headers) = headers.into_iter().partition(Header::has_attribute);
+        let (of_request, headers) = headers.into_iter().partition(Header::is_of_request);
 
         let mut reserved = Names::new(&RESERVED_NAMES, &RESERVED_PREFIXES);
         for preset in presets::ALL.map(presets::preset) {
@@ -63,7 +64,7 @@ impl IdentityHeaders {
         config.headers.keys().chain(&config.strip).for_each(|name| reserved.add(name.get_ref()));
         static EDITIONS: AtomicU64 = AtomicU64::new(0);
         let edition = EDITIONS.fetch_add(1, Ordering::Relaxed);
-        Self { headers, of_session, groups: preset.groups, reserved, edition }
+        Self { headers, of_request, groups: preset.groups, reserved, edition }
     }
 
     /// Further names that a client may never send to a backend.
@@ -92,10 +93,10 @@ impl IdentityHeaders {
     pub fn render(&self, identity: &Identity) -> HeaderLines {
         let mut text = String::with_capacity(VALUE_BYTES_USUAL);
         let mut values = Vec::with_capacity(self.headers.len());
-        let nothing = BTreeMap::new();
+        let facts = Facts { identity: Some(identity), ..Facts::default() };
         for (header, Header { parts, .. }) in self.headers.iter().enumerate() {
             let begin = text.len();
-            let is_whole = parts.iter().all(|part| part.write(identity, &nothing, self.groups, &mut text).is_some());
+            let is_whole = parts.iter().all(|part| part.write(&facts, self.groups, &mut text).is_some());
             if is_whole && HeaderValue::from_str(&text[begin..]).is_ok() {
                 values.push((header, begin..text.len()));
             } else {
@@ -105,24 +106,26 @@ impl IdentityHeaders {
         HeaderLines { edition: self.edition, text: text.into(), values }
     }
 
-    /// The header lines that say what this session holds, by the rules of [`Self::render`]. `identity`: none of a session
+    /// The header lines that say more than who the user is, by the rules of [`Self::render`]. `identity`: none of a session
     /// that nobody has logged in to.
-    pub fn render_session(
-        &self,
-        identity: Option<&Identity>,
-        attributes: &BTreeMap<&str, &str>,
-    ) -> Vec<(HeaderName, HeaderValue)> {
-        let nobody = Identity::default();
-        let identity = identity.unwrap_or(&nobody);
+    pub fn render_request(&self, facts: &Facts<'_>) -> Vec<(HeaderName, HeaderValue)> {
         let line = |header: &Header| {
             let mut text = String::with_capacity(VALUE_BYTES_USUAL);
-            header.parts.iter().try_for_each(|part| part.write(identity, attributes, self.groups, &mut text))?;
+            header.parts.iter().try_for_each(|part| part.write(facts, self.groups, &mut text))?;
             let mut value = HeaderValue::from_str(&text).ok()?;
             value.set_sensitive(true);
             Some((header.name.clone(), value))
         };
-        self.of_session.iter().filter_map(line).collect()
+        self.of_request.iter().filter_map(line).collect()
     }
+}
+
+/// What is known when a request is sent on. Each may be missing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Facts<'a> {
+    pub identity: Option<&'a Identity>,
+    pub attributes: Option<&'a BTreeMap<&'a str, &'a str>>,
+    pub certificate: Option<&'a Certificate>,
 }
 
 /// The header lines of one user, in one piece of memory: that of a user who was away for a while is in no cache of the
@@ -171,34 +174,40 @@ enum Part {
     Field(Field),
     Claim(String),
     Attribute(String),
+    Certificate(CertificateField),
 }
 
 impl Header {
-    fn has_attribute(&self) -> bool {
-        self.parts.iter().any(|part| matches!(part, Part::Attribute(_)))
+    fn is_of_request(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, Part::Attribute(_) | Part::Certificate(_)))
     }
 }
 
 impl Part {
-    /// Nothing when the user, or the session, has no such thing.
-    fn write(
-        &self,
-        identity: &Identity,
-        attributes: &BTreeMap<&str, &str>,
-        groups: GroupList,
-        to: &mut String,
-    ) -> Option<()> {
+    /// Nothing when nobody has such a thing.
+    fn write(&self, facts: &Facts<'_>, groups: GroupList, to: &mut String) -> Option<()> {
         let text = match self {
             Self::Text(text) => {
                 to.push_str(text);
                 return Some(());
             }
-            Self::Field(Field::Groups) => return write_groups(&identity.groups, groups, to),
-            Self::Field(Field::User) => Some(identity.user.as_str()),
-            Self::Field(Field::Name) => identity.name.as_deref(),
-            Self::Field(Field::Email) => identity.email.as_deref(),
-            Self::Claim(name) => identity.claims.get(name).map(String::as_str),
-            Self::Attribute(name) => attributes.get(name.as_str()).copied(),
+            Self::Field(Field::Groups) => return write_list(&facts.identity?.groups, groups, to),
+            Self::Certificate(field) => {
+                let texts = facts.certificate?.texts(*field);
+                match field {
+                    CertificateField::Dns | CertificateField::Email | CertificateField::Uri => {
+                        return write_list(texts, groups, to);
+                    }
+                    CertificateField::Subject | CertificateField::CommonName | CertificateField::Fingerprint => {
+                        texts.first().map(String::as_str)
+                    }
+                }
+            }
+            Self::Field(Field::User) => Some(facts.identity?.user.as_str()),
+            Self::Field(Field::Name) => facts.identity?.name.as_deref(),
+            Self::Field(Field::Email) => facts.identity?.email.as_deref(),
+            Self::Claim(name) => facts.identity?.claims.get(name).map(String::as_str),
+            Self::Attribute(name) => facts.attributes?.get(name.as_str()).copied(),
         };
         let text = text.filter(|text| !text.is_empty())?;
         encode(text, &[], to);
@@ -206,16 +215,16 @@ impl Part {
     }
 }
 
-fn write_groups(groups: &[String], list: GroupList, to: &mut String) -> Option<()> {
-    let mut groups = groups.iter().filter(|group| !group.is_empty()).peekable();
-    groups.peek()?;
+fn write_list(members: &[String], list: GroupList, to: &mut String) -> Option<()> {
+    let mut members = members.iter().filter(|member| !member.is_empty()).peekable();
+    members.peek()?;
     let quote = if list.quoted { "\"" } else { "" };
     let special = [list.separator, if list.quoted { '"' } else { list.separator }];
-    while let Some(group) = groups.next() {
+    while let Some(member) = members.next() {
         to.push_str(quote);
-        encode(group, &special, to);
+        encode(member, &special, to);
         to.push_str(quote);
-        if groups.peek().is_some() {
+        if members.peek().is_some() {
             to.push(list.separator);
         }
     }
@@ -262,6 +271,7 @@ fn parts(template: &Template) -> Vec<Part> {
             TemplatePart::Groups => Part::Field(Field::Groups),
             TemplatePart::Claim(name) => Part::Claim(name.clone()),
             TemplatePart::Attribute(name) => Part::Attribute(name.clone()),
+            TemplatePart::Certificate(field) => Part::Certificate(*field),
         })
         .collect()
 }

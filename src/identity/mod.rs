@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 pub mod headers;
 pub mod presets;
 pub mod attributes;
+pub mod certificate;
 
 use headers::{HeaderLines, IdentityHeaders};
 

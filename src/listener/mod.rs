@@ -11,23 +11,23 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use pingora::apps::HttpServerApp;
-use pingora::listeners::tls::Acceptor;
-use pingora::protocols::Stream;
+use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-pub mod certificate;
 mod proxy_protocol;
+pub mod tls;
 mod stream;
 
 use crate::metrics::Metrics;
 use crate::proxy::connection::{self, HeadRules, Line, Refusals};
 use crate::proxy::context::{Connection, ListenerFacts};
+use crate::proxy::http2;
 use crate::proxy::streams::{InFlight, Streams};
-use certificate::Certificate;
 use proxy_protocol::Refused;
 use stream::ClientStream;
+use tls::Tls;
 
 /// Connections that the kernel holds for us while we are busy.
 const BACKLOG: i32 = 4096;
@@ -44,7 +44,7 @@ pub struct Listener {
     socket: std::net::TcpListener,
     address: SocketAddr,
     balancers: Option<Balancers>,
-    tls: Option<Tls>,
+    tls: Option<Arc<Tls>>,
     facts: Arc<ListenerFacts>,
 }
 
@@ -71,7 +71,7 @@ struct Accepted {
     socket: std::net::TcpStream,
     peer: SocketAddr,
     balancers: Option<Balancers>,
-    tls: Option<Tls>,
+    tls: Option<Arc<Tls>>,
     facts: Arc<ListenerFacts>,
     permit: OwnedSemaphorePermit,
 }
@@ -84,7 +84,7 @@ pub fn desk() -> (Desk, Queue) {
 }
 
 impl Listener {
-    pub fn bind(address: SocketAddr, certificate: Option<Arc<Certificate>>, facts: ListenerFacts) -> io::Result<Self> {
+    pub fn bind(address: SocketAddr, tls: Option<Arc<Tls>>, facts: ListenerFacts) -> io::Result<Self> {
         let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
         // A restart must not wait for the connections of the process before it.
         socket.set_reuse_address(true)?;
@@ -93,7 +93,6 @@ impl Listener {
         socket.listen(BACKLOG)?;
         let socket = std::net::TcpListener::from(socket);
         let address = socket.local_addr()?;
-        let tls = certificate.map(Tls::new);
         Ok(Self { socket, address, balancers: None, tls, facts: Arc::new(facts) })
     }
 
@@ -230,11 +229,19 @@ where
         };
         let in_flight = Arc::<InFlight>::default();
         let Some(stream) = self.open(socket, peer, tls.as_ref(), &in_flight).await else { return };
-        let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts));
+        let certificate = stream.get_ssl().and_then(|tls| tls.peer_certificate_der());
+        let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts).with_certificate(certificate));
         let (head_rules, app) = (Arc::clone(&self.head_rules), Arc::clone(&self.app));
+        let is_http2 = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));
         let line = Line { stream, connection, in_flight };
         let (refusals, streams) = (Arc::clone(&self.refusals), Arc::clone(&self.streams));
-        connection::serve(line, head_rules, app, refusals, streams, self.shutdown.clone()).await;
+        let shutdown = self.shutdown.clone();
+        if is_http2 {
+            let slots = Arc::clone(permit.semaphore());
+            http2::serve(line, head_rules, app, refusals, streams, slots, shutdown).await;
+        } else {
+            connection::serve(line, head_rules, app, refusals, streams, shutdown).await;
+        }
         drop(permit);
     }
 
@@ -257,12 +264,12 @@ where
         &self,
         socket: TcpStream,
         peer: SocketAddr,
-        tls: Option<&Tls>,
+        tls: Option<&Arc<Tls>>,
         in_flight: &Arc<InFlight>,
     ) -> Option<Stream> {
         let stream = ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight));
         let Some(tls) = tls else { return Some(Box::new(stream)) };
-        match tokio::time::timeout(self.head_rules.timeout, tls.acceptor.tls_handshake(stream)).await {
+        match tokio::time::timeout(self.head_rules.timeout, tls.handshake(stream)).await {
             Ok(Ok(stream)) => Some(Box::new(stream)),
             Ok(Err(error)) => {
                 tracing::debug!(%peer, %error, "TLS handshake failed");
@@ -293,24 +300,5 @@ impl Drop for ConnectionCount {
     fn drop(&mut self) {
         self.gauge.dec();
         self.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-#[derive(Clone)]
-struct Tls {
-    acceptor: Arc<Acceptor>,
-}
-
-impl std::fmt::Debug for Tls {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Tls")
-    }
-}
-
-impl Tls {
-    fn new(certificate: Arc<Certificate>) -> Self {
-        let mut config = rustls::ServerConfig::builder().with_no_client_auth().with_cert_resolver(certificate);
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Self { acceptor: Arc::new(Acceptor::from_server_config(Arc::new(config))) }
     }
 }

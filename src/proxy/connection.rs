@@ -26,7 +26,7 @@ const FIRST_READ_BYTES: usize = 4096;
 
 /// While we shut down, how long an idle connection may still bring a request: one that its client had begun to send
 /// is answered (with `Connection: close`), not reset.
-const LAST_REQUEST: Duration = Duration::from_secs(1);
+pub(super) const LAST_REQUEST: Duration = Duration::from_secs(1);
 
 /// What is cut may so long finish a frame, and say that it is over; then it is dropped.
 const PARTING: Duration = Duration::from_millis(750);
@@ -46,6 +46,8 @@ pub struct Line {
 pub struct HeadRules {
     pub bytes_max: usize,
     pub limits: HeadLimits,
+    /// Requests at a time on one HTTP/2 connection.
+    pub streams_max: u32,
     /// From the first byte to the last, in total; also from the accept to the first byte, and for the TLS handshake.
     pub timeout: Duration,
     /// From one response to the next request.
@@ -121,7 +123,7 @@ pub async fn serve<A>(
 }
 
 /// Completes when the request is cut.
-async fn outlasts_its_session(streams: &Streams, in_flight: &Arc<InFlight>, clock: &mut Idle) {
+pub(super) async fn outlasts_its_session(streams: &Streams, in_flight: &Arc<InFlight>, clock: &mut Idle) {
     loop {
         clock.over().await;
         match in_flight.whose() {
@@ -133,7 +135,10 @@ async fn outlasts_its_session(streams: &Streams, in_flight: &Arc<InFlight>, cloc
 }
 
 /// A request that is cut fails by itself, in order, because it cannot read any more; one that does not is dropped.
-async fn part<T>(mut answering: Pin<&mut impl Future<Output = Option<T>>>, in_flight: &InFlight) -> Option<T> {
+pub(super) async fn part<T>(
+    mut answering: Pin<&mut impl Future<Output = Option<T>>>,
+    in_flight: &InFlight,
+) -> Option<T> {
     if let Ok(answered) = timeout(PARTING, answering.as_mut()).await {
         return answered;
     }
@@ -142,13 +147,13 @@ async fn part<T>(mut answering: Pin<&mut impl Future<Output = Option<T>>>, in_fl
 
 /// How long nothing comes. One timer for all the pauses of a connection: when it fires too early, because the pause
 /// began after it was set, it is set again.
-struct Idle {
+pub(super) struct Idle {
     timer: Pin<Box<Sleep>>,
     deadline: Instant,
 }
 
 impl Idle {
-    fn new(limit: Duration) -> Self {
+    pub(super) fn new(limit: Duration) -> Self {
         Self { timer: Box::pin(tokio::time::sleep(limit)), deadline: Instant::now() + limit }
     }
 
@@ -226,7 +231,7 @@ const TOO_SLOW: Refusal = Refusal { status: StatusCode::REQUEST_TIMEOUT, reason:
 /// reset can overtake the answer (RFC 9112, section 9.6).
 async fn refuse(mut stream: Stream, refusal: &Refusal, request_id: &str) {
     let farewell = async {
-        stream.write_all(&reply::refusal(refusal.status, refusal.reason, request_id)).await?;
+        stream.write_all(&reply::closing(&reply::refusal(refusal.status, refusal.reason, request_id))).await?;
         stream.flush().await?;
         stream.shutdown().await?;
         let mut rest = [0; 4096];

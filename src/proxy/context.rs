@@ -11,6 +11,7 @@ use http::{HeaderValue, Method, StatusCode, Uri};
 use crate::backend::balance::Tried;
 use crate::backend::{Backend, Pool};
 use crate::identity::Known;
+use crate::identity::certificate::Certificate;
 use crate::login::navigation::Notice;
 use crate::metrics::Metrics;
 use crate::session::cookie::SessionCookie;
@@ -34,12 +35,19 @@ pub struct Connection {
     /// The peer as `X-Forwarded-For` says it.
     pub forwarded_for: HeaderValue,
     pub listener: Arc<ListenerFacts>,
+    /// What the client has shown in the TLS handshake, and an authority of the listener has signed.
+    pub certificate: Option<Certificate>,
 }
 
 impl Connection {
     pub fn new(peer: IpAddr, listener: Arc<ListenerFacts>) -> Self {
         let forwarded_for = HeaderValue::try_from(peer.to_string()).expect("an address is visible ASCII");
-        Self { peer, forwarded_for, listener }
+        Self { peer, forwarded_for, listener, certificate: None }
+    }
+
+    /// Of a client that has shown this one (DER), verified.
+    pub fn with_certificate(self, der: Option<&[u8]>) -> Self {
+        Self { certificate: der.and_then(Certificate::parse), ..self }
     }
 }
 
@@ -50,6 +58,10 @@ pub struct ListenerFacts {
     pub scheme: &'static str,
     /// Our session cookie in the form that fits the scheme.
     pub cookie: SessionCookie,
+    /// `Strict-Transport-Security` of every response.
+    pub hsts: Option<HeaderValue>,
+    /// Every request is sent to https at this port.
+    pub redirect_to_port: Option<u16>,
 }
 
 /// What a request is told of how it came.
@@ -133,6 +145,11 @@ impl RequestContext {
     pub fn told_session(&self) -> Option<&Session> {
         let is_anonymous = |session: &&Session| session.record.method == LoginMethod::Anonymous;
         self.session.as_ref().filter(|session| self.identity.is_some() || is_anonymous(session))
+    }
+
+    /// What every response over TLS says, if the operator wants it.
+    pub fn hsts(&self) -> Option<HeaderValue> {
+        self.connection.as_ref()?.listener.hsts.clone()
     }
 
     pub fn new(observer: Arc<Observer>, rules: Arc<Rules>) -> Self {

@@ -358,6 +358,11 @@ fn is_allowed(name: &HeaderName, allowed: Allowed, preset: BackendPreset) -> boo
     }
 }
 
+/// Whether a field of a response is about the session, and so never for the client.
+pub(super) fn is_directive(name: &HeaderName) -> bool {
+    Kind::of(name).is_some()
+}
+
 /// All directives of a response, which has none of them any more; nothing where there are none.
 pub(super) fn taken_out_of(response: &mut ResponseHeader) -> Option<HeaderMap> {
     if !response.headers.keys().any(|name| Kind::of(name).is_some()) {

@@ -7,6 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, header, request};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use crate::identity;
+use crate::identity::headers::Facts;
 use crate::session::cookie::{ReservedCookies, Stripped};
 use crate::session::unix_now;
 
@@ -43,6 +44,26 @@ pub fn forget_case(request: &mut RequestHeader) {
 fn take(request: &mut RequestHeader) -> request::Parts {
     let nothing = RequestHeader::from(Request::new(()).into_parts().0);
     std::mem::replace(request, nothing).into()
+}
+
+/// The client takes trailers (RFC 9110, section 10.1.4), and where both sides speak HTTP/2 it gets them: gRPC insists on
+/// being asked. Pingora removes the field.
+pub fn ask_for_trailers(upstream: &mut RequestHeader, client: &RequestHeader) -> pingora::Result<()> {
+    let is_http2 = |request: &RequestHeader| request.version == http::Version::HTTP_2;
+    if is_http2(upstream) && is_http2(client) && client.headers.contains_key(header::TE) {
+        upstream.insert_header(header::TE, HeaderValue::from_static("trailers"))?;
+    }
+    Ok(())
+}
+
+/// Fields after the response are for what its end has shown (gRPC: the status). What decides about anything belongs in
+/// its head, where it was looked at.
+pub fn trailers(trailers: &mut HeaderMap) {
+    let is_late = |name: &HeaderName| *name == header::SET_COOKIE || super::directives::is_directive(name);
+    let late: Vec<_> = trailers.keys().filter(|name| is_late(name)).cloned().collect();
+    for name in late {
+        trailers.remove(name);
+    }
 }
 
 /// Makes the request that a backend sees of the one that the client sent. Called once per attempt, always with the
@@ -110,18 +131,19 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     headers.insert(X_REQUEST_ID, context.request_id.value());
     headers.append(header::VIA, HeaderValue::from_static(PSEUDONYM));
 
-    if let Some(session) = context.told_session()
-        && !session.record.attributes.is_empty()
-    {
-        let held = session.record.attributes_at(unix_now()).map(|(name, held)| (name, held.value.as_str()));
-        let held: BTreeMap<_, _> = held.collect();
+    let session = context.told_session().filter(|session| !session.record.attributes.is_empty());
+    let certificate = context.connection.as_ref().and_then(|connection| connection.certificate.as_ref());
+    if session.is_some() || certificate.is_some() {
+        let attributes = session.into_iter().flat_map(|session| session.record.attributes_at(unix_now()));
+        let attributes: BTreeMap<_, _> = attributes.map(|(name, held)| (name, held.value.as_str())).collect();
         if context.route.as_ref().is_some_and(|route| route.directives.attributes)
-            && let Some(value) = identity::attributes::field(&held)
+            && let Some(value) = identity::attributes::field(&attributes)
         {
             headers.insert(SESSION_ATTRIBUTES, value);
         }
-        let user = context.identity.as_ref().map(|known| &***known);
-        for (name, value) in rules.identity.render_session(user, &held) {
+        let identity = context.identity.as_ref().map(|known| &***known);
+        let facts = Facts { identity, attributes: Some(&attributes), certificate };
+        for (name, value) in rules.identity.render_request(&facts) {
             headers.insert(name, value);
         }
     }
@@ -192,6 +214,9 @@ pub fn response(
         && is_for_one_user(response)
     {
         response.append_header(header::SET_COOKIE, cookie.clone())?;
+    }
+    if let Some(hsts) = context.hsts() {
+        response.insert_header(header::STRICT_TRANSPORT_SECURITY, hsts)?;
     }
     if !response.headers.contains_key(X_REQUEST_ID) {
         response.insert_header("X-Request-Id", context.request_id.value())?;

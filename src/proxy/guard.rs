@@ -4,11 +4,11 @@
 //! The guard sees a request head exactly as it came from the socket, before pingora does, and decides yes or no: it
 //! repairs nothing. What it lets pass, pingora and a backend read alike, so that a decision made here on a path, a
 //! host or a body length still holds there. Stricter than the RFCs on purpose: where they let a server be generous,
-//! servers differ.
+//! servers differ. A request in HTTP/2 has no such bytes; its fields are held to the same rules.
 
 use std::net::Ipv6Addr;
 
-use http::StatusCode;
+use http::{StatusCode, request};
 use memchr::memchr;
 
 /// What a head may hold at most; the reader of the socket limits its bytes as a whole.
@@ -79,6 +79,43 @@ pub fn inspect(head: &[u8], limits: &HeadLimits) -> Result<(), Refusal> {
     fields.agree_with(&request)
 }
 
+/// As [`inspect`], of a request whose parts came one by one (RFC 9113, section 8.3), in the form that HTTP/1 would give
+/// it: the authority is the `Host`, the target is in origin form, and cookies are one field.
+///
+/// That names are in lower case, that no value has a line end, and that the body is as long as its `Content-Length`,
+/// the crate `h2` has made sure of.
+pub fn inspect_parts(request: &request::Parts, limits: &HeadLimits) -> Result<(), Refusal> {
+    let method = request.method.as_str().as_bytes();
+    if METHOD_BYTES_MAX < method.len() || !method.iter().all(|&byte| is(METHOD, byte)) {
+        return bad("method");
+    }
+    may_be_asked(method)?;
+    let request_target = request.uri.path_and_query().map_or("", |target| target.as_str()).as_bytes();
+    is_short_enough(request_target, limits)?;
+    target(request_target)?;
+
+    if limits.headers_max.min(HEADERS_CEILING) < request.headers.len() {
+        return refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "too_many_headers");
+    }
+    let mut fields = Fields::default();
+    for (name, value) in &request.headers {
+        let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
+        if NAME_BYTES_MAX < name.len() || !name.iter().all(|&byte| is(NAME, byte)) {
+            return bad("field_name");
+        }
+        // RFC 9113, section 8.2.1: what another reader would trim is not there.
+        if value.trim_ascii().len() != value.len() {
+            return bad("field_value");
+        }
+        let is_trailers = |value: &[u8]| value.eq_ignore_ascii_case(b"trailers");
+        if OF_ONE_CONNECTION.iter().any(|other| folds_to(name, other)) || (name == b"te" && !is_trailers(value)) {
+            return bad("connection_field"); // RFC 9113, section 8.2.2
+        }
+        fields.note(name, value)?;
+    }
+    fields.agree_with(&Request { method, http_11: true })
+}
+
 /// Whether every reader of `path` (no query) sees the same segments in it; 400 if not.
 ///
 /// Refused, because servers and frameworks differ in what they make of it:
@@ -131,14 +168,10 @@ fn request_line<'h>(cursor: &mut Cursor<'h>, limits: &HeadLimits) -> Result<Requ
         return cursor.unexpected("method");
     }
     cursor.space("method")?;
-    if matches!(method, b"CONNECT" | b"TRACE") {
-        return refuse(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed");
-    }
+    may_be_asked(method)?;
 
     let request_target = cursor.take(VISIBLE);
-    if limits.target_bytes.min(TARGET_BYTES_CEILING) < request_target.len() {
-        return refuse(StatusCode::URI_TOO_LONG, "target_too_long");
-    }
+    is_short_enough(request_target, limits)?;
     if request_target.is_empty() || cursor.rest.starts_with(b"\r\n") {
         return bad("request_line");
     }
@@ -158,6 +191,21 @@ fn request_line<'h>(cursor: &mut Cursor<'h>, limits: &HeadLimits) -> Result<Requ
     cursor.line_end("version")?;
     target(request_target)?;
     Ok(Request { method, http_11 })
+}
+
+/// Tunnels are for forward proxies, and `TRACE` would show a page the cookies that it must not see.
+fn may_be_asked(method: &[u8]) -> Result<(), Refusal> {
+    if matches!(method, b"CONNECT" | b"TRACE") {
+        return refuse(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed");
+    }
+    Ok(())
+}
+
+fn is_short_enough(target: &[u8], limits: &HeadLimits) -> Result<(), Refusal> {
+    if limits.target_bytes.min(TARGET_BYTES_CEILING) < target.len() {
+        return refuse(StatusCode::URI_TOO_LONG, "target_too_long");
+    }
+    Ok(())
 }
 
 /// Only origin-form (RFC 9112, section 3.2.1). The absolute form is for forward proxies, where it would give a request
@@ -476,6 +524,10 @@ const CONNECTION_OPTIONS_MAX: usize = 8;
 const PROTECTED: [&[u8]; 6] =
     [b"host", b"content-length", b"transfer-encoding", b"cookie", b"authorization", b"forwarded"];
 const FORWARDED_PREFIX: &[u8] = b"x-forwarded-";
+
+/// Fields that have no place in HTTP/2.
+const OF_ONE_CONNECTION: [&[u8]; 6] =
+    [b"connection", b"transfer-encoding", b"upgrade", b"keep-alive", b"proxy-connection", b"http2-settings"];
 
 /// Classes of bytes, one bit each.
 const METHOD: u8 = 1; // upper case, as all registered methods are, and `-`

@@ -33,10 +33,12 @@ use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 pub mod context;
 pub mod streams;
 pub mod connection;
+pub mod http2;
 pub mod guard;
 pub mod route;
 pub mod rules;
 pub mod admit;
+pub mod transport;
 pub mod forward;
 mod directives;
 mod websocket;
@@ -62,6 +64,9 @@ const FORWARD: bool = false;
 const REPEATS_MAX: u8 = 1;
 /// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
+
+/// Browsers leave it out of an address.
+const HTTPS_PORT: u16 = 443;
 
 /// The application that pingora drives. One for all workers; each worker has a pingora proxy around a clone.
 #[derive(Clone, Debug)]
@@ -99,7 +104,7 @@ impl ProxyHttp for Gateway {
     /// None: by default pingora sets up a compressor for every request, switched off.
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
-    /// Called for every request, with what [`connection::serve`] knows of the connection.
+    /// Called for every request in HTTP/1, with what [`connection::serve`] knows of the connection.
     fn on_connection_reuse(
         &self,
         downstream: &mut HttpSession,
@@ -109,6 +114,15 @@ impl ProxyHttp for Gateway {
         if let Ok(request) = connection.downcast::<Request>() {
             self.open(downstream, context, *request);
         }
+    }
+
+    /// In HTTP/2, what [`http2::serve`] knows of the connection comes with the request.
+    async fn early_request_filter(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<()> {
+        let request = downstream.req_header().extensions.get::<Request>().cloned();
+        if let Some(request) = request {
+            self.open(downstream, context, request);
+        }
+        Ok(())
     }
 
     async fn request_filter(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<bool> {
@@ -121,8 +135,9 @@ impl ProxyHttp for Gateway {
                 }
                 Ok(FORWARD)
             }
-            Decision::Reply { response, outcome } => {
+            Decision::Reply { mut response, outcome } => {
                 context.outcome = Some(outcome);
+                set_hsts(&mut response, context);
                 let close = downstream.is_process_shutting_down();
                 let sent = Box::pin(reply::send(downstream, response, context.request_id.as_str(), close)).await;
                 sent.map_err(|error| {
@@ -136,7 +151,7 @@ impl ProxyHttp for Gateway {
 
     async fn request_body_filter(
         &self,
-        _: &mut HttpSession,
+        downstream: &mut HttpSession,
         body: &mut Option<Bytes>,
         is_whole: bool,
         context: &mut Self::CTX,
@@ -152,6 +167,10 @@ impl ProxyHttp for Gateway {
         if is_whole {
             return Ok(());
         }
+        // On an HTTP/2 stream both sides may speak while the other does (gRPC), and need not say much.
+        if downstream.as_downstream().is_custom() && has_begun(downstream) {
+            return Ok(());
+        }
         let late = context.started.elapsed().saturating_sub(self.body_timeout).as_millis() as u64;
         if context.body_bytes < self.body_rate_min.saturating_mul(late) / 1000 {
             return Err(Error::explain(ErrorType::ReadTimedout, "request body under the least rate").into_down());
@@ -162,9 +181,9 @@ impl ProxyHttp for Gateway {
     async fn upstream_peer(&self, _: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
         let next = context.pool.as_ref().and_then(|pool| {
             let backend = pool.next(&mut context.tried)?;
-            Some((pool, backend, backend.address()?))
+            Some((pool, backend, backend.address()?, context.rules.transports.get(pool.name())?))
         });
-        let Some((pool, backend, address)) = next else {
+        let Some((pool, backend, address, transport)) = next else {
             let why = *context.failure.get_or_insert(Rejection::NoBackend);
             return Err(
                 Error::explain(ErrorType::HTTPStatus(why.status().as_u16()), "no backend left to try").into_up()
@@ -174,9 +193,9 @@ impl ProxyHttp for Gateway {
         let attempts = || metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]);
         backend.attempts.get_or_init(attempts).inc();
         let timeouts = pool.timeouts();
-        let mut peer = HttpPeer::new(address, false, String::new());
+        let mut peer = transport.peer(backend.name(), address, context.is_upgrade);
         // Where a backend's word counts, it comes over no connection on which another route may have left something.
-        peer.group_key = context.route.as_ref().map_or(0, |route| route.directives.number());
+        peer.group_key ^= context.route.as_ref().map_or(0, |route| route.directives.number());
         let options = &mut peer.options;
         let pause = if context.is_upgrade { timeouts.websocket } else { timeouts.read };
         options.connection_timeout = Some(timeouts.connect);
@@ -226,14 +245,14 @@ impl ProxyHttp for Gateway {
 
     async fn upstream_request_filter(
         &self,
-        _: &mut HttpSession,
+        downstream: &mut HttpSession,
         upstream: &mut RequestHeader,
         context: &mut Self::CTX,
     ) -> Result<()> {
         // What of the body was sent to an earlier attempt comes by once more.
         context.body_bytes = 0;
         forward::request(upstream, context, &self.cookies);
-        Ok(())
+        forward::ask_for_trailers(upstream, downstream.req_header())
     }
 
     async fn response_filter(
@@ -292,6 +311,16 @@ impl ProxyHttp for Gateway {
         }
     }
 
+    async fn response_trailer_filter(
+        &self,
+        _: &mut HttpSession,
+        trailers: &mut http::HeaderMap,
+        _: &mut Self::CTX,
+    ) -> Result<Option<Bytes>> {
+        forward::trailers(trailers);
+        Ok(None)
+    }
+
     /// The connection broke after it was made. Only what may be done twice is tried again, and only while neither
     /// the client has a byte of the response nor we have forgotten a byte of the request (invariant 8).
     fn error_while_proxy(
@@ -308,14 +337,16 @@ impl ProxyHttp for Gateway {
             self.count_backend_failure(context, if timed_out { "timeout" } else { "response" });
             context.failure = Some(if timed_out { Rejection::BackendTimeout } else { Rejection::BackendFailed });
         }
+        let is_unseen = backend_failed && was_refused_unseen(&error);
         let may_repeat = backend_failed
             && !timed_out
             && !has_begun(downstream)
-            && downstream.req_header().method.is_idempotent()
+            && (downstream.req_header().method.is_idempotent() || is_unseen)
             && !downstream.as_ref().retry_buffer_truncated()
             && !context.is_upgrade;
-        if was_kept {
-            // The backend closed a connection that had been idle, which is its right: it is no worse than the others.
+        if was_kept || is_unseen {
+            // The backend closed a connection that had been idle, or had enough of it, which is its right: it is no
+            // worse than the others.
             context.tried.forget_last();
         }
         // A request on which backends die may be what kills them: it does not meet all of them.
@@ -352,7 +383,8 @@ impl ProxyHttp for Gateway {
             error_code = rejection.status().as_u16();
             let rules = &context.rules;
             let reader = Reader::of(downstream.req_header(), &rules.login, context.request_id.as_str());
-            let response = rejection.response(&reader);
+            let mut response = rejection.response(&reader);
+            set_hsts(&mut response, context);
             if let Err(error) = reply::send(downstream, response, context.request_id.as_str(), true).await {
                 tracing::debug!(request_id = context.request_id.as_str(), %error, "client left before its error page");
             }
@@ -419,6 +451,9 @@ impl Gateway {
         let Some(connection) = context.connection.clone() else {
             return reject(downstream, context, Rejection::Internal);
         };
+        if let Some(port) = connection.listener.redirect_to_port {
+            return redirect(downstream.req_header(), port);
+        }
         if rules.login.owns(downstream.req_header().uri.path()) {
             // Boxed, because every request would carry along what only these need.
             return Box::pin(self.log_in_or_out(downstream, context, &rules.login, &connection)).await;
@@ -707,6 +742,14 @@ impl Refusals for Gateway {
     }
 }
 
+/// Whether a backend has said that it did not begin with the request (RFC 9113, sections 6.8 and 8.7).
+fn was_refused_unseen(error: &Error) -> bool {
+    let Some(cause) = error.root_cause().downcast_ref::<h2::Error>() else { return false };
+    let is_refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
+    let is_leaving = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
+    cause.is_remote() && (is_refused || is_leaving)
+}
+
 /// Who a live session is now: of a user of the users file, what the file says today.
 fn user_of(record: &Record, rules: &Rules) -> Who {
     match record.method {
@@ -734,6 +777,27 @@ fn is_enough(demand: &Demand, context: &RequestContext, who: &Who) -> bool {
         Some(session) => !demand.exceeds(&session.record, unix_now() / 1000),
         // A script has proved who it is just now, and by nothing but a password.
         None => demand.acr.is_empty() || !matches!(who, Who::User(_)),
+    }
+}
+
+/// To the same place over TLS; the method and the body go along (RFC 9110, section 15.4.9).
+fn redirect(request: &RequestHeader, port: u16) -> Decision {
+    let host = host(request);
+    let name_end = host.rfind(']').map_or(0, |bracket| bracket + 1);
+    let name = host[name_end..].find(':').map_or(host, |colon| &host[..name_end + colon]);
+    let port = if port == HTTPS_PORT { String::new() } else { format!(":{port}") };
+    let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
+    let mut response = Response::new(Bytes::new());
+    *response.status_mut() = http::StatusCode::PERMANENT_REDIRECT;
+    if let Ok(location) = HeaderValue::try_from(format!("https://{name}{port}{target}")) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Decision::Reply { response, outcome: Outcome::Answered }
+}
+
+fn set_hsts(response: &mut Response<Bytes>, context: &RequestContext) {
+    if let Some(hsts) = context.hsts() {
+        response.headers_mut().insert(header::STRICT_TRANSPORT_SECURITY, hsts);
     }
 }
 
@@ -871,7 +935,7 @@ fn wants_page(request: &RequestHeader) -> bool {
 
 /// The guard has made sure that nothing else is expected.
 fn is_expecting_continue(request: &RequestHeader) -> bool {
-    request.version == http::Version::HTTP_11 && request.headers.contains_key(header::EXPECT)
+    request.version != http::Version::HTTP_10 && request.headers.contains_key(header::EXPECT)
 }
 
 /// Browsers always send `Origin` with a WebSocket handshake, and with it the user's cookie, whatever page asks

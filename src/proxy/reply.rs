@@ -318,19 +318,41 @@ pub async fn send(
     Ok(())
 }
 
-/// The answer to bytes that are no request that we accept, as it goes on the wire; the connection ends with it.
-pub fn refusal(status: StatusCode, reason: &str, request_id: &str) -> Vec<u8> {
+/// The answer to a request that we do not accept.
+pub fn refusal(status: StatusCode, reason: &str, request_id: &str) -> Response<Bytes> {
     let body = format!("{{\"error\":\"{reason}\",\"request_id\":\"{request_id}\"}}\n");
-    format!(
-        "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
-         X-Content-Type-Options: nosniff\r\nX-Request-Id: {request_id}\r\n{}Date: {}\r\nConnection: close\r\n\r\n{body}",
-        status.as_u16(),
-        status.canonical_reason().unwrap_or("Error"),
-        body.len(),
-        if status == StatusCode::METHOD_NOT_ALLOWED { "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n" } else { "" },
-        httpdate::fmt_http_date(std::time::SystemTime::now()),
-    )
-    .into_bytes()
+    let mut response = Response::new(Bytes::from(body));
+    *response.status_mut() = status;
+    let length = HeaderValue::from(response.body().len());
+    let date = HeaderValue::try_from(httpdate::fmt_http_date(std::time::SystemTime::now()));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::CONTENT_LENGTH, length);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if let Ok(id) = HeaderValue::try_from(request_id) {
+        headers.insert("x-request-id", id);
+    }
+    if let Ok(date) = date {
+        headers.insert(header::DATE, date);
+    }
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+    }
+    response
+}
+
+/// As it goes over an HTTP/1 connection, which ends with it.
+pub fn closing(response: &Response<Bytes>) -> Vec<u8> {
+    let status = response.status();
+    let reason = status.canonical_reason().unwrap_or("Error");
+    let mut bytes = format!("HTTP/1.1 {} {reason}\r\n", status.as_u16()).into_bytes();
+    for (name, value) in response.headers() {
+        bytes.extend_from_slice(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    bytes.extend_from_slice(b"connection: close\r\n\r\n");
+    bytes.extend_from_slice(response.body());
+    bytes
 }
 
 /// How long a closing connection goes on reading, so that the client sees our answer and not a reset
@@ -390,9 +412,9 @@ mod tests {
 
     #[test]
     fn a_refusal_closes_and_states_its_length() {
-        let text = String::from_utf8(refusal(StatusCode::BAD_REQUEST, "bare_lf", "id")).unwrap();
+        let text = String::from_utf8(closing(&refusal(StatusCode::BAD_REQUEST, "bare_lf", "id"))).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.ends_with("Connection: close"), "{head}");
-        assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{head}");
+        assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.ends_with("connection: close"), "{head}");
+        assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{head}");
     }
 }

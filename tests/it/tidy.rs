@@ -8,15 +8,16 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const ROOMS: &[(&str, &[&str])] = &[
     ("cli", &["server", "login", "session", "config", "log"]),
     ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
-    ("listener", &["proxy", "config", "metrics"]),
+    ("listener", &["proxy", "config", "pem", "metrics"]),
     ("admin", &["proxy", "session", "audit", "metrics"]),
     ("events", &["session", "config", "audit", "outgoing", "metrics"]),
-    ("proxy", &["login", "session", "identity", "backend", "config", "audit", "log", "metrics"]),
+    ("proxy", &["login", "session", "identity", "backend", "config", "pem", "audit", "log", "metrics"]),
     ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),
     ("session", &["identity", "config"]),
     ("identity", &["config"]),
     ("backend", &["config"]),
     ("config", &[]),
+    ("pem", &["config"]),
     // For a link in its text alone.
     ("audit", &["session"]),
     ("outgoing", &[]),
