@@ -44,6 +44,13 @@ impl Daemon {
         (lines, noise.join().unwrap())
     }
 
+    /// The memory that it holds.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it runs");
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
     /// Waits until it has ended by itself.
     pub(crate) fn ended(mut self) {
         let _ = self.0.wait();

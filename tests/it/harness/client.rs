@@ -63,6 +63,14 @@ impl Connection {
         Self { reader: Reader::new(Stream::Plain(connect(address).unwrap())) }
     }
 
+    /// The other side must prove to be `name`.
+    ///
+    /// # Errors
+    /// When the port is closed, or the handshake fails.
+    pub(crate) fn open_as(address: SocketAddr, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
+        Self::open_tls(connect(address)?, name, trust)
+    }
+
     fn open_tls(stream: TcpStream, name: &str, trust: &Arc<ClientConfig>) -> io::Result<Self> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let session = ClientConnection::new(Arc::clone(trust), name).map_err(io::Error::other)?;

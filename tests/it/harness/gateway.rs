@@ -50,8 +50,9 @@ pub(crate) struct Setup {
     users: Vec<String>,
     store: Store,
     tls: bool,
-    /// Further lines of the listener.
+    /// Further lines of the first listener, and files beside the configuration.
     listener: String,
+    files: Vec<(String, Vec<u8>)>,
     /// Lines of `[login.password]`; none = there is no such table.
     password: Option<String>,
     rest: String,
@@ -77,6 +78,7 @@ impl Gateway {
             store: Store::Memory,
             tls: false,
             listener: String::new(),
+            files: Vec::new(),
             password: Some(String::new()),
             rest: String::new(),
             pace: Pace::default(),
@@ -86,6 +88,11 @@ impl Gateway {
 
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Of the listeners after the first, in their order.
+    pub(crate) fn further_address(&self, index: usize) -> SocketAddr {
+        self.running.gateway().addresses()[index]
     }
 
     pub(crate) fn admin_address(&self) -> SocketAddr {
@@ -180,6 +187,12 @@ impl Setup {
         self
     }
 
+    /// For a pool `app` that is written by hand.
+    pub(crate) fn without_pools(mut self) -> Self {
+        self.pools.clear();
+        self
+    }
+
     /// A route; `keys` are further lines of its table, e.g. `access = "public"`. The pool is `app` unless they say.
     pub(crate) fn route(mut self, path: &str, keys: &str) -> Self {
         let pool = if keys.lines().any(|line| line.trim_start().starts_with("pool")) { "" } else { "pool = \"app\"" };
@@ -210,9 +223,16 @@ impl Setup {
         self
     }
 
-    /// Further lines of the `[[listener]]`.
+    /// Further lines of its listener.
     pub(crate) fn listener(mut self, keys: &str) -> Self {
         let _ = writeln!(self.listener, "{keys}");
+        self
+    }
+
+    /// A file beside the configuration, which replaces one of that name.
+    pub(crate) fn file(mut self, name: &str, bytes: impl Into<Vec<u8>>) -> Self {
+        self.files.retain(|(other, _)| other != name);
+        self.files.push((name.to_owned(), bytes.into()));
         self
     }
 
@@ -275,6 +295,9 @@ impl Setup {
         if self.tls {
             let (cert, key) = tls::write_files(folder.path());
             let _ = writeln!(text, "cert = {cert:?}\nkey = {key:?}");
+        }
+        for (name, bytes) in &self.files {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
         }
         match &self.store {
             Store::Memory => text.push_str("[store.memory]\n"),

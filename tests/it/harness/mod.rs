@@ -15,6 +15,7 @@ pub(crate) mod wire;
 pub(crate) mod redis;
 pub(crate) mod fault;
 pub(crate) mod tls;
+pub(crate) mod http2;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
