@@ -47,8 +47,26 @@ pub struct Metrics {
     pub store_up: IntGauge,
     /// pool, backend
     pub backend_requests: IntCounterVec,
-    /// pool, backend, kind: connect, response, timeout
+    /// pool, backend, kind: connect, response, timeout, status
     pub backend_failures: IntCounterVec,
+    /// pool, backend; without a value before the first look. 1 or 0: gets requests, as far as its own doing goes.
+    pub backend_up: IntGaugeVec,
+    /// pool, backend; 1 or 0
+    pub backend_draining: IntGaugeVec,
+    /// pool, backend
+    pub backend_weight: IntGaugeVec,
+    /// pool, backend
+    pub backend_in_flight: IntGaugeVec,
+    /// pool, backend
+    pub backend_ejections: IntCounterVec,
+    /// pool, backend, result: passed, failed
+    pub backend_checks: IntCounterVec,
+    /// pool, result: sent, over_budget
+    pub retries: IntCounterVec,
+    /// pool
+    pub queue_waiting: IntGaugeVec,
+    /// pool, result: served, full, timeout
+    pub queue_seconds: HistogramVec,
     /// directive: login, logout, attributes, alien; result: done, refused, failed, unavailable, no_session, gone, full
     pub directives: IntCounterVec,
     /// result: applied, refused
@@ -163,6 +181,61 @@ impl Metrics {
                 "cloakroom_backend_failures_total",
                 "Attempts that failed.",
                 &["pool", "backend", "kind"],
+            ),
+            backend_up: labelled_gauge(
+                &registry,
+                "cloakroom_backend_up",
+                "Whether a backend gets requests, as far as its checks and its failures go.",
+                &["pool", "backend"],
+            ),
+            backend_draining: labelled_gauge(
+                &registry,
+                "cloakroom_backend_draining",
+                "Whether the operator keeps new requests from a backend.",
+                &["pool", "backend"],
+            ),
+            backend_weight: labelled_gauge(
+                &registry,
+                "cloakroom_backend_weight",
+                "The share of a backend, compared with the others'.",
+                &["pool", "backend"],
+            ),
+            backend_in_flight: labelled_gauge(
+                &registry,
+                "cloakroom_backend_in_flight",
+                "Requests that a backend has now, with open WebSockets.",
+                &["pool", "backend"],
+            ),
+            backend_ejections: counter(
+                &registry,
+                "cloakroom_backend_ejections_total",
+                "Times that a backend was passed over from then on, because requests failed.",
+                &["pool", "backend"],
+            ),
+            backend_checks: counter(
+                &registry,
+                "cloakroom_backend_checks_total",
+                "Health checks.",
+                &["pool", "backend", "result"],
+            ),
+            retries: counter(
+                &registry,
+                "cloakroom_retries_total",
+                "Further attempts after one that failed.",
+                &["pool", "result"],
+            ),
+            queue_waiting: labelled_gauge(
+                &registry,
+                "cloakroom_queue_waiting",
+                "Requests that wait for a backend now.",
+                &["pool"],
+            ),
+            queue_seconds: histogram(
+                &registry,
+                "cloakroom_queue_seconds",
+                "How long requests waited that found all backends full.",
+                &["pool", "result"],
+                &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             ),
             directives: counter(
                 &registry,

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use toml::Spanned;
 
 use crate::admin::{Admin, Health, Quiet, SessionsApi};
-use crate::backend::{balance, discover};
+use crate::backend::{balance, discover, health};
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
 use crate::config::value::Cidr;
@@ -40,6 +40,7 @@ use crate::proxy::access_log::AccessLog;
 use crate::proxy::connection::HeadRules;
 use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
+use crate::proxy::probe::PingoraProbe;
 use crate::proxy::rules::Rules;
 use crate::proxy::streams::Streams;
 use crate::session::cookie::{ReservedCookies, SessionCookie, fallback_cookie_name};
@@ -372,7 +373,9 @@ impl Running {
         let rules = Rules::build(config, login.taking_over(&previous.login), Some(&previous))?;
         let pools: Vec<_> = rules.pools.values().cloned().collect();
         discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
-        self.rules.store(Arc::new(rules));
+        let rules = Arc::new(rules);
+        self.rules.store(Arc::clone(&rules));
+        rules.settle();
         if let Some((ring, keys)) = keys {
             ring.replace(keys);
         }
@@ -523,6 +526,7 @@ impl Background {
                         metrics: metrics.clone(),
                         health: Arc::clone(&health),
                         sessions: sessions_api,
+                        rules: Arc::clone(rules),
                         shutdown,
                     }),
                     refusals: Arc::new(Quiet),
@@ -540,16 +544,18 @@ impl Background {
             }
             tokio::spawn(inspect(Arc::clone(sessions.store())));
             let watched = async { health.watch(&**sessions.store(), &metrics).await };
+            let pools = || rules.load().pools.values().cloned().collect::<Vec<_>>();
+            let checked = health::watch(pools, Arc::new(PingoraProbe::new()), metrics.clone());
             let resolved = async {
                 loop {
                     let _ = tokio::time::timeout(discover::INTERVAL, resolve.notified()).await;
-                    let pools: Vec<_> = rules.load().pools.values().cloned().collect();
-                    discover::resolve(&pools).await;
+                    discover::resolve(&pools()).await;
                 }
             };
             tokio::select! {
                 () = watched => {}
                 () = resolved => {}
+                () = checked => {}
                 () = events.run() => {}
                 () = streams.watch(sessions, |record| gateway.admits(record)) => {}
                 _ = ended.wait_for(|ended| *ended) => {}

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
@@ -14,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::proxy::connection::Refusals;
 use crate::proxy::context::Connection;
 use crate::proxy::guard::Refusal;
+use crate::proxy::rules::Rules;
 
 mod health;
 mod sessions;
@@ -29,6 +31,7 @@ pub struct Admin {
     pub health: Arc<Health>,
     /// None without a token: then there is nothing under `/api/`.
     pub sessions: Option<SessionsApi>,
+    pub rules: Arc<ArcSwap<Rules>>,
     pub shutdown: ShutdownWatch,
 }
 
@@ -66,7 +69,10 @@ impl Admin {
             return response;
         }
         match path {
-            METRICS => reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render()),
+            METRICS => {
+                self.rules.load().tell(&self.metrics);
+                reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
+            }
             LIVE => reply(StatusCode::OK, JSON, b"{\"state\":\"live\"}".to_vec()),
             READY => self.health.ready(*self.shutdown.borrow()),
             _ => reply(StatusCode::NOT_FOUND, TEXT, format!("try {}\n", LOOKS.join(", ")).into_bytes()),

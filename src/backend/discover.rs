@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Backend, Pool};
@@ -14,10 +15,8 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Resolves every backend of these pools that is configured by name. Failures keep the last good addresses.
 pub async fn resolve(pools: &[Arc<Pool>]) {
-    let named = pools.iter().flat_map(|pool| pool.backends()).filter(|backend| backend.is_named());
     let mut lookups = tokio::task::JoinSet::new();
-    for backend in named {
-        let backend = Arc::clone(backend);
+    for backend in backends_of(pools).filter(|backend| backend.is_named()) {
         lookups.spawn(async move { backend.resolve().await });
     }
     while lookups.join_next().await.is_some() {}
@@ -26,9 +25,9 @@ pub async fn resolve(pools: &[Arc<Pool>]) {
 /// Resolves the names that have no address yet, before a start or a reload lets requests in; gives up waiting
 /// after `limit`, and leaves the rest to the background.
 pub fn resolve_unknown(pools: &[Arc<Pool>], limit: Duration) {
-    let unknown = pools.iter().flat_map(|pool| pool.backends()).filter(|backend| backend.addresses.load().is_empty());
+    let unknown = backends_of(pools).filter(|backend| backend.addresses.load().is_empty());
     let (done, finished) = std::sync::mpsc::channel();
-    for backend in unknown.cloned() {
+    for backend in unknown {
         let done = done.clone();
         let lookup = move || {
             backend.learn(backend.name.to_socket_addrs().map(Vec::from_iter));
@@ -40,6 +39,11 @@ pub fn resolve_unknown(pools: &[Arc<Pool>], limit: Duration) {
     drop(done);
     let deadline = std::time::Instant::now() + limit;
     while finished.recv_timeout(deadline.saturating_duration_since(std::time::Instant::now())).is_ok() {}
+}
+
+fn backends_of(pools: &[Arc<Pool>]) -> impl Iterator<Item = Arc<Backend>> {
+    let of_pool = |pool: &Arc<Pool>| Vec::clone(&pool.backends());
+    pools.iter().flat_map(of_pool)
 }
 
 impl Backend {
@@ -64,6 +68,8 @@ impl Backend {
                 if addresses != **known {
                     tracing::info!(backend = self.name, ?addresses, "backend resolved");
                     self.addresses.store(Arc::new(addresses));
+                    self.has_address.store(true, Ordering::Release);
+                    self.ongoing.queue.look_again();
                 }
             }
             Ok(_) => tracing::warn!(backend = self.name, ?known, "backend name has no address"),

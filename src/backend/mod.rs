@@ -1,29 +1,60 @@
 //! Which server answers? A pool is a named set of interchangeable backends.
+//!
+//! What is configured is a [`Pool`], made anew by every reload. What has to outlive a reload is in the [`Backend`]s,
+//! which are taken over by their names (requests in flight, health, weight), and in [`Ongoing`] (turn, queue, budget).
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use prometheus::IntCounter;
 
-use crate::config::model;
+use crate::config::model::{self, Balance, HashBy};
 
 pub mod balance;
+pub mod queue;
+pub mod retry;
+pub mod ejection;
+pub mod health;
 pub mod discover;
 
-/// After a failed connect a backend is passed over for this long, unless no other is left. Long enough that a
-/// dead one costs next to nothing, short enough that a restarted one is back at once.
-const REST_AFTER_FAILURE: Duration = Duration::from_secs(2);
+use ejection::{Ejection, EjectionRules};
+use health::Checked;
+use queue::Queue;
+use retry::RetryBudget;
 
 /// A named set of backends that answer alike.
 #[derive(Debug)]
 pub struct Pool {
     name: String,
-    backends: Vec<Arc<Backend>>,
+    backends: ArcSwap<Vec<Arc<Backend>>>,
     timeouts: Timeouts,
+    balance: Balance,
+    hash_by: HashBy,
+    slow_start: Duration,
+    queue_max: usize,
+    queue_timeout: Duration,
+    retry_percent: u8,
+    ejection: EjectionRules,
+    check: Option<model::Check>,
+    /// As the file has them.
+    endpoints: Vec<model::Backend>,
+    ongoing: Arc<Ongoing>,
+}
+
+/// What a pool's backends have in common, and what goes on from one configuration to the next.
+#[derive(Debug)]
+struct Ongoing {
+    started: Instant,
     turn: AtomicUsize,
+    /// Held by who deals by weights: see [`balance`].
+    dealing: Mutex<()>,
+    queue: Queue,
+    budget: RetryBudget,
 }
 
 /// How long a pool's backends may take; all are pauses, none a total.
@@ -36,25 +67,99 @@ pub struct Timeouts {
     pub websocket: Duration,
 }
 
-/// One server: a name as configured, and where it is now.
+/// One server: a name as configured, where it is now, how it does, and what it has to do.
 #[derive(Debug)]
 pub struct Backend {
+    id: u64,
     name: String,
+    /// Of its name: what a key is hashed with, for this backend.
+    seed: u64,
     /// Empty while the name cannot be resolved.
     addresses: ArcSwap<Vec<SocketAddr>>,
+    has_address: AtomicBool,
     address_turn: AtomicUsize,
-    started: Instant,
-    /// Milliseconds after `started` until which it is passed over.
-    rests_until: AtomicU64,
+    weight: AtomicU32,
+    /// 0 = any number.
+    requests_max: AtomicU32,
+    is_backup: AtomicBool,
+    is_draining: AtomicBool,
+    /// Milliseconds of the pool's clock from which on it is warming up; 0 = it is not.
+    warm_since: AtomicU64,
+    ejection: Ejection,
+    checked: Checked,
+    last_failure: Mutex<Option<LastFailure>>,
+    /// What the file said last: a reload changes only what the file changes, and not what was set since.
+    configured: Mutex<model::Backend>,
+    /// Of smooth weighted round robin; written with `Ongoing::dealing` held.
+    credit: AtomicI64,
+    in_flight: OwnLine<AtomicU32>,
+    ongoing: Arc<Ongoing>,
     /// Its `cloakroom_backend_requests_total`, looked up once: to find it takes longer than to count.
     pub attempts: OnceLock<IntCounter>,
 }
 
+/// Written with every request by every worker, so that what is only read beside it must not share its cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct OwnLine<T>(T);
+
+/// A request's place at a backend: it counts as in flight for as long as this lives.
+#[derive(Debug)]
+pub struct Lease {
+    backend: Arc<Backend>,
+    has_ended: bool,
+    /// The request that finds out whether an ejected backend is back.
+    is_trial: bool,
+    /// In the queue.
+    pub waited: Duration,
+}
+
+/// Why there is no backend for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unavailable {
+    /// None that it has not tried, that has an address and that is not drained.
+    Nobody,
+    /// All have their `max_requests`, and the queue is full, too.
+    Full,
+    /// As it did not change for so long.
+    TimedOut(Duration),
+}
+
+/// Whether a backend gets requests, as far as its own doing goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Up,
+    /// Its checks fail.
+    Down,
+    /// Its requests failed; it is tried again after this long.
+    Ejected(Duration),
+}
+
+/// Whether the operator lets a backend have new requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdminState {
+    Active,
+    Draining,
+}
+
+/// What went wrong last at a backend.
+#[derive(Clone, Debug)]
+pub struct LastFailure {
+    pub at: Instant,
+    pub what: String,
+}
+
 impl Pool {
-    pub fn new(name: &str, config: &model::Pool) -> Self {
+    /// Backends that `previous` has, too, are taken over as they are; what the file says of them anew counts after
+    /// [`Pool::settle`].
+    pub fn new(name: &str, config: &model::Pool, previous: Option<&Self>) -> Self {
+        let ongoing = previous.map_or_else(Arc::default, |pool| Arc::clone(&pool.ongoing));
+        let endpoints: Vec<_> = config.backends.iter().map(|backend| backend.get_ref().clone()).collect();
+        let known = previous.map(Self::backends);
         Self {
             name: name.to_owned(),
-            backends: config.backends.iter().map(|backend| Arc::new(Backend::new(backend.get_ref()))).collect(),
+            backends: ArcSwap::from_pointee(listed(&endpoints, known.as_deref().map(Vec::as_slice), &ongoing)),
+            endpoints,
             timeouts: Timeouts {
                 connect: config.connect_timeout.get(),
                 read: config.read_timeout.get(),
@@ -62,7 +167,15 @@ impl Pool {
                 idle: config.idle_timeout.get(),
                 websocket: config.websocket_timeout.get(),
             },
-            turn: AtomicUsize::new(0),
+            balance: config.balance,
+            hash_by: config.hash_by.clone(),
+            slow_start: config.slow_start.map_or(Duration::ZERO, |time| time.get()),
+            queue_max: config.queue as usize,
+            queue_timeout: config.queue_timeout.get(),
+            retry_percent: config.retry_budget,
+            ejection: EjectionRules::of(&config.eject),
+            check: config.check.as_ref().map(|check| check.get_ref().clone()),
+            ongoing,
         }
     }
 
@@ -70,31 +183,98 @@ impl Pool {
         &self.name
     }
 
-    pub fn backends(&self) -> &[Arc<Backend>] {
-        &self.backends
+    /// As they are now.
+    pub fn backends(&self) -> Arc<Vec<Arc<Backend>>> {
+        self.backends.load_full()
+    }
+
+    /// The backends are these from now on. One that stays keeps its requests, its connections and its health; one that
+    /// goes gets no new requests; one that comes begins slowly.
+    pub fn replace(&self, endpoints: &[model::Backend]) {
+        let backends = listed(endpoints, Some(&self.backends()), &self.ongoing);
+        self.backends.store(Arc::new(backends));
+        self.configure(endpoints);
+    }
+
+    /// Applies what the file says anew of backends that were taken over. What it says as before stays as it was set
+    /// since then.
+    pub fn settle(&self) {
+        self.configure(&self.endpoints);
+    }
+
+    fn configure(&self, endpoints: &[model::Backend]) {
+        for backend in self.backends.load().iter() {
+            if let Some(endpoint) = endpoints.iter().find(|endpoint| endpoint.address == backend.name) {
+                backend.configure(endpoint);
+            }
+            if self.check.is_none() {
+                backend.checked.forget();
+            }
+        }
+        self.ongoing.queue.look_again();
     }
 
     pub fn timeouts(&self) -> &Timeouts {
         &self.timeouts
     }
 
-    /// Whether `other` asks for the same pool, so that a reload can keep this one with its turn and its rests.
-    pub fn is_as_configured(&self, other: &Self) -> bool {
-        self.timeouts == other.timeouts
-            && self.backends.len() == other.backends.len()
-            && self.backends.iter().zip(&other.backends).all(|(mine, theirs)| mine.name == theirs.name)
+    pub fn balance(&self) -> Balance {
+        self.balance
+    }
+
+    pub fn hash_by(&self) -> &HashBy {
+        &self.hash_by
+    }
+
+    /// How its backends are checked; none = they are not.
+    pub fn check(&self) -> Option<&model::Check> {
+        self.check.as_ref()
+    }
+
+    /// Requests that wait for a backend now.
+    pub fn waiting(&self) -> usize {
+        self.ongoing.queue.waiting()
+    }
+
+    /// Whether one more attempt is within the budget, which it is then taken from.
+    pub fn may_retry(&self) -> bool {
+        self.ongoing.budget.withdraw(self.retry_percent, self.ongoing.now())
     }
 }
 
+/// The backends of these endpoints: those that are known as they are, others new; slowly, unless all are.
+fn listed(endpoints: &[model::Backend], known: Option<&[Arc<Backend>]>, ongoing: &Arc<Ongoing>) -> Vec<Arc<Backend>> {
+    let listed = endpoints.iter().map(|endpoint| {
+        let same = known.and_then(|known| known.iter().find(|backend| backend.name == endpoint.address));
+        same.map_or_else(|| Arc::new(Backend::new(endpoint, ongoing, known.is_some())), Arc::clone)
+    });
+    listed.collect()
+}
+
 impl Backend {
-    fn new(name: &str) -> Self {
-        let addresses = name.parse::<SocketAddr>().map(|address| vec![address]).unwrap_or_default();
+    fn new(endpoint: &model::Backend, ongoing: &Arc<Ongoing>, slowly: bool) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let model::Backend { address, weight, max_requests, backup, drain } = endpoint;
+        let known: Vec<_> = address.parse::<SocketAddr>().into_iter().collect();
         Self {
-            name: name.to_owned(),
-            addresses: ArcSwap::from_pointee(addresses),
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name: address.clone(),
+            seed: balance::hash(address.as_bytes()),
+            has_address: AtomicBool::new(!known.is_empty()),
+            addresses: ArcSwap::from_pointee(known),
             address_turn: AtomicUsize::new(0),
-            started: Instant::now(),
-            rests_until: AtomicU64::new(0),
+            weight: AtomicU32::new(*weight),
+            requests_max: AtomicU32::new(*max_requests),
+            is_backup: AtomicBool::new(*backup),
+            is_draining: AtomicBool::new(*drain),
+            warm_since: AtomicU64::new(if slowly { ongoing.now() } else { 0 }),
+            ejection: Ejection::default(),
+            checked: Checked::default(),
+            last_failure: Mutex::new(None),
+            configured: Mutex::new(endpoint.clone()),
+            credit: AtomicI64::new(0),
+            in_flight: OwnLine::default(),
+            ongoing: Arc::clone(ongoing),
             attempts: OnceLock::new(),
         }
     }
@@ -114,24 +294,142 @@ impl Backend {
         addresses.get(turn % addresses.len()).copied()
     }
 
-    /// A connect failed: pass it over for a while.
-    pub fn rest(&self) {
-        self.rests_until.store(self.millis() + REST_AFTER_FAILURE.as_millis() as u64, Ordering::Relaxed);
+    /// Its share of the requests, compared with the others'.
+    pub fn weight(&self) -> u32 {
+        self.weight.load(Ordering::Relaxed)
     }
 
-    /// It answered: it is back.
-    pub fn wake(&self) {
-        if self.rests_until.load(Ordering::Relaxed) != 0 {
-            self.rests_until.store(0, Ordering::Relaxed);
+    /// At least 1: a backend that shall have no requests is drained.
+    pub fn set_weight(&self, weight: u32) {
+        self.weight.store(weight.max(1), Ordering::Relaxed);
+    }
+
+    /// Requests that it gets at a time; 0 = any number.
+    pub fn max_requests(&self) -> u32 {
+        self.requests_max.load(Ordering::Relaxed)
+    }
+
+    pub fn set_max_requests(&self, most: u32) {
+        self.requests_max.store(most, Ordering::Relaxed);
+        self.ongoing.queue.look_again();
+    }
+
+    pub fn is_backup(&self) -> bool {
+        self.is_backup.load(Ordering::Relaxed)
+    }
+
+    /// Requests that it has now, with open WebSockets.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.0.load(Ordering::Relaxed)
+    }
+
+    pub fn admin_state(&self) -> AdminState {
+        if self.is_draining.load(Ordering::Relaxed) { AdminState::Draining } else { AdminState::Active }
+    }
+
+    /// It gets no new requests; those that it has go on.
+    pub fn drain(&self) {
+        self.is_draining.store(true, Ordering::Relaxed);
+    }
+
+    /// It gets requests again, slowly at first.
+    pub fn undrain(&self) {
+        if self.is_draining.swap(false, Ordering::Relaxed) {
+            self.begin_slowly();
         }
     }
 
-    pub fn is_resting(&self) -> bool {
-        let until = self.rests_until.load(Ordering::Relaxed);
-        until != 0 && self.millis() < until
+    pub fn health(&self) -> Health {
+        if self.checked.is_down() {
+            return Health::Down;
+        }
+        self.ejection.rest(self.ongoing.now()).map_or(Health::Up, Health::Ejected)
     }
 
-    fn millis(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
+    pub fn last_failure(&self) -> Option<LastFailure> {
+        self.last_failure.lock().clone()
+    }
+
+    fn note_last_failure(&self, what: String) {
+        *self.last_failure.lock() = Some(LastFailure { at: Instant::now(), what });
+    }
+
+    /// It is back: requests come slowly at first, and who waits may look again.
+    fn begin_slowly(&self) {
+        self.warm_since.store(self.ongoing.now(), Ordering::Relaxed);
+        self.ongoing.queue.look_again();
+    }
+
+    fn configure(&self, endpoint: &model::Backend) {
+        let mut configured = self.configured.lock();
+        let before = std::mem::replace(&mut *configured, endpoint.clone());
+        if before.weight != endpoint.weight {
+            self.set_weight(endpoint.weight);
+        }
+        if before.max_requests != endpoint.max_requests {
+            self.set_max_requests(endpoint.max_requests);
+        }
+        if before.drain != endpoint.drain {
+            if endpoint.drain { self.drain() } else { self.undrain() }
+        }
+        self.is_backup.store(endpoint.backup, Ordering::Relaxed);
+    }
+
+    /// Counts one more request, unless it has all that it may have.
+    fn try_lease(self: &Arc<Self>, is_trial: bool) -> Option<Lease> {
+        let most = self.max_requests();
+        let in_flight = &self.in_flight.0;
+        if most == 0 {
+            in_flight.fetch_add(1, Ordering::SeqCst);
+        } else {
+            let one_more = |count: u32| (count < most).then_some(count + 1);
+            in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
+        }
+        Some(Lease { backend: Arc::clone(self), has_ended: false, is_trial, waited: Duration::ZERO })
+    }
+}
+
+impl Deref for Lease {
+    type Target = Backend;
+
+    fn deref(&self) -> &Backend {
+        &self.backend
+    }
+}
+
+impl Lease {
+    /// Its backend has nothing more to do with it, though who tells of the request still wants to know which it was.
+    pub fn end(&mut self) {
+        if !std::mem::replace(&mut self.has_ended, true) {
+            // Ordered before the look at who waits, as they enter the queue before they look here: one of both sees the
+            // other.
+            self.in_flight.0.fetch_sub(1, Ordering::SeqCst);
+            self.ongoing.queue.one_left();
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Ongoing {
+    /// Milliseconds, never 0, on a clock of its own.
+    fn now(&self) -> u64 {
+        1 + self.started.elapsed().as_millis() as u64
+    }
+}
+
+impl Default for Ongoing {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            turn: AtomicUsize::new(0),
+            dealing: Mutex::new(()),
+            queue: Queue::default(),
+            budget: RetryBudget::default(),
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::value::{self, Bytes, Cidr, Duration, Secret, Template};
+use super::value::{self, Bytes, Cidr, Duration, Secret, Statuses, Template};
 
 /// The whole file.
 #[derive(Debug, PartialEq, Deserialize)]
@@ -533,8 +533,27 @@ pub enum Preset {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pool {
-    /// `host:port`; names are resolved in the background and again from time to time.
-    pub backends: Vec<Spanned<String>>,
+    /// Names are resolved in the background and again from time to time.
+    pub backends: Vec<Spanned<Backend>>,
+    #[serde(default)]
+    pub balance: Balance,
+    /// With `balance = "hash"`: what of a request is hashed.
+    #[serde(default)]
+    pub hash_by: HashBy,
+    /// A backend that comes back takes this long to its full share; absent = it has it at once.
+    pub slow_start: Option<Duration>,
+    /// Requests that may wait while all backends have their `max_requests`; 0 = none.
+    #[serde(default)]
+    pub queue: u32,
+    /// How long they wait at most.
+    #[serde(default = "Pool::default_queue_timeout")]
+    pub queue_timeout: Duration,
+    /// Second attempts, in percent of the requests; 0 = none.
+    #[serde(default = "Pool::default_retry_budget")]
+    pub retry_budget: u8,
+    #[serde(default)]
+    pub eject: Eject,
+    pub check: Option<Spanned<Check>>,
     #[serde(default = "Pool::default_protocol")]
     pub protocol: Spanned<Protocol>,
     /// `[pool.NAME.tls]`; absent = plain.
@@ -589,9 +608,102 @@ impl BackendTls {
     }
 }
 
+/// One of `backends`: `"host:port"`, or a table with `address` and more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// `host:port`
+    pub address: String,
+    /// Its share, compared with the others'.
+    pub weight: u32,
+    /// Requests that it gets at a time; 0 = any number.
+    pub max_requests: u32,
+    /// It gets requests only when no other can take them.
+    pub backup: bool,
+    /// It gets no new requests.
+    pub drain: bool,
+}
+
+/// Whose turn it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Balance {
+    /// In turn, as the weights say, evenly spread.
+    #[default]
+    RoundRobin,
+    /// Who has the fewest requests in flight for its weight.
+    LeastRequests,
+    /// Of two that are drawn, the one with fewer.
+    PowerOfTwo,
+    /// The same backend for what hashes alike, while it has no more than its share.
+    Hash,
+}
+
+/// What of a request is hashed: `"user"`, `"client"`, `"header:NAME"`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum HashBy {
+    /// The user of the session; without one, the client address.
+    #[default]
+    User,
+    /// The client address.
+    Client,
+    /// A request header; without it, the client address.
+    Header(http::HeaderName),
+}
+
+/// `[pool.NAME.eject]`: when a backend that fails is passed over.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Eject {
+    /// Requests that fail in a row; 0 = only who cannot be connected is passed over.
+    pub failures: u32,
+    /// How long the first time; each further one doubles it.
+    pub time: Duration,
+    /// How long at most.
+    pub time_max: Duration,
+    /// Of the pool, in percent: so much may be out for failures at a time.
+    pub share: u8,
+    /// Statuses of responses that count as failures, too.
+    pub statuses: Vec<u16>,
+}
+
+/// `[pool.NAME.check]`: backends are asked whether they are well.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Check {
+    /// Asked for with GET; absent = a connection is enough.
+    pub path: Option<Spanned<String>>,
+    /// `Host`; default: the backend's address.
+    pub host: Option<Spanned<String>>,
+    pub statuses: Statuses,
+    /// A text that must be in the first 64 KiB of the response.
+    pub body: Option<String>,
+    /// Default: that of the requests.
+    pub port: Option<u16>,
+    pub tls: bool,
+    /// Whom the certificate must name; default: the host.
+    pub server_name: Option<Spanned<String>>,
+    /// false: any certificate will do.
+    pub verify: bool,
+    pub interval: Duration,
+    /// From the connection to the end of the answer; not longer than `interval`.
+    pub timeout: Spanned<Duration>,
+    /// Checks passed in a row that bring it back.
+    pub rise: u32,
+    /// Checks failed in a row that take it out.
+    pub fall: u32,
+    /// In percent of the interval: so much earlier or later is each check.
+    pub jitter: u8,
+}
+
 impl Pool {
     fn default_protocol() -> Spanned<Protocol> {
         Spanned::new(0..0, Protocol::Http1)
+    }
+    const fn default_queue_timeout() -> Duration {
+        Duration::from_millis(1_000)
+    }
+    const fn default_retry_budget() -> u8 {
+        20
     }
     const fn default_connect_timeout() -> Duration {
         Duration::from_millis(2_000)
@@ -844,6 +956,38 @@ impl Default for Throttle {
 impl Default for Identity {
     fn default() -> Self {
         Self { preset: Preset::XForwarded, headers: BTreeMap::new(), strip: Vec::new() }
+    }
+}
+
+impl Default for Eject {
+    fn default() -> Self {
+        Self {
+            failures: 5,
+            time: Duration::from_millis(2_000),
+            time_max: Duration::from_millis(30_000),
+            share: 50,
+            statuses: Vec::new(),
+        }
+    }
+}
+
+impl Default for Check {
+    fn default() -> Self {
+        Self {
+            path: None,
+            host: None,
+            statuses: Statuses::default(),
+            body: None,
+            port: None,
+            tls: false,
+            server_name: None,
+            verify: true,
+            interval: Duration::from_millis(5_000),
+            timeout: Spanned::new(0..0, Duration::from_millis(2_000)),
+            rise: 2,
+            fall: 3,
+            jitter: 10,
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
 use super::model::{
-    ACR_VALUES_MAX, Access, Cache, Config, Directive, Hsts, Listener, OidcLogin, Pool, Protocol, RedisStore, Route,
-    Scheme, SealRecords,
+    ACR_VALUES_MAX, Access, Backend, Balance, Cache, Check as HealthCheck, Config, Directive, Eject, HashBy, Hsts,
+    Listener, OidcLogin, Pool, Protocol, RedisStore, Route, Scheme, SealRecords,
 };
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
@@ -552,19 +552,130 @@ impl Check<'_, '_> {
             }
             self.backend_tls(pool);
             for (index, backend) in pool.backends.iter().enumerate() {
-                let address = backend.get_ref();
+                let Backend { address, weight, max_requests, backup: _, drain: _ } = backend.get_ref();
                 if let Err(fault) = backend_address(address) {
                     let message = format!("invalid backend {address:?}: {fault}");
                     self.problems
                         .add(backend.span(), message)
                         .hint("expected host:port, e.g. \"10.0.0.7:8080\", \"app.internal:80\" or \"[fd00::7]:80\"");
                 }
-                if pool.backends[..index].iter().any(|other| other.get_ref().eq_ignore_ascii_case(address)) {
+                if pool.backends[..index].iter().any(|other| other.get_ref().address.eq_ignore_ascii_case(address)) {
                     self.problems
                         .add(backend.span(), format!("backend {address:?} is there twice"))
-                        .hint("it would get two shares of the requests");
+                        .hint("it would get two shares of the requests: say so with weight = 2");
+                }
+                if !(1..=WEIGHT_MAX).contains(weight) {
+                    self.problems
+                        .add(backend.span(), format!("weight is {weight}: must be between 1 and {WEIGHT_MAX}"))
+                        .hint("drain = true keeps new requests from a backend");
+                }
+                if MAX_REQUESTS_MAX < *max_requests {
+                    let message = format!("max_requests is {max_requests}: at most {MAX_REQUESTS_MAX}");
+                    self.problems.add(backend.span(), message);
                 }
             }
+            if !pool.backends.is_empty() && pool.backends.iter().all(|backend| backend.get_ref().backup) {
+                let at = self.at_keys(&["pool", name, "backends"]);
+                self.problems
+                    .add(at, format!("{key} has nothing but backups"))
+                    .hint("without backup = true they share the requests all the time");
+            }
+            self.pool_numbers(name, pool);
+            if let Some(check) = &pool.check {
+                self.pool_check(name, check);
+            }
+        }
+    }
+
+    fn pool_numbers(&mut self, name: &str, pool: &Pool) {
+        let Eject { failures, time, time_max, share, statuses } = &pool.eject;
+        let numbers: [(&[&str], u32, RangeInclusive<u32>); 4] = [
+            (&["queue"], pool.queue, 0..=100_000),
+            (&["retry_budget"], pool.retry_budget.into(), 0..=100),
+            (&["eject", "failures"], *failures, 0..=1_000),
+            (&["eject", "share"], (*share).into(), 0..=100),
+        ];
+        for (keys, number, range) in numbers {
+            self.pool_number(name, keys, number, range);
+        }
+        if time_max < time {
+            let at = self.at_keys(&["pool", name, "eject"]);
+            let message = format!("pool.{name}.eject.time ({time}) is longer than time_max ({time_max})");
+            self.problems.add(at, message);
+        }
+        if let Some(status) = statuses.iter().find(|status| !(400..=599).contains(*status)) {
+            let at = self.at_keys(&["pool", name, "eject", "statuses"]);
+            self.problems.add(at, format!("status {status} is no failure: expected 400 to 599"));
+        }
+        let has_max = pool.backends.iter().any(|backend| backend.get_ref().max_requests != 0);
+        if pool.queue != 0 && !has_max {
+            let at = self.at_keys(&["pool", name, "queue"]);
+            self.problems
+                .add(at, format!("pool.{name} has a queue, and no backend that is ever full"))
+                .hint("give the backends max_requests, or leave queue out");
+        }
+        if pool.hash_by != HashBy::User && pool.balance != Balance::Hash {
+            let at = self.at_keys(&["pool", name, "hash_by"]);
+            self.problems.add(at, format!("pool.{name}.hash_by means nothing without balance = \"hash\""));
+        }
+    }
+
+    fn pool_check(&mut self, name: &str, check: &Spanned<HealthCheck>) {
+        let at = check.span();
+        let check = check.get_ref();
+        for (key, number, range) in
+            [("rise", check.rise, 1..=100), ("fall", check.fall, 1..=100), ("jitter", check.jitter.into(), 0..=50)]
+        {
+            self.pool_number(name, &["check", key], number, range);
+        }
+        if check.interval < *check.timeout.get_ref() {
+            let (timeout, interval) = (check.timeout.get_ref(), check.interval);
+            let at = self.at_keys(&["pool", name, "check", "timeout"]);
+            let at = if at == (0..0) { self.at_keys(&["pool", name, "check", "interval"]) } else { at };
+            self.problems
+                .add(at, format!("pool.{name}.check.timeout ({timeout}) is longer than interval ({interval})"));
+        }
+        if check.interval < CHECK_INTERVAL_MIN {
+            let at = self.at_keys(&["pool", name, "check", "interval"]);
+            let message = format!("pool.{name}.check.interval is {}: at least {CHECK_INTERVAL_MIN}", check.interval);
+            self.problems.add(at, message);
+        }
+        match &check.path {
+            Some(path) => {
+                let text = path.get_ref();
+                if !text.starts_with('/') || !text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'#') {
+                    self.problems
+                        .add(path.span(), format!("invalid path {text:?}: expected `/` and visible ASCII characters"));
+                }
+            }
+            None if check.host.is_some() || check.body.is_some() => {
+                self.problems
+                    .add(
+                        at,
+                        format!("pool.{name}.check asks for no path, so nobody answers with a body or looks at a host"),
+                    )
+                    .hint("add path = \"/health\"");
+            }
+            None => {}
+        }
+        if let Some(host) = &check.host
+            && let Err(fault) = host_and_port(host.get_ref())
+        {
+            self.problems.add(host.span(), format!("invalid host {:?}: {fault}", host.get_ref()));
+        }
+        if let Some(server_name) = &check.server_name
+            && let Err(fault) = host_name_or_address(server_name.get_ref())
+        {
+            self.problems.add(server_name.span(), format!("invalid server_name {:?}: {fault}", server_name.get_ref()));
+        }
+    }
+
+    fn pool_number(&mut self, name: &str, keys: &[&str], number: u32, range: RangeInclusive<u32>) {
+        if !range.contains(&number) {
+            let at = self.at_keys(&[&["pool", name], keys].concat());
+            let key = keys.join(".");
+            let (least, most) = (range.start(), range.end());
+            self.problems.add(at, format!("pool.{name}.{key} is {number}: must be between {least} and {most}"));
         }
     }
 
@@ -952,6 +1063,22 @@ fn header_name(name: &str) -> Result<(), &'static str> {
         }
         _ if name.starts_with("sec-websocket-") => Err("it belongs to the WebSocket handshake"),
         _ => Ok(()),
+    }
+}
+
+/// Finer shares than this need no load balancer.
+const WEIGHT_MAX: u32 = 1_000;
+
+const MAX_REQUESTS_MAX: u32 = 1_000_000;
+
+/// More often than this, checks are load.
+const CHECK_INTERVAL_MIN: Duration = Duration::from_millis(100);
+
+/// As `Host` says it; the port may be missing.
+fn host_and_port(text: &str) -> Result<(), &'static str> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => host_name_or_address(host).and(port_number(port).map(drop)),
+        _ => host_name_or_address(text),
     }
 }
 

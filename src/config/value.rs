@@ -6,12 +6,16 @@ use std::fs::File;
 use std::io::Read;
 use std::marker::PhantomData;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use toml::Spanned;
+
+use super::model::{Backend, HashBy};
 
 /// A span of time, written with its unit: `"250ms"`, `"30s"`, `"30m"`, `"12h"`, `"7d"`. Never zero, at most 400 days.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +28,10 @@ pub struct Bytes(pub u64);
 /// A network, `"10.0.0.0/8"`, or a single address.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Cidr(pub ipnet::IpNet);
+
+/// Statuses of responses, `"200"` or `"200-399"`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Statuses(pub RangeInclusive<u16>);
 
 /// A text that never prints itself: a string, `{ file = "path" }` or `{ env = "NAME" }`.
 #[derive(Clone, PartialEq, Eq)]
@@ -267,6 +275,39 @@ impl FromStr for Cidr {
     }
 }
 
+impl FromStr for Statuses {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let status = |text: &str| {
+            let is_status = text.len() == 3 && text.bytes().all(|byte| byte.is_ascii_digit());
+            text.parse().ok().filter(|status| is_status && (200..=599).contains(status))
+        };
+        match (status(first), status(last)) {
+            (Some(first), Some(last)) if first <= last => Ok(Self(first..=last)),
+            _ => Err(format!("invalid statuses {text:?}: expected e.g. \"200\" or \"200-399\" (200 to 599)")),
+        }
+    }
+}
+
+impl Default for Statuses {
+    fn default() -> Self {
+        Self(200..=299)
+    }
+}
+
+impl FromStr for HashBy {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "user" => Ok(Self::User),
+            None if text == "client" => Ok(Self::Client),
+            Some(("header", name)) => name.parse().map(Self::Header).map_err(|_| format!("invalid header {name:?}")),
+            _ => Err(format!("unknown {text:?}: expected \"user\", \"client\" or \"header:NAME\"")),
+        }
+    }
+}
+
 impl FromStr for Template {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
@@ -384,6 +425,53 @@ deserialize_from_text! {
     Bytes: "a number and a unit in quotes, e.g. \"8KiB\" (B, KiB, MiB, GiB)",
     Cidr: "a network in quotes, e.g. \"10.0.0.0/8\"",
     Template: "a header value in quotes, e.g. \"{user}\"",
+    Statuses: "a status or a range in quotes, e.g. \"200-399\"",
+    HashBy: "\"user\", \"client\" or \"header:NAME\"",
+}
+
+impl<'de> Deserialize<'de> for Backend {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(BackendVisitor)
+    }
+}
+
+struct BackendVisitor;
+
+/// The long form.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BackendTable {
+    address: String,
+    #[serde(default = "one")]
+    weight: u32,
+    #[serde(default)]
+    max_requests: u32,
+    #[serde(default)]
+    backup: bool,
+    #[serde(default)]
+    drain: bool,
+}
+
+const fn one() -> u32 {
+    1
+}
+
+impl<'de> Visitor<'de> for BackendVisitor {
+    type Value = Backend;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"host:port\" or { address = \"host:port\", weight = 2, ... }")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Backend, E> {
+        Ok(Backend { address: text.to_owned(), weight: one(), max_requests: 0, backup: false, drain: false })
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Backend, A::Error> {
+        let table = BackendTable::deserialize(MapAccessDeserializer::new(map))?;
+        let BackendTable { address, weight, max_requests, backup, drain } = table;
+        Ok(Backend { address, weight, max_requests, backup, drain })
+    }
 }
 
 impl<'de> Deserialize<'de> for Secret {
@@ -520,6 +608,55 @@ mod tests {
         }
         for text in ["1000B", "8KiB", "100MiB", "1GiB"] {
             assert_eq!(text.parse::<Bytes>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn statuses_are_one_or_a_range() {
+        for (text, statuses) in [("200", Some(200..=200)), ("200-399", Some(200..=399)), ("599", Some(599..=599))] {
+            assert_eq!(text.parse::<Statuses>().ok(), statuses.map(Statuses), "{text}");
+        }
+        for text in ["", "2xx", "0200", "399-200", "100", "600", "+20", "200-", "200 - 299", "200-299-300"] {
+            assert!(text.parse::<Statuses>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_backend_is_an_address_or_a_table() {
+        #[derive(Deserialize)]
+        struct Holder {
+            backend: Backend,
+        }
+        let plain = Backend { address: "a:1".to_owned(), weight: 1, max_requests: 0, backup: false, drain: false };
+        for (toml, expected) in [
+            ("backend = 'a:1'", plain.clone()),
+            ("backend = { address = 'a:1' }", plain.clone()),
+            ("[backend]\naddress = 'a:1'\nweight = 3", Backend { weight: 3, ..plain.clone() }),
+            (
+                "backend = { address = 'a:1', max_requests = 9, backup = true, drain = true }",
+                Backend { max_requests: 9, backup: true, drain: true, ..plain },
+            ),
+        ] {
+            assert_eq!(toml::from_str::<Holder>(toml).unwrap().backend, expected, "{toml}");
+        }
+        for (toml, message) in [
+            ("backend = 17", "expected \"host:port\" or { address"),
+            ("backend = { weight = 2 }", "missing field `address`"),
+            ("backend = { address = 'a:1', wait = 2 }", "unknown field `wait`, expected one of `address`, `weight`"),
+            ("backend = { address = 'a:1', weight = -1 }", "invalid value"),
+        ] {
+            let error = toml::from_str::<Holder>(toml).err().map(|error| error.message().to_owned());
+            assert!(error.as_ref().is_some_and(|error| error.contains(message)), "{toml} gave {error:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_hashed_is_named() {
+        assert_eq!("user".parse(), Ok(HashBy::User));
+        assert_eq!("client".parse(), Ok(HashBy::Client));
+        assert_eq!("header:X-Tenant".parse(), Ok(HashBy::Header(http::HeaderName::from_static("x-tenant"))));
+        for text in ["", "users", "header", "header:", "header:a b", "cookie:x"] {
+            assert!(text.parse::<HashBy>().is_err(), "{text}");
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use http::{HeaderValue, Method, StatusCode, Uri};
 
 use crate::backend::balance::Tried;
-use crate::backend::{Backend, Pool};
+use crate::backend::{Lease, Pool};
 use crate::identity::Known;
 use crate::identity::certificate::Certificate;
 use crate::login::navigation::Notice;
@@ -132,7 +132,9 @@ pub struct RequestContext {
     pub tried: Tried,
     /// How often it was sent again after a backend failed on it.
     pub repeats: u8,
-    pub backend: Option<Arc<Backend>>,
+    /// The attempt under way, or the last one: for as long as it is here it counts as a request of its backend.
+    pub backend: Option<Lease>,
+    pub attempts: u8,
     /// Of the backend's response, as soon as there is one.
     pub status: u16,
     pub outcome: Option<Outcome>,
@@ -183,6 +185,7 @@ impl RequestContext {
             tried: Tried::default(),
             repeats: 0,
             backend: None,
+            attempts: 0,
             status: 0,
             outcome: None,
             failure: None,

@@ -1,6 +1,6 @@
 //! Where is the request now? Pingora's phases, each one short step of the journey that `lib.rs` tells.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,9 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use tokio::sync::watch;
 
-use crate::config::model::Access;
+use crate::backend::ejection::Failure;
+use crate::backend::{Lease, Unavailable, balance};
+use crate::config::model::{Access, Balance, HashBy};
 use crate::identity::Known;
 use crate::login::basic::Script;
 use crate::login::navigation::Notice;
@@ -40,6 +42,7 @@ pub mod rules;
 pub mod admit;
 pub mod transport;
 pub mod forward;
+pub mod probe;
 mod directives;
 mod websocket;
 pub mod reply;
@@ -178,22 +181,20 @@ impl ProxyHttp for Gateway {
         Ok(())
     }
 
-    async fn upstream_peer(&self, _: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
-        let next = context.pool.as_ref().and_then(|pool| {
-            let backend = pool.next(&mut context.tried)?;
-            Some((pool, backend, backend.address()?, context.rules.transports.get(pool.name())?))
-        });
-        let Some((pool, backend, address, transport)) = next else {
+    async fn upstream_peer(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
+        let found = self.lease(downstream, context).await;
+        let transport = context.pool.as_ref().and_then(|pool| context.rules.transports.get(pool.name()));
+        let (Some(pool), Some(transport), Some((lease, address))) = (&context.pool, transport, found) else {
             let why = *context.failure.get_or_insert(Rejection::NoBackend);
             return Err(
                 Error::explain(ErrorType::HTTPStatus(why.status().as_u16()), "no backend left to try").into_up()
             );
         };
         let metrics = &self.observer.metrics;
-        let attempts = || metrics.backend_requests.with_label_values(&[pool.name(), backend.name()]);
-        backend.attempts.get_or_init(attempts).inc();
+        let attempts = || metrics.backend_requests.with_label_values(&[pool.name(), lease.name()]);
+        lease.attempts.get_or_init(attempts).inc();
         let timeouts = pool.timeouts();
-        let mut peer = transport.peer(backend.name(), address, context.is_upgrade);
+        let mut peer = transport.peer(lease.name(), address, context.is_upgrade);
         // Where a backend's word counts, it comes over no connection on which another route may have left something.
         peer.group_key ^= context.route.as_ref().map_or(0, |route| route.directives.number());
         let options = &mut peer.options;
@@ -203,7 +204,8 @@ impl ProxyHttp for Gateway {
         options.read_timeout = Some(pause);
         options.write_timeout = Some(timeouts.write);
         options.idle_timeout = Some(timeouts.idle);
-        context.backend = Some(Arc::clone(backend));
+        context.backend = Some(lease);
+        context.attempts = context.attempts.saturating_add(1);
         Ok(Box::new(peer))
     }
 
@@ -215,13 +217,7 @@ impl ProxyHttp for Gateway {
         context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        if let Some(backend) = &context.backend {
-            if !backend.is_resting() {
-                tracing::warn!(backend = backend.name(), cause = %error, "backend does not connect");
-            }
-            backend.rest();
-        }
-        self.count_backend_failure(context, "connect");
+        self.note_failure(context, Failure::Connect, &error);
         context.failure = Some(Rejection::NoBackend);
         error.set_retry(true);
         error
@@ -236,9 +232,6 @@ impl ProxyHttp for Gateway {
         _: Option<&Digest>,
         context: &mut Self::CTX,
     ) -> Result<()> {
-        if let Some(backend) = &context.backend {
-            backend.wake();
-        }
         context.failure = None;
         Ok(())
     }
@@ -264,6 +257,9 @@ impl ProxyHttp for Gateway {
         if let Some(problem) = forward::problem(response, context.is_upgrade) {
             context.failure = Some(Rejection::BackendFailed);
             return Err(Error::explain(ErrorType::InvalidHTTPHeader, problem).into_up());
+        }
+        if !response.status.is_informational() || is_upgraded(response) {
+            self.note_response(context, response.status.as_u16());
         }
         context.status = response.status.as_u16();
         if downstream.is_process_shutting_down() {
@@ -333,11 +329,23 @@ impl ProxyHttp for Gateway {
     ) -> Box<Error> {
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
         let backend_failed = *error.esource() == ErrorSource::Upstream;
+        let is_unseen = backend_failed && was_refused_unseen(&error);
         if backend_failed {
-            self.count_backend_failure(context, if timed_out { "timeout" } else { "response" });
+            let failure = if timed_out { Failure::Timeout } else { Failure::Response };
+            // To close a connection that had been idle, or to have had enough of it, is a backend's right, and sockets end as
+            // they like.
+            let is_stale = (was_kept || is_unseen) && !timed_out && !has_begun(downstream);
+            let is_socket = downstream.response_written().is_some_and(is_upgraded);
+            if is_stale || is_socket {
+                self.count_backend_failure(context, failure);
+            } else {
+                self.note_failure(context, failure, &error);
+            }
             context.failure = Some(if timed_out { Rejection::BackendTimeout } else { Rejection::BackendFailed });
         }
-        let is_unseen = backend_failed && was_refused_unseen(&error);
+        if let Some(lease) = &mut context.backend {
+            lease.end();
+        }
         let may_repeat = backend_failed
             && !timed_out
             && !has_begun(downstream)
@@ -345,8 +353,7 @@ impl ProxyHttp for Gateway {
             && !downstream.as_ref().retry_buffer_truncated()
             && !context.is_upgrade;
         if was_kept || is_unseen {
-            // The backend closed a connection that had been idle, or had enough of it, which is its right: it is no
-            // worse than the others.
+            // It is no worse than the others.
             context.tried.forget_last();
         }
         // A request on which backends die may be what kills them: it does not meet all of them.
@@ -368,7 +375,7 @@ impl ProxyHttp for Gateway {
             Some(rejection) => Outcome::Rejected(rejection),
         };
         context.outcome = Some(outcome);
-        let backend = context.backend.as_ref().map_or("-", |backend| backend.name());
+        let backend = context.backend.as_ref().map_or("-", |lease| lease.name());
         let label = outcome.label();
         // What clients do is their business, and they could fill the log with it.
         if *error.esource() == ErrorSource::Downstream
@@ -707,9 +714,72 @@ impl Gateway {
         client
     }
 
-    fn count_backend_failure(&self, context: &RequestContext, kind: &str) {
-        if let (Some(pool), Some(backend)) = (&context.pool, &context.backend) {
-            self.observer.metrics.backend_failures.with_label_values(&[pool.name(), backend.name(), kind]).inc();
+    /// A place at a backend for the next attempt. None when there is no backend, or no more attempts: then
+    /// `context.failure` says why, unless nobody was there in the first place.
+    async fn lease(&self, downstream: &HttpSession, context: &mut RequestContext) -> Option<(Lease, SocketAddr)> {
+        let key = hash_key(downstream.req_header(), context);
+        let RequestContext { pool, tried, failure, attempts, .. } = context;
+        let pool = pool.as_ref()?;
+        let metrics = &self.observer.metrics;
+        let queued = |result, waited: Duration| {
+            metrics.queue_seconds.with_label_values(&[pool.name(), result]).observe(waited.as_secs_f64());
+        };
+        let lease = match pool.take(key, tried).await {
+            Ok(lease) => lease,
+            Err(Unavailable::Nobody) => return None,
+            Err(Unavailable::Full) => {
+                queued("full", Duration::ZERO);
+                failure.get_or_insert(Rejection::Overloaded);
+                return None;
+            }
+            Err(Unavailable::TimedOut(waited)) => {
+                queued("timeout", waited);
+                failure.get_or_insert(Rejection::Overloaded);
+                return None;
+            }
+        };
+        if !lease.waited.is_zero() {
+            queued("served", lease.waited);
+        }
+        if *attempts != 0 {
+            let is_within_budget = pool.may_retry();
+            let result = if is_within_budget { "sent" } else { "over_budget" };
+            metrics.retries.with_label_values(&[pool.name(), result]).inc();
+            if !is_within_budget {
+                return None;
+            }
+        }
+        let address = lease.address()?;
+        Some((lease, address))
+    }
+
+    /// The backend failed the request: that is counted, and it may be passed over from now on.
+    fn note_failure(&self, context: &mut RequestContext, failure: Failure, cause: &dyn std::fmt::Display) {
+        self.count_backend_failure(context, failure);
+        let (Some(pool), Some(lease)) = (&context.pool, &mut context.backend) else { return };
+        if let Some(time) = pool.note_failure(lease, failure) {
+            self.observer.metrics.backend_ejections.with_label_values(&[pool.name(), lease.name()]).inc();
+            tracing::warn!(pool = pool.name(), backend = lease.name(), ?time, %cause, "backend fails, and is passed over");
+        }
+        if failure == Failure::Connect {
+            lease.end();
+        }
+    }
+
+    /// The head of a response has come that can be passed on.
+    fn note_response(&self, context: &mut RequestContext, status: u16) {
+        let (Some(pool), Some(lease)) = (&context.pool, &context.backend) else { return };
+        if pool.is_failure(status) {
+            self.note_failure(context, Failure::Status(status), &status);
+        } else if pool.note_success(lease) {
+            tracing::info!(pool = pool.name(), backend = lease.name(), "backend is back");
+        }
+    }
+
+    fn count_backend_failure(&self, context: &RequestContext, failure: Failure) {
+        if let (Some(pool), Some(lease)) = (&context.pool, &context.backend) {
+            let labels = [pool.name(), lease.name(), failure.label()];
+            self.observer.metrics.backend_failures.with_label_values(&labels).inc();
         }
     }
 }
@@ -748,6 +818,21 @@ fn was_refused_unseen(error: &Error) -> bool {
     let is_refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
     let is_leaving = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
     cause.is_remote() && (is_refused || is_leaving)
+}
+
+/// What `balance = "hash"` goes by.
+fn hash_key(request: &RequestHeader, context: &RequestContext) -> u64 {
+    let Some(pool) = context.pool.as_ref().filter(|pool| pool.balance() == Balance::Hash) else { return 0 };
+    let own = match pool.hash_by() {
+        HashBy::User => context.identity.as_ref().map(|known| known.user.as_bytes()),
+        HashBy::Header(name) => request.headers.get(name).map(HeaderValue::as_bytes),
+        HashBy::Client => None,
+    };
+    match (own, context.client) {
+        (Some(own), _) => balance::hash(own),
+        (None, IpAddr::V4(address)) => balance::hash(&address.octets()),
+        (None, IpAddr::V6(address)) => balance::hash(&address.octets()),
+    }
 }
 
 /// Who a live session is now: of a user of the users file, what the file says today.

@@ -43,6 +43,8 @@ pub enum Rejection {
     TooManyGuesses,
     /// No backend could be connected.
     NoBackend,
+    /// All backends have as many requests as they may have.
+    Overloaded,
     /// A backend took the request and failed.
     BackendFailed,
     BackendTimeout,
@@ -99,7 +101,7 @@ impl Rejection {
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::BodyMalformed => StatusCode::BAD_REQUEST,
-            Self::StoreUnavailable | Self::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
+            Self::StoreUnavailable | Self::NoBackend | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::TooManyGuesses => StatusCode::TOO_MANY_REQUESTS,
             Self::BackendFailed => StatusCode::BAD_GATEWAY,
             Self::BackendTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -125,6 +127,7 @@ impl Rejection {
             Self::StoreUnavailable => "store_unavailable",
             Self::TooManyGuesses => "too_many_guesses",
             Self::NoBackend => "no_backend",
+            Self::Overloaded => "overloaded",
             Self::BackendFailed => "backend_failed",
             Self::BackendTimeout => "backend_timeout",
             Self::Internal => "internal",
@@ -166,6 +169,7 @@ impl Rejection {
                 "Too many logins that do not exist were tried from your network. Try again shortly.",
             ),
             Self::NoBackend => ("Back in a moment", "The application cannot be reached just now. Try again shortly."),
+            Self::Overloaded => ("Back in a moment", "The application has more to do than it can. Try again shortly."),
             Self::BackendFailed => ("Something went wrong", "The application did not answer properly. Try again."),
             Self::BackendTimeout => ("Something went wrong", "The application took too long to answer. Try again."),
             Self::Internal => {
@@ -182,6 +186,7 @@ impl Rejection {
             | Self::SessionEnded
             | Self::TooManyGuesses
             | Self::NoBackend
+            | Self::Overloaded
             | Self::BodyTooSlow
             | Self::BackendFailed
             | Self::BackendTimeout
@@ -219,7 +224,7 @@ impl Rejection {
                 let challenge = HeaderValue::from_static("Session error=\"insufficient_user_authentication\"");
                 headers.insert(header::WWW_AUTHENTICATE, challenge);
             }
-            Self::StoreUnavailable | Self::TooManyGuesses | Self::NoBackend => {
+            Self::StoreUnavailable | Self::TooManyGuesses | Self::NoBackend | Self::Overloaded => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
             }
             Self::MissingGroup
@@ -394,7 +399,9 @@ mod tests {
 
     #[test]
     fn a_failure_that_passes_says_when_to_come_back() {
-        for rejection in [Rejection::StoreUnavailable, Rejection::TooManyGuesses, Rejection::NoBackend] {
+        let passing =
+            [Rejection::StoreUnavailable, Rejection::TooManyGuesses, Rejection::NoBackend, Rejection::Overloaded];
+        for rejection in passing {
             for wants_page in [true, false] {
                 let response = rejection.response(&reader(wants_page));
                 assert_eq!(response.headers()[header::RETRY_AFTER], RETRY_AFTER, "{rejection:?}");

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::backend::Pool;
+use crate::backend::{AdminState, Health, Pool};
 use crate::config::error::ConfigError;
 use crate::config::model::Config;
 use crate::identity::headers::IdentityHeaders;
 use crate::login::Login;
+use crate::metrics::Metrics;
 
 use super::route::Routes;
 use super::transport::Transport;
@@ -24,12 +25,11 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Pools that are as in `previous` are taken over, with their turn and what they know of their backends.
+    /// What pools of `previous` know of their backends, and whose turn it is, is taken over by those of the same name.
     pub fn build(config: &Config, login: Login, previous: Option<&Self>) -> Result<Self, ConfigError> {
         let pools = config.pools.iter().map(|(name, pool)| {
-            let pool = Pool::new(name, pool);
-            let same = previous.and_then(|rules| rules.pools.get(name)).filter(|old| old.is_as_configured(&pool));
-            (name.clone(), same.map_or_else(|| Arc::new(pool), Arc::clone))
+            let previous = previous.and_then(|rules| rules.pools.get(name));
+            (name.clone(), Arc::new(Pool::new(name, pool, previous.map(Arc::as_ref))))
         });
         let transports = config.pools.iter().map(|(name, pool)| Ok((name.clone(), Transport::load(pool)?)));
         Ok(Self {
@@ -39,6 +39,33 @@ impl Rules {
             identity: IdentityHeaders::compile(&config.identity).reserving(access_token_fields(config)),
             login,
         })
+    }
+
+    /// These rules count from now on.
+    pub fn settle(&self) {
+        self.pools.values().for_each(|pool| pool.settle());
+    }
+
+    /// How the backends do at this moment, for who looks at the metrics now. Those that are gone leave no trace.
+    pub fn tell(&self, metrics: &Metrics) {
+        let gauges =
+            [&metrics.backend_up, &metrics.backend_draining, &metrics.backend_weight, &metrics.backend_in_flight];
+        gauges.iter().for_each(|gauge| gauge.reset());
+        metrics.queue_waiting.reset();
+        for pool in self.pools.values() {
+            metrics.queue_waiting.with_label_values(&[pool.name()]).set(pool.waiting() as i64);
+            for backend in pool.backends().iter() {
+                let values = [
+                    i64::from(backend.health() == Health::Up),
+                    i64::from(backend.admin_state() == AdminState::Draining),
+                    i64::from(backend.weight()),
+                    i64::from(backend.in_flight()),
+                ];
+                for (gauge, value) in gauges.iter().zip(values) {
+                    gauge.with_label_values(&[pool.name(), backend.name()]).set(value);
+                }
+            }
+        }
     }
 }
 

@@ -15,7 +15,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),
     ("session", &["identity", "config"]),
     ("identity", &["config"]),
-    ("backend", &["config"]),
+    ("backend", &["config", "metrics"]),
     ("config", &[]),
     ("pem", &["config"]),
     // For a link in its text alone.

@@ -45,7 +45,8 @@ impl Store {
 /// The file that a gateway is started from; a builder.
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
-    pools: Vec<(String, Vec<String>, String)>,
+    /// Name, backends as TOML, and further lines.
+    pools: Vec<(String, String, String)>,
     routes: Vec<String>,
     users: Vec<String>,
     store: Store,
@@ -180,10 +181,23 @@ impl Gateway {
 
 impl Setup {
     /// A further pool; `keys` are lines of its table.
-    pub(crate) fn pool(mut self, name: &str, backends: &[&Backend], keys: &str) -> Self {
-        let backends = backends.iter().map(|backend| backend.address().to_string()).collect();
+    pub(crate) fn pool(self, name: &str, backends: &[&Backend], keys: &str) -> Self {
+        let backends: Vec<_> = backends.iter().map(|backend| format!("\"{}\"", backend.address())).collect();
+        self.pool_of(name, &backends, keys)
+    }
+
+    /// As `pool`, with keys for each backend, e.g. `weight = 2`.
+    pub(crate) fn weighted_pool(self, name: &str, backends: &[(&Backend, &str)], keys: &str) -> Self {
+        let table = |(backend, keys): &(&Backend, &str)| {
+            let comma = if keys.is_empty() { "" } else { ", " };
+            format!("{{ address = \"{}\"{comma}{keys} }}", backend.address())
+        };
+        self.pool_of(name, &backends.iter().map(table).collect::<Vec<_>>(), keys)
+    }
+
+    fn pool_of(mut self, name: &str, backends: &[String], keys: &str) -> Self {
         self.pools.retain(|(n, ..)| n != name);
-        self.pools.push((name.to_owned(), backends, keys.to_owned()));
+        self.pools.push((name.to_owned(), format!("[{}]", backends.join(", ")), keys.to_owned()));
         self
     }
 
@@ -318,7 +332,7 @@ impl Setup {
             }
         }
         for (name, backends, keys) in &self.pools {
-            let _ = writeln!(text, "[pool.{name}]\nbackends = {backends:?}\n{keys}");
+            let _ = writeln!(text, "[pool.{name}]\nbackends = {backends}\n{keys}");
         }
         if self.routes.is_empty() {
             text.push_str("[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"required\"\n");

@@ -1,0 +1,189 @@
+//! Is it well? Backends of a pool with `[pool.NAME.check]` are asked, in the background and once per process.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::config::model::Check;
+use crate::metrics::Metrics;
+
+use super::{Backend, Pool};
+
+/// How one backend is asked.
+#[async_trait]
+pub trait Probe: Send + Sync {
+    /// Whether the answer is what `check` asks for; else what is wrong, in few words. `name` is the backend's own.
+    ///
+    /// It may take as long as it likes: who asks gives up after `check.timeout`.
+    async fn ask(&self, address: SocketAddr, name: &str, check: &Check) -> Result<(), String>;
+}
+
+/// Checks under way at a time. Those of dead backends take the longest.
+const CHECKS_MAX: usize = 256;
+
+/// A reload may have brought others.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// What checks have found out about one backend. It is up until they say otherwise.
+#[derive(Debug, Default)]
+pub(super) struct Checked {
+    is_down: AtomicBool,
+    course: Mutex<Course>,
+}
+
+#[derive(Debug, Default)]
+struct Course {
+    due: Option<Instant>,
+    is_under_way: bool,
+    /// That said the same, of late.
+    in_a_row: u32,
+    passed: bool,
+    is_known: bool,
+}
+
+impl Checked {
+    pub(super) fn is_down(&self) -> bool {
+        self.is_down.load(Ordering::Relaxed)
+    }
+
+    /// Nobody asks any more.
+    pub(super) fn forget(&self) {
+        *self.course.lock() = Course::default();
+        self.is_down.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be asked now.
+    fn begin(&self, now: Instant) -> bool {
+        let mut course = self.course.lock();
+        let is_due = course.due.is_none_or(|due| due <= now) && !course.is_under_way;
+        course.is_under_way |= is_due;
+        is_due
+    }
+
+    /// One check more has `passed`, or not; the next one comes at `due`. Whether that turned it up or down.
+    pub(super) fn note(&self, passed: bool, due: Instant, check: &Check) -> bool {
+        let mut course = self.course.lock();
+        let is_first = !std::mem::replace(&mut course.is_known, true);
+        course.in_a_row = if course.passed == passed && !is_first { course.in_a_row.saturating_add(1) } else { 1 };
+        course.passed = passed;
+        course.is_under_way = false;
+        course.due = Some(due);
+        let needed = if passed { check.rise } else { check.fall };
+        // Nobody has seen it well yet: the first answer counts.
+        let is_enough = is_first || needed <= course.in_a_row;
+        is_enough && self.is_down.swap(!passed, Ordering::Relaxed) == passed
+    }
+}
+
+/// Asks all backends of all pools that have a check, each when it is due; never ends. `pools` gives those of today.
+pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, metrics: Metrics) {
+    let places = Arc::new(Semaphore::new(CHECKS_MAX));
+    loop {
+        for pool in pools() {
+            let Some(check) = pool.check() else { continue };
+            for backend in pool.backends().iter().filter(|backend| backend.checked.begin(Instant::now())) {
+                let (pool, backend, check) = (Arc::clone(&pool), Arc::clone(backend), check.clone());
+                let (probe, metrics, places) = (Arc::clone(&probe), metrics.clone(), Arc::clone(&places));
+                tokio::spawn(async move {
+                    let Ok(_place) = places.acquire().await else { return };
+                    let result = backend.ask(&*probe, &check).await;
+                    backend.note_check(&pool, &check, result, &metrics);
+                });
+            }
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+impl Backend {
+    async fn ask(&self, probe: &dyn Probe, check: &Check) -> Result<(), String> {
+        let mut address = self.address().ok_or("its name has no address")?;
+        if let Some(port) = check.port {
+            address.set_port(port);
+        }
+        let timeout = check.timeout.get_ref();
+        let answer = tokio::time::timeout(timeout.get(), probe.ask(address, &self.name, check)).await;
+        answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
+    }
+
+    fn note_check(&self, pool: &Pool, check: &Check, result: Result<(), String>, metrics: &Metrics) {
+        let (pool, backend) = (pool.name(), self.name());
+        let label = if result.is_ok() { "passed" } else { "failed" };
+        metrics.backend_checks.with_label_values(&[pool, backend, label]).inc();
+        let has_turned = self.checked.note(result.is_ok(), next_check(check), check);
+        match result {
+            Ok(()) if has_turned => {
+                tracing::info!(pool, backend, "backend is up: its checks pass");
+                if !self.end_ejection() {
+                    self.begin_slowly();
+                }
+            }
+            Ok(()) => {}
+            Err(cause) => {
+                if has_turned {
+                    tracing::warn!(pool, backend, cause, "backend is down: its checks fail");
+                } else {
+                    tracing::debug!(pool, backend, cause, "a check failed");
+                }
+                self.note_last_failure(format!("check: {cause}"));
+            }
+        }
+    }
+}
+
+/// An interval from now, a little earlier or later, so that neither the backends of one instance nor the instances of one
+/// backend keep step.
+fn next_check(check: &Check) -> Instant {
+    let jitter = f64::from(check.jitter) / 100.0;
+    Instant::now() + check.interval.get().mul_f64(1.0 + jitter * (2.0 * rand::random::<f64>() - 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What turns, for answers one after the other: `u`p, `d`own or nothing.
+    fn turns(answers: &str, rise: u32, fall: u32) -> String {
+        let (checked, check) = (Checked::default(), Check { rise, fall, ..Check::default() });
+        let turn = |answer: char| {
+            assert!(checked.begin(Instant::now()) && !checked.begin(Instant::now()), "one at a time");
+            let has_turned = checked.note(answer == '+', Instant::now(), &check);
+            if !has_turned {
+                '.'
+            } else if checked.is_down() {
+                'd'
+            } else {
+                'u'
+            }
+        };
+        answers.chars().map(turn).collect()
+    }
+
+    #[test]
+    fn it_takes_several_answers_of_one_kind_to_turn_and_one_at_the_start() {
+        for (answers, rise, fall, expected) in [
+            ("+++", 2, 3, "..."),
+            ("-", 2, 3, "d"),
+            ("-++--+---", 2, 3, "d.u.....d"),
+            ("+-+--+---", 2, 3, "........d"),
+            ("+-+-", 1, 1, ".dud"),
+            ("--+-+-+++", 3, 1, "d.......u"),
+        ] {
+            assert_eq!(turns(answers, rise, fall), expected, "{answers}");
+        }
+    }
+
+    #[test]
+    fn checks_come_about_as_often_as_asked_for_and_never_in_step() {
+        let check = Check::default();
+        let now = Instant::now();
+        let waits: Vec<_> = (0..100).map(|_| (next_check(&check) - now).as_secs_f64()).collect();
+        assert!(waits.iter().all(|wait| 4.5 <= *wait), "not more than a tenth earlier than 5 s: {waits:?}");
+        assert!(waits.iter().any(|wait| (wait - waits[0]).abs() > 0.01), "{waits:?}");
+    }
+}
