@@ -53,6 +53,8 @@ const FIRST_SHARE: u64 = WHOLE / 10;
 /// With `balance = "hash"` no backend has more than this many hundredths of its share of the requests in flight: what
 /// would be more goes to the next one for its key (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018).
 const BOUND: u64 = 125;
+/// So many are never too many: a browser sends six at a time, and they belong together.
+const BOUND_MIN: u64 = 16;
 
 impl Tried {
     pub fn is_empty(&self) -> bool {
@@ -238,7 +240,7 @@ impl<'p> Candidates<'p> {
         let is_within_bound = |backend: &&Arc<Backend>| {
             // Rounded up, so that there is always room at one of them.
             let bound = (requests * self.share(backend) * BOUND).div_ceil((shares * 100).max(1));
-            u64::from(backend.in_flight()) < bound
+            u64::from(backend.in_flight()) < bound.max(BOUND_MIN)
         };
         let highest = |one: &'p Arc<Backend>, other: &'p Arc<Backend>| {
             if self.score(one, key) < self.score(other, key) { other } else { one }

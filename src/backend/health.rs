@@ -106,7 +106,7 @@ impl Backend {
         if let Some(port) = check.port {
             address.set_port(port);
         }
-        let timeout = check.timeout.get_ref();
+        let timeout = check.timeout;
         let answer = tokio::time::timeout(timeout.get(), probe.ask(address, &self.name, check)).await;
         answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
     }

@@ -685,8 +685,8 @@ pub struct Check {
     /// false: any certificate will do.
     pub verify: bool,
     pub interval: Duration,
-    /// From the connection to the end of the answer; not longer than `interval`.
-    pub timeout: Spanned<Duration>,
+    /// From the connection to the end of the answer; the next interval begins after it.
+    pub timeout: Duration,
     /// Checks passed in a row that bring it back.
     pub rise: u32,
     /// Checks failed in a row that take it out.
@@ -983,7 +983,7 @@ impl Default for Check {
             server_name: None,
             verify: true,
             interval: Duration::from_millis(5_000),
-            timeout: Spanned::new(0..0, Duration::from_millis(2_000)),
+            timeout: Duration::from_millis(2_000),
             rise: 2,
             fall: 3,
             jitter: 10,

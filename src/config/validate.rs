@@ -628,13 +628,6 @@ impl Check<'_, '_> {
         {
             self.pool_number(name, &["check", key], number, range);
         }
-        if check.interval < *check.timeout.get_ref() {
-            let (timeout, interval) = (check.timeout.get_ref(), check.interval);
-            let at = self.at_keys(&["pool", name, "check", "timeout"]);
-            let at = if at == (0..0) { self.at_keys(&["pool", name, "check", "interval"]) } else { at };
-            self.problems
-                .add(at, format!("pool.{name}.check.timeout ({timeout}) is longer than interval ({interval})"));
-        }
         if check.interval < CHECK_INTERVAL_MIN {
             let at = self.at_keys(&["pool", name, "check", "interval"]);
             let message = format!("pool.{name}.check.interval is {}: at least {CHECK_INTERVAL_MIN}", check.interval);

@@ -84,7 +84,7 @@ fn peer(address: SocketAddr, host: &str, check: &Check) -> HttpPeer {
     options.verify_cert = check.verify;
     options.verify_hostname = check.verify;
     // The whole check has one limit; none of its parts is left without.
-    let timeout = Some(check.timeout.get_ref().get());
+    let timeout = Some(check.timeout.get());
     options.connection_timeout = timeout;
     options.total_connection_timeout = timeout;
     options.read_timeout = timeout;

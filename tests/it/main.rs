@@ -9,6 +9,8 @@ mod identity_headers;
 mod directives;
 mod guard;
 mod proxying;
+mod balancing;
+mod backends_fail;
 mod proxy_protocol;
 mod http2;
 mod http2_hostile;
