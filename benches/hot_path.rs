@@ -6,6 +6,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cloakroom::backend::Pool;
+use cloakroom::backend::balance::{Tried, hash};
 use cloakroom::config::model::{self, Access, Config};
 use cloakroom::config::value::Bytes;
 use cloakroom::identity::headers::IdentityHeaders;
@@ -25,10 +27,12 @@ use http::header::COOKIE;
 
 /// The routes of a middling installation.
 const ROUTES: usize = 200;
+/// The backends of one pool, more than most have.
+const BACKENDS: usize = 16;
 /// Sessions in use, as many as a worker may well have.
 const COPIES: usize = 10_000;
 
-criterion_group!(hot_path, guarding, routing, cookies, ids, records, copies, admission, identities);
+criterion_group!(hot_path, guarding, routing, balancing, cookies, ids, records, copies, admission, identities);
 criterion_main!(hot_path);
 
 fn guarding(criterion: &mut Criterion) {
@@ -67,6 +71,25 @@ fn routing(criterion: &mut Criterion) {
         assert_eq!(routes.find(host, path).is_some(), found, "{name}");
         criterion.bench_function(&format!("route/find {name}"), |bencher| {
             bencher.iter(|| routes.find(black_box(host), black_box(path)));
+        });
+    }
+}
+
+/// From the choice of a backend to the end of the request's place there.
+fn balancing(criterion: &mut Criterion) {
+    for (name, keys, weight) in [
+        ("in turn", "", 1),
+        ("by weight", "", 2),
+        ("least requests", "balance = \"least_requests\"", 1),
+        ("power of two", "balance = \"power_of_two\"", 1),
+        ("by hash", "balance = \"hash\"", 1),
+    ] {
+        let backend = |port: usize| format!("{{ address = \"127.0.0.1:{port}\", weight = {} }}", 1 + port % weight);
+        let backends = (1..=BACKENDS).map(backend).collect::<Vec<_>>().join(", ");
+        let pool = Pool::new("app", &toml::from_str(&format!("backends = [{backends}]\n{keys}")).unwrap(), None);
+        let key = hash(b"ann");
+        criterion.bench_function(&format!("balance/{name}, 16 backends"), |bencher| {
+            bencher.iter(|| pool.pick(black_box(key), &mut Tried::default()).map(drop));
         });
     }
 }

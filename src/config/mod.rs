@@ -149,12 +149,16 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 34] = [
+    const EXAMPLES: [&str; 38] = [
         "page",
         "certificates",
         "client_ca",
         "hsts",
         "redirect_to_port",
+        "path",
+        "slow_start",
+        "body",
+        "port",
         "server_name",
         "cert",
         "key",
