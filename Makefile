@@ -16,6 +16,7 @@ test: ## Run every test; those with Redis, Valkey and Chromium start their own
 bench: ## Measure what a session costs, beside bare pingora, nginx and HAProxy (about half an hour)
 	@scripts/setup cmake cc redis-server nginx lua-nginx-redis haproxy
 	cargo bench --locked --bench hot_path
+	cargo bench --locked --bench uneven
 	cargo bench --locked --no-run --bench pingora_defaults
 	cargo bench --locked --bench side_by_side
 

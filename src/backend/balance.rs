@@ -88,31 +88,28 @@ impl Pool {
         if tried.len == ATTEMPTS_MAX {
             return Err(Unavailable::Nobody);
         }
-        if tried.is_empty()
-            && let Some(lease) = self.trial(&backends)
-        {
-            tried.add(&lease);
-            return Ok(lease);
-        }
         // Somebody else may take the last place at a backend between the look and the choice: then look again.
         for _ in 0..=backends.len() {
-            let (mut ready, mut is_full, mut is_out) = ([false; 2], false, false);
-            for backend in backends.iter() {
-                match backend.standing(tried) {
-                    Standing::Ready => ready[usize::from(backend.is_backup())] = true,
-                    Standing::Full => is_full = true,
-                    Standing::Out => is_out = true,
-                    Standing::Unfit => {}
-                }
+            let look = self.look(&backends, tried);
+            if look.is_out
+                && tried.is_empty()
+                && let Some(lease) = self.trial(&backends)
+            {
+                tried.add(&lease);
+                return Ok(lease);
             }
-            let class = match ready {
-                [false, false] if is_full => return Err(Unavailable::Full),
-                [false, false] if is_out => Class::Out,
-                [false, false] => return Err(Unavailable::Nobody),
-                [false, true] => Class::Backup,
-                [true, _] => Class::Primary,
+            let (class, seen) = match &look.ready {
+                [Seen { count: 0, .. }, Seen { count: 0, .. }] => match look {
+                    Look { is_full: true, .. } => return Err(Unavailable::Full),
+                    Look { is_out: false, .. } => return Err(Unavailable::Nobody),
+                    Look { .. } => (Class::Out, &Seen::default()),
+                },
+                [Seen { count: 0, .. }, backups] => (Class::Backup, backups),
+                [primaries, _] => (Class::Primary, primaries),
             };
-            let among = Candidates { pool: self, backends: &backends, tried, class };
+            let are_all = seen.count == backends.len();
+            let are_equal = !seen.is_mixed;
+            let among = Candidates { pool: self, backends: &backends, tried, class, are_all, are_equal };
             let Some(backend) = among.choose(key) else { continue };
             if let Some(lease) = backend.try_lease(false) {
                 tried.add(&lease);
@@ -125,18 +122,57 @@ impl Pool {
         Err(Unavailable::Full)
     }
 
+    fn look(&self, backends: &[Arc<Backend>], tried: &Tried) -> Look {
+        let mut look = Look::default();
+        for backend in backends {
+            match backend.standing(tried) {
+                Standing::Ready => {
+                    let seen = &mut look.ready[usize::from(backend.is_backup())];
+                    let share = backend.share(self);
+                    seen.is_mixed |= seen.count != 0 && seen.share != share;
+                    seen.share = share;
+                    seen.count += 1;
+                }
+                Standing::Full => look.is_full = true,
+                Standing::Out => look.is_out = true,
+                Standing::Unfit => {}
+            }
+        }
+        look
+    }
+
     /// A place at a backend that was ejected, when its time is over and this request is the one that tries it.
     fn trial(&self, backends: &[Arc<Backend>]) -> Option<Lease> {
-        let is_candidate = |backend: &&Arc<Backend>| backend.ejection.is_out() && !backend.checked.is_down();
-        let mut candidates = backends.iter().filter(is_candidate).peekable();
-        candidates.peek()?; // as nearly always, and without a look at the clock
+        let is_candidate = |backend: &&Arc<Backend>| {
+            // A backup is tried when it is needed, and not before.
+            backend.ejection.is_out() && !backend.checked.is_down() && !backend.is_backup()
+        };
         let now = self.ongoing.now();
         let nothing = Tried::default();
+        let candidates = backends.iter().filter(is_candidate);
         candidates
             .filter(|backend| backend.is_fit(&nothing))
             .find(|backend| backend.ejection.claim_trial(now, self.trial_interval()))?
             .try_lease(true)
     }
+}
+
+/// What one look at all backends finds.
+#[derive(Default)]
+struct Look {
+    /// Primaries and backups.
+    ready: [Seen; 2],
+    is_full: bool,
+    is_out: bool,
+}
+
+#[derive(Default)]
+struct Seen {
+    count: usize,
+    /// Of the last one.
+    share: u64,
+    /// Shares differ.
+    is_mixed: bool,
 }
 
 /// The backends of one class.
@@ -145,11 +181,18 @@ struct Candidates<'p> {
     backends: &'p [Arc<Backend>],
     tried: &'p Tried,
     class: Class,
+    /// There are no others in the pool.
+    are_all: bool,
+    /// They have the same share.
+    are_equal: bool,
 }
 
 impl<'p> Candidates<'p> {
     fn iter(&self) -> impl Iterator<Item = &'p Arc<Backend>> + Clone {
         self.backends.iter().filter(|backend| {
+            if self.are_all {
+                return true;
+            }
             let standing = backend.standing(self.tried);
             match self.class {
                 Class::Primary => standing == Standing::Ready && !backend.is_backup(),
@@ -177,9 +220,7 @@ impl<'p> Candidates<'p> {
 
     /// By their weights, whatever they have to do.
     fn deal(&self, among: impl Iterator<Item = &'p Arc<Backend>> + Clone) -> Option<&'p Arc<Backend>> {
-        let mut shares = among.clone().map(|backend| self.share(backend));
-        let first = shares.next();
-        if shares.all(|share| Some(share) == first) { self.in_turn(among) } else { self.furthest_behind(among) }
+        if self.are_equal { self.in_turn(among) } else { self.furthest_behind(among) }
     }
 
     fn in_turn(&self, mut among: impl Iterator<Item = &'p Arc<Backend>> + Clone) -> Option<&'p Arc<Backend>> {
@@ -195,7 +236,7 @@ impl<'p> Candidates<'p> {
         let mut all = 0;
         let mut chosen: Option<(&Arc<Backend>, i64)> = None;
         for backend in among {
-            let share = self.share(backend) as i64;
+            let share = backend.share(self.pool) as i64;
             let earned = backend.credit.load(Ordering::Relaxed) + share;
             backend.credit.store(earned, Ordering::Relaxed);
             all += share;
@@ -218,28 +259,30 @@ impl<'p> Candidates<'p> {
     /// Where many gateways each see only their own requests, the least busy backend would be the same for all, and they
     /// would run there together; two drawn at random are not (Mitzenmacher, "The Power of Two Choices", 2001).
     fn less_busy_of_two(&self) -> Option<&'p Arc<Backend>> {
-        let all: u64 = self.iter().map(|backend| self.share(backend)).sum();
+        let all: u64 = self.iter().map(|backend| backend.share(self.pool)).sum();
         let drawn = mix(self.turn() as u64);
         let one = self.drawn(drawn, all)?;
-        let rest = all.saturating_sub(self.share(one));
+        let rest = all.saturating_sub(one.share(self.pool));
         let others = || self.iter().filter(|backend| backend.id != one.id);
-        let Some(other) = draw(others(), mix(drawn), rest, |backend| self.share(backend)) else { return Some(one) };
+        let Some(other) = draw(others(), mix(drawn), rest, |backend| backend.share(self.pool)) else {
+            return Some(one);
+        };
         Some(if self.is_less_busy(other, one) { other } else { one })
     }
 
     fn drawn(&self, number: u64, all: u64) -> Option<&'p Arc<Backend>> {
-        draw(self.iter(), number, all, |backend| self.share(backend))
+        draw(self.iter(), number, all, |backend| backend.share(self.pool))
     }
 
     /// Weighted rendezvous hashing: each backend scores for the key, and the highest score has it. When one leaves, its keys
     /// alone move, and to each of the others in proportion.
     fn by_hash(&self, key: u64) -> Option<&'p Arc<Backend>> {
         let (shares, requests) = self.iter().fold((0, 1), |(shares, requests), backend| {
-            (shares + self.share(backend), requests + u64::from(backend.in_flight()))
+            (shares + backend.share(self.pool), requests + u64::from(backend.in_flight()))
         });
         let is_within_bound = |backend: &&Arc<Backend>| {
             // Rounded up, so that there is always room at one of them.
-            let bound = (requests * self.share(backend) * BOUND).div_ceil((shares * 100).max(1));
+            let bound = (requests * backend.share(self.pool) * BOUND).div_ceil((shares * 100).max(1));
             u64::from(backend.in_flight()) < bound.max(BOUND_MIN)
         };
         let highest = |one: &'p Arc<Backend>, other: &'p Arc<Backend>| {
@@ -253,18 +296,12 @@ impl<'p> Candidates<'p> {
         let drawn = mix(key ^ backend.seed);
         // The upper 53 bits are the fraction of a double; in (0, 1), so that its logarithm is there and not 0.
         let uniform = ((drawn >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
-        self.share(backend) as f64 / -uniform.ln()
+        backend.share(self.pool) as f64 / -uniform.ln()
     }
 
     fn is_less_busy(&self, one: &Backend, other: &Backend) -> bool {
         let requests = |backend: &Backend| u64::from(backend.in_flight());
-        requests(one) * self.share(other) < requests(other) * self.share(one)
-    }
-
-    /// Its weight, in thousandths; less while it starts slowly.
-    fn share(&self, backend: &Backend) -> u64 {
-        let weight = u64::from(backend.weight());
-        weight * backend.warmth(self.pool)
+        requests(one) * other.share(self.pool) < requests(other) * one.share(self.pool)
     }
 }
 
@@ -295,16 +332,26 @@ impl Backend {
             && (tried.is_empty() || !tried.contains(self))
     }
 
+    /// A backup is back as soon as its time is over, for no request tries it before one needs it.
+    pub(super) fn is_ejected(&self) -> bool {
+        self.ejection.is_out() && !(self.is_backup() && self.ejection.is_over(self.ongoing.now()))
+    }
+
     fn standing(&self, tried: &Tried) -> Standing {
         if !self.is_fit(tried) {
             return Standing::Unfit;
         }
-        if self.checked.is_down() || self.ejection.is_out() {
+        if self.checked.is_down() || self.is_ejected() {
             return Standing::Out;
         }
         let most = self.max_requests();
         // Ordered after the entry in the queue: see `Lease::end`.
         if most != 0 && most <= self.in_flight.0.load(Ordering::SeqCst) { Standing::Full } else { Standing::Ready }
+    }
+
+    /// Its weight, in thousandths; less while it starts slowly.
+    fn share(&self, pool: &Pool) -> u64 {
+        u64::from(self.weight()) * self.warmth(pool)
     }
 
     /// How much of its share it has, in thousandths.
@@ -347,6 +394,7 @@ mod tests {
 
     use super::*;
     use crate::backend::ejection::Failure;
+    use crate::backend::{AdminState, Health};
     use crate::config::model;
 
     fn config(backends: &str, keys: &str) -> model::Pool {
@@ -398,8 +446,7 @@ mod tests {
     }
 
     fn take_out_by_check(pool: &Pool, number: usize) {
-        let check = model::Check::default();
-        pool.backends()[number - 1].checked.note(false, Instant::now(), &check);
+        pool.backends()[number - 1].checked.fail();
     }
 
     #[test]
@@ -613,6 +660,21 @@ mod tests {
     }
 
     #[test]
+    fn a_backup_that_failed_is_tried_when_it_is_needed_and_not_before() {
+        let pool = pool(&backends(&["", ", backup = true"]), "eject.time = \"1ms\"\neject.time_max = \"1h\"");
+        kill(&pool, 2);
+        let is_up = || pool.backends()[1].health() == Health::Up;
+        while !is_up() {
+            std::hint::spin_loop();
+        }
+        assert_eq!(turns(&pool, 3), [1, 1, 1]);
+        pool.backends()[0].drain();
+        assert_eq!(next(&pool), Some(2));
+        kill(&pool, 2);
+        assert!(!is_up(), "its next failure counts");
+    }
+
+    #[test]
     fn replaced_backends_keep_what_they_know_when_they_stay() {
         let pool = three();
         let held = pool.backends()[1].try_lease(false).unwrap();
@@ -620,11 +682,8 @@ mod tests {
         let endpoints =
             config("\"127.0.0.1:2\", { address = \"127.0.0.1:3\", weight = 2 }, \"127.0.0.1:4\"", "").backends;
         pool.replace(&endpoints.into_iter().map(toml::Spanned::into_inner).collect::<Vec<_>>());
-        let now: Vec<_> = pool
-            .backends()
-            .iter()
-            .map(|b| (b.in_flight(), b.health() == super::super::Health::Up, b.weight()))
-            .collect();
+        let now: Vec<_> =
+            pool.backends().iter().map(|b| (b.in_flight(), b.health() == Health::Up, b.weight())).collect();
         assert_eq!(now, [(1, true, 1), (0, false, 2), (0, true, 1)]);
         drop(held);
         assert_eq!(pool.backends()[0].in_flight(), 0);
@@ -641,7 +700,7 @@ mod tests {
         new.settle();
         let weights: Vec<_> = new.backends().iter().map(|backend| backend.weight()).collect();
         assert_eq!(weights, [9, 1, 4], "what was set by hand stays, what the file changes changes");
-        assert_eq!(new.backends()[1].admin_state(), super::super::AdminState::Draining);
+        assert_eq!(new.backends()[1].admin_state(), AdminState::Draining);
         assert_eq!(new.backends()[2].in_flight(), 1);
         drop(held);
         assert_eq!(new.backends()[2].in_flight(), 0);

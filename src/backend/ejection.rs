@@ -76,6 +76,11 @@ impl Ejection {
         self.until.load(Ordering::Relaxed) != 0
     }
 
+    /// Whether it was out, and may be tried again.
+    pub(super) fn is_over(&self, now: u64) -> bool {
+        (1..=now).contains(&self.until.load(Ordering::Relaxed))
+    }
+
     /// How long it is still passed over.
     pub(super) fn rest(&self, now: u64) -> Option<Duration> {
         let until = self.until.load(Ordering::Relaxed);
@@ -89,13 +94,14 @@ impl Ejection {
         is_over && self.until.compare_exchange(until, now + every, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// Passed over from now on. None when it was already, and this was not the trial.
+    /// Passed over from now on. None when it is already, and this was not the trial.
     fn eject(&self, now: u64, is_trial: bool, rules: &EjectionRules) -> Option<Duration> {
         let mut history = self.history.lock();
-        if self.is_out() && !is_trial {
+        let until = self.until.load(Ordering::Relaxed);
+        if now < until && !is_trial {
             return None;
         }
-        if !is_trial && rules.time_max <= now.saturating_sub(history.returned) {
+        if until == 0 && rules.time_max <= now.saturating_sub(history.returned) {
             history.times = 0;
         }
         let doubled = rules.time.checked_shl(history.times).filter(|time| time >> history.times == rules.time);

@@ -44,30 +44,46 @@ struct Course {
     in_a_row: u32,
     passed: bool,
     is_known: bool,
+    /// How often it was forgotten: what was asked before says nothing any more.
+    forgotten: u64,
 }
 
+/// One check under way.
+#[derive(Clone, Copy)]
+struct Asked(u64);
+
 impl Checked {
+    /// As one check that failed.
+    #[cfg(test)]
+    pub(super) fn fail(&self) {
+        self.is_down.store(true, Ordering::Relaxed);
+    }
+
     pub(super) fn is_down(&self) -> bool {
         self.is_down.load(Ordering::Relaxed)
     }
 
     /// Nobody asks any more.
     pub(super) fn forget(&self) {
-        *self.course.lock() = Course::default();
+        let mut course = self.course.lock();
+        *course = Course { forgotten: course.forgotten + 1, ..Course::default() };
         self.is_down.store(false, Ordering::Relaxed);
     }
 
-    /// Whether it is to be asked now.
-    fn begin(&self, now: Instant) -> bool {
+    /// Whether it is to be asked now; what comes has to be given to [`Checked::note`].
+    fn begin(&self, now: Instant) -> Option<Asked> {
         let mut course = self.course.lock();
         let is_due = course.due.is_none_or(|due| due <= now) && !course.is_under_way;
         course.is_under_way |= is_due;
-        is_due
+        is_due.then_some(Asked(course.forgotten))
     }
 
-    /// One check more has `passed`, or not; the next one comes at `due`. Whether that turned it up or down.
-    pub(super) fn note(&self, passed: bool, due: Instant, check: &Check) -> bool {
+    /// What was `asked` has `passed`, or not; the next one comes at `due`. Whether that turned it up or down.
+    fn note(&self, asked: Asked, passed: bool, due: Instant, check: &Check) -> bool {
         let mut course = self.course.lock();
+        if asked.0 != course.forgotten {
+            return false;
+        }
         let is_first = !std::mem::replace(&mut course.is_known, true);
         course.in_a_row = if course.passed == passed && !is_first { course.in_a_row.saturating_add(1) } else { 1 };
         course.passed = passed;
@@ -86,13 +102,14 @@ pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, me
     loop {
         for pool in pools() {
             let Some(check) = pool.check() else { continue };
-            for backend in pool.backends().iter().filter(|backend| backend.checked.begin(Instant::now())) {
+            for backend in pool.backends().iter() {
+                let Some(asked) = backend.checked.begin(Instant::now()) else { continue };
                 let (pool, backend, check) = (Arc::clone(&pool), Arc::clone(backend), check.clone());
                 let (probe, metrics, places) = (Arc::clone(&probe), metrics.clone(), Arc::clone(&places));
                 tokio::spawn(async move {
                     let Ok(_place) = places.acquire().await else { return };
                     let result = backend.ask(&*probe, &check).await;
-                    backend.note_check(&pool, &check, result, &metrics);
+                    backend.note_check(&pool, &check, asked, result, &metrics);
                 });
             }
         }
@@ -111,11 +128,11 @@ impl Backend {
         answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
     }
 
-    fn note_check(&self, pool: &Pool, check: &Check, result: Result<(), String>, metrics: &Metrics) {
+    fn note_check(&self, pool: &Pool, check: &Check, asked: Asked, result: Result<(), String>, metrics: &Metrics) {
         let (pool, backend) = (pool.name(), self.name());
         let label = if result.is_ok() { "passed" } else { "failed" };
         metrics.backend_checks.with_label_values(&[pool, backend, label]).inc();
-        let has_turned = self.checked.note(result.is_ok(), next_check(check), check);
+        let has_turned = self.checked.note(asked, result.is_ok(), next_check(check), check);
         match result {
             Ok(()) if has_turned => {
                 tracing::info!(pool, backend, "backend is up: its checks pass");
@@ -151,8 +168,9 @@ mod tests {
     fn turns(answers: &str, rise: u32, fall: u32) -> String {
         let (checked, check) = (Checked::default(), Check { rise, fall, ..Check::default() });
         let turn = |answer: char| {
-            assert!(checked.begin(Instant::now()) && !checked.begin(Instant::now()), "one at a time");
-            let has_turned = checked.note(answer == '+', Instant::now(), &check);
+            let asked = checked.begin(Instant::now()).expect("it is due");
+            assert!(checked.begin(Instant::now()).is_none(), "one at a time");
+            let has_turned = checked.note(asked, answer == '+', Instant::now(), &check);
             if !has_turned {
                 '.'
             } else if checked.is_down() {
@@ -176,6 +194,14 @@ mod tests {
         ] {
             assert_eq!(turns(answers, rise, fall), expected, "{answers}");
         }
+    }
+
+    #[test]
+    fn an_answer_that_comes_when_nobody_asks_any_more_says_nothing() {
+        let (checked, check) = (Checked::default(), Check::default());
+        let asked = checked.begin(Instant::now()).expect("it is due");
+        checked.forget();
+        assert!(!checked.note(asked, false, Instant::now(), &check) && !checked.is_down());
     }
 
     #[test]

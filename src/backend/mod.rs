@@ -343,7 +343,8 @@ impl Backend {
         if self.checked.is_down() {
             return Health::Down;
         }
-        self.ejection.rest(self.ongoing.now()).map_or(Health::Up, Health::Ejected)
+        let rest = self.ejection.rest(self.ongoing.now()).filter(|_| self.is_ejected());
+        rest.map_or(Health::Up, Health::Ejected)
     }
 
     pub fn last_failure(&self) -> Option<LastFailure> {

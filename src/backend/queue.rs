@@ -55,7 +55,7 @@ impl Pool {
             self.ongoing.budget.deposit(self.retry_percent);
         }
         // Who comes while others wait does not go before them.
-        if self.waiting() == 0 {
+        if self.queue_max == 0 || self.waiting() == 0 {
             match self.pick(key, tried) {
                 Err(Unavailable::Full) if self.queue_max != 0 => {}
                 done => return done,

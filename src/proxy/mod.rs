@@ -408,6 +408,9 @@ impl ProxyHttp for Gateway {
             None => Outcome::Forwarded,
             Some(error) => rejection(error, context).map_or(Outcome::ClientGone, |_| Outcome::Truncated),
         });
+        if let Some(lease) = &mut context.backend {
+            lease.end();
+        }
         context.record(status, outcome, downstream.body_bytes_read(), downstream.body_bytes_sent());
     }
 
