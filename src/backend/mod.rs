@@ -1,7 +1,7 @@
 //! Which server answers? A pool is a named set of interchangeable backends.
 //!
 //! What is configured is a [`Pool`], made anew by every reload. What has to outlive a reload is in the [`Backend`]s,
-//! which are taken over by their names (requests in flight, health, weight), and in [`Ongoing`] (turn, queue, budget).
+//! which are taken over by their names (requests in flight, health, weight), and in `Ongoing` (turn, queue, budget).
 
 use std::net::SocketAddr;
 use std::ops::Deref;
