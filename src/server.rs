@@ -545,7 +545,7 @@ impl Background {
             tokio::spawn(inspect(Arc::clone(sessions.store())));
             let watched = async { health.watch(&**sessions.store(), &metrics).await };
             let pools = || rules.load().pools.values().cloned().collect::<Vec<_>>();
-            let checked = health::watch(pools, Arc::new(PingoraProbe::new()), metrics.clone());
+            let checked = health::watch(pools, Arc::new(PingoraProbe::new(Arc::clone(rules))), metrics.clone());
             let resolved = async {
                 loop {
                     let _ = tokio::time::timeout(discover::INTERVAL, resolve.notified()).await;

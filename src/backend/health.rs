@@ -17,10 +17,11 @@ use super::{Backend, Pool};
 /// How one backend is asked.
 #[async_trait]
 pub trait Probe: Send + Sync {
-    /// Whether the answer is what `check` asks for; else what is wrong, in few words. `name` is the backend's own.
+    /// Whether the answer of the backend, of this pool and at this address, is what `check` asks for; else what is wrong,
+    /// in few words.
     ///
     /// It may take as long as it likes: who asks gives up after `check.timeout`.
-    async fn ask(&self, address: SocketAddr, name: &str, check: &Check) -> Result<(), String>;
+    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), String>;
 }
 
 /// Checks under way at a time. Those of dead backends take the longest.
@@ -108,7 +109,7 @@ pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, me
                 let (probe, metrics, places) = (Arc::clone(&probe), metrics.clone(), Arc::clone(&places));
                 tokio::spawn(async move {
                     let Ok(_place) = places.acquire().await else { return };
-                    let result = backend.ask(&*probe, &check).await;
+                    let result = backend.ask(&*probe, &pool, &check).await;
                     backend.note_check(&pool, &check, asked, result, &metrics);
                 });
             }
@@ -118,13 +119,13 @@ pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, me
 }
 
 impl Backend {
-    async fn ask(&self, probe: &dyn Probe, check: &Check) -> Result<(), String> {
+    async fn ask(&self, probe: &dyn Probe, pool: &Pool, check: &Check) -> Result<(), String> {
         let mut address = self.address().ok_or("its name has no address")?;
         if let Some(port) = check.port {
             address.set_port(port);
         }
         let timeout = check.timeout;
-        let answer = tokio::time::timeout(timeout.get(), probe.ask(address, &self.name, check)).await;
+        let answer = tokio::time::timeout(timeout.get(), probe.ask(pool, self, address, check)).await;
         answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
     }
 

@@ -149,13 +149,14 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 38] = [
+    const EXAMPLES: [&str; 39] = [
         "page",
         "certificates",
         "client_ca",
         "hsts",
         "redirect_to_port",
         "path",
+        "tls",
         "slow_start",
         "body",
         "port",

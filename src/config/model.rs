@@ -679,11 +679,12 @@ pub struct Check {
     pub body: Option<String>,
     /// Default: that of the requests.
     pub port: Option<u16>,
-    pub tls: bool,
-    /// Whom the certificate must name; default: the host.
+    /// Over TLS, or not; default: as the requests.
+    pub tls: Option<Spanned<bool>>,
+    /// With `tls = true`: whom the certificate must name; default: the host.
     pub server_name: Option<Spanned<String>>,
-    /// false: any certificate will do.
-    pub verify: bool,
+    /// With `tls = true`; false: any certificate will do.
+    pub verify: Spanned<bool>,
     pub interval: Duration,
     /// From the connection to the end of the answer; the next interval begins after it.
     pub timeout: Duration,
@@ -979,9 +980,9 @@ impl Default for Check {
             statuses: Statuses::default(),
             body: None,
             port: None,
-            tls: false,
+            tls: None,
             server_name: None,
-            verify: true,
+            verify: Spanned::new(0..0, true),
             interval: Duration::from_millis(5_000),
             timeout: Duration::from_millis(2_000),
             rise: 2,

@@ -656,6 +656,17 @@ impl Check<'_, '_> {
         {
             self.problems.add(host.span(), format!("invalid host {:?}: {fault}", host.get_ref()));
         }
+        let of_tls = [
+            check.server_name.as_ref().map(|name| ("server_name", name.span())),
+            (!check.verify.get_ref()).then(|| ("verify", check.verify.span())),
+        ];
+        if !check.tls.as_ref().is_some_and(|tls| *tls.get_ref()) {
+            for (key, at) in of_tls.into_iter().flatten() {
+                self.problems
+                    .add(at, format!("pool.{name}.check.{key} means nothing without tls = true"))
+                    .hint("without tls, checks go as requests do, with the certificates of the pool");
+            }
+        }
         if let Some(server_name) = &check.server_name
             && let Err(fault) = host_name_or_address(server_name.get_ref())
         {
@@ -1532,7 +1543,9 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (pool("\"h:80\"") + "\n[pool.b.check]\nrise = 0", "13:8", "must be between 1 and 100"),
             (pool("\"h:80\"") + "\n[pool.b.check]\ninterval = \"50ms\"", "13:12", "at least 100ms"),
             (pool("\"h:80\"") + "\n[pool.b.check]\npath = \"/\"\nhost = \"a b\"", "14:8", "invalid host \"a b\""),
-            (pool("\"h:80\"") + "\n[pool.b.check]\nserver_name = \"a:1\"", "13:15", "invalid server_name"),
+            (pool("\"h:80\"") + "\n[pool.b.check]\ntls = true\nserver_name = \"a:1\"", "14:15", "invalid server_name"),
+            (pool("\"h:80\"") + "\n[pool.b.check]\nserver_name = \"a\"", "13:15", "means nothing without tls = true"),
+            (pool("\"h:80\"") + "\n[pool.b.check]\nverify = false", "13:10", "means nothing without tls = true"),
             (pool("\"h:80\"") + "\n[pool.b.check]\nstatuses = \"2xx\"", "13:12", "expected e.g. \"200\""),
             ("[pool.\"a b\"]\nbackends = [\"h:1\"]".into(), "10:1", "invalid pool name"),
             ("[pool.b]".into(), "10:1", "missing key `backends` in [pool.b]"),

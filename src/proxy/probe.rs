@@ -1,10 +1,11 @@
 //! How is a backend asked whether it is well? By pingora's own client, as its requests are, on a connection of its own.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use http::{HeaderValue, header};
+use http::{HeaderValue, Uri, header};
 use memchr::memmem;
 use pingora::connectors::TransportConnector;
 use pingora::connectors::http::Connector;
@@ -12,26 +13,49 @@ use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
 
 use crate::backend::health::Probe;
+use crate::backend::{Backend, Pool};
 use crate::config::model::Check;
+
+use super::rules::Rules;
+use super::transport::host_of;
 
 /// So much of a response is read for the text that shall be in it.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// Asks over TCP, TLS and HTTP/1.1.
+/// Asks over TCP, TLS, HTTP/1 and HTTP/2, as the rules of the moment say.
 pub struct PingoraProbe {
+    rules: Arc<ArcSwap<Rules>>,
     http: Connector,
     transport: TransportConnector,
 }
 
 impl PingoraProbe {
-    pub fn new() -> Self {
-        Self { http: Connector::new(None), transport: TransportConnector::new(None) }
+    pub fn new(rules: Arc<ArcSwap<Rules>>) -> Self {
+        Self { rules, http: Connector::new(None), transport: TransportConnector::new(None) }
     }
-}
 
-impl Default for PingoraProbe {
-    fn default() -> Self {
-        Self::new()
+    /// Who is asked: by the same transport as the requests, unless the check has its own.
+    fn peer(&self, pool: &str, name: &str, host: &str, address: SocketAddr, check: &Check) -> Option<HttpPeer> {
+        let mut peer = match &check.tls {
+            None => self.rules.load().transports.get(pool)?.peer(name, address, false),
+            Some(tls) => {
+                let server_name = check.server_name.as_ref().map_or_else(|| host_of(host), |name| name.get_ref());
+                let mut peer = HttpPeer::new(address, *tls.get_ref(), server_name.to_owned());
+                peer.options.verify_cert = *check.verify.get_ref();
+                peer.options.verify_hostname = *check.verify.get_ref();
+                peer
+            }
+        };
+        let options = &mut peer.options;
+        // The whole check has one limit; none of its parts is left without.
+        let timeout = Some(check.timeout.get());
+        options.connection_timeout = timeout;
+        options.total_connection_timeout = timeout;
+        options.read_timeout = timeout;
+        options.write_timeout = timeout;
+        // A connection that takes no further request is not kept for one.
+        options.max_h2_streams = 1;
+        Some(peer)
     }
 }
 
@@ -43,16 +67,21 @@ impl std::fmt::Debug for PingoraProbe {
 
 #[async_trait]
 impl Probe for PingoraProbe {
-    async fn ask(&self, address: SocketAddr, name: &str, check: &Check) -> Result<(), String> {
-        let said = |error: Box<pingora::Error>| error.to_string();
-        let host = check.host.as_ref().map_or(name, |host| host.get_ref().as_str());
-        let peer = peer(address, host, check);
+    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), String> {
+        let host = check.host.as_ref().map_or(backend.name(), |host| host.get_ref());
+        let peer = self.peer(pool.name(), backend.name(), host, address, check).ok_or("its pool is gone")?;
         let Some(path) = &check.path else {
             return self.transport.new_stream(&peer).await.map(drop).map_err(said);
         };
         // Never given back, so that each check sees what a new connection does.
         let (mut upstream, _) = self.http.get_http_session(&peer).await.map_err(said)?;
-        upstream.write_request_header(Box::new(request(path.get_ref(), host)?)).await.map_err(said)?;
+        let request = if upstream.as_http2().is_some() {
+            let scheme = if peer.is_tls() { "https" } else { "http" };
+            request_in_http2(scheme, host, path.get_ref())?
+        } else {
+            request_in_http1(host, path.get_ref()).map_err(said)?
+        };
+        upstream.write_request_header(Box::new(request)).await.map_err(said)?;
         upstream.finish_request_body().await.map_err(said)?;
         upstream.read_response_header().await.map_err(said)?;
         let status = upstream.response_header().map_or(0, |response| response.status.as_u16());
@@ -73,32 +102,28 @@ impl Probe for PingoraProbe {
     }
 }
 
-fn peer(address: SocketAddr, host: &str, check: &Check) -> HttpPeer {
-    let of_host = || {
-        let name = host.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')).map_or(host, |(name, _)| name);
-        name.trim_start_matches('[').trim_end_matches(']').to_owned()
-    };
-    let server_name = check.server_name.as_ref().map_or_else(of_host, |name| name.get_ref().clone());
-    let mut peer = HttpPeer::new(address, check.tls, server_name);
-    let options = &mut peer.options;
-    options.verify_cert = check.verify;
-    options.verify_hostname = check.verify;
-    // The whole check has one limit; none of its parts is left without.
-    let timeout = Some(check.timeout.get());
-    options.connection_timeout = timeout;
-    options.total_connection_timeout = timeout;
-    options.read_timeout = timeout;
-    options.write_timeout = timeout;
-    options.idle_timeout = Some(Duration::ZERO);
-    peer
+/// Names itself, so that logs of backends can leave it out.
+const AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("cloakroom/", env!("CARGO_PKG_VERSION"), " (health check)"));
+
+fn request_in_http1(host: &str, path: &str) -> pingora::Result<RequestHeader> {
+    let mut request = RequestHeader::build("GET", path.as_bytes(), Some(3))?;
+    request.insert_header(header::HOST, host)?;
+    request.insert_header(header::USER_AGENT, AGENT)?;
+    request.insert_header(header::CONNECTION, HeaderValue::from_static("close"))?;
+    Ok(request)
 }
 
-fn request(path: &str, host: &str) -> Result<RequestHeader, String> {
-    let said = |error: Box<pingora::Error>| error.to_string();
-    let mut request = RequestHeader::build("GET", path.as_bytes(), Some(3)).map_err(said)?;
-    request.insert_header(header::HOST, host).map_err(said)?;
-    let agent = HeaderValue::from_static(concat!("cloakroom/", env!("CARGO_PKG_VERSION"), " (health check)"));
-    request.insert_header(header::USER_AGENT, agent).map_err(said)?;
-    request.insert_header(header::CONNECTION, HeaderValue::from_static("close")).map_err(said)?;
+/// The host is part of the target, and fields of the connection are not allowed (RFC 9113, sections 8.2.2 and 8.3.1).
+fn request_in_http2(scheme: &str, host: &str, path: &str) -> Result<RequestHeader, String> {
+    let uri = Uri::builder().scheme(scheme).authority(host).path_and_query(path).build();
+    let mut request = RequestHeader::build("GET", b"/", Some(1)).map_err(said)?;
+    request.set_uri(uri.map_err(|error| error.to_string())?);
+    request.insert_header(header::USER_AGENT, AGENT).map_err(said)?;
     Ok(request)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn said(error: Box<pingora::Error>) -> String {
+    error.to_string()
 }

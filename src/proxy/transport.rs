@@ -107,9 +107,9 @@ impl fmt::Debug for Transport {
     }
 }
 
-/// Without the port, and without the brackets of an IPv6 address.
-fn host_of(name: &str) -> &str {
-    let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
+/// Without the port, if there is one, and without the brackets of an IPv6 address.
+pub(super) fn host_of(name: &str) -> &str {
+    let host = name.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')).map_or(name, |(host, _)| host);
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, Setup};
+use crate::harness::http2::Http2Backend;
 use crate::harness::wait_until;
 
 const PUBLIC: &str = "access = \"public\"";
@@ -307,20 +308,34 @@ fn a_check_asks_for_what_it_is_told_to() {
 }
 
 #[test]
-fn a_check_over_tls_verifies_whom_it_asks() {
+fn a_check_goes_as_requests_do_unless_it_is_told_otherwise() {
     // Another gateway is the backend: its certificate is nobody's that this machine trusts.
     let behind = Gateway::in_front_of(&[&Backend::echo()]).tls().start();
-    let address = behind.address();
-    for (keys, result) in [("", "failed"), ("verify = false", "passed")] {
-        let tables = format!(
-            "[pool.tls]\nbackends = [\"{address}\"]\n[pool.tls.check]\npath = \"/.cloakroom/login\"\ntls = true\n{keys}"
-        );
+    let http2 = Http2Backend::start();
+    let page = "path = \"/.cloakroom/login\"";
+    for (address, pool, check, result) in [
+        (behind.address(), "", page, "failed"),
+        (behind.address(), "", &*format!("{page}\ntls = true"), "failed"),
+        (behind.address(), "", &*format!("{page}\ntls = true\nverify = false"), "passed"),
+        (behind.address(), "tls = {}", page, "failed"),
+        (behind.address(), "tls = { verify = false }", page, "passed"),
+        (behind.address(), "tls = { verify = false }", "", "passed"),
+        (behind.address(), "tls = { verify = false }\nprotocol = \"auto\"", page, "passed"),
+        (behind.address(), "tls = { verify = false }", &*format!("{page}\ntls = false"), "failed"),
+        (http2.address(), "protocol = \"http2\"", "path = \"/health\"", "passed"),
+        (http2.address(), "", "path = \"/health\"", "failed"),
+    ] {
+        let tables =
+            format!("[pool.it]\nbackends = [\"{address}\"]\n{pool}\n[pool.it.check]\ntimeout = \"20s\"\n{check}");
         let gateway = Gateway::in_front_of(&[&Backend::echo()]).with(&tables).start();
-        let labels = format!("backend=\"{address}\",pool=\"tls\",result=\"{result}\"");
-        wait_until("it has been asked", || {
-            gateway.metric(&format!("cloakroom_backend_checks_total{{{labels}}}")) != 0.0
-        });
+        let count = |result: &str| {
+            let labels = format!("backend=\"{address}\",pool=\"it\",result=\"{result}\"");
+            gateway.metric(&format!("cloakroom_backend_checks_total{{{labels}}}"))
+        };
+        wait_until("it has been asked", || count("passed") + count("failed") != 0.0);
+        assert_eq!(count(result), 1.0, "{pool} {check}");
     }
+    assert_eq!(http2.requests(), ["GET /health"]);
 }
 
 #[test]
