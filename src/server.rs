@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use http::{HeaderName, HeaderValue};
+use parking_lot::Mutex;
 use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
@@ -21,11 +22,11 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
-use crate::admin::{Admin, Health, Quiet, SessionsApi};
+use crate::admin::{Admin, Health, Quiet, ReloadApi, SessionsApi, Token};
 use crate::backend::{balance, discover, health};
+use crate::config::changes::Changes;
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
-use crate::config::value::Cidr;
 use crate::events::{Events, Pace};
 use crate::listener::tls::Tls;
 use crate::listener::{self, Desk, Listener, Queue, Worker};
@@ -51,6 +52,11 @@ use crate::session::store::redis::RedisStore;
 use crate::session::store::{Gravity, Risk, SessionStore, StoreOptions};
 use crate::session::{Lifetime, Options, Sessions, unix_now};
 
+mod reload;
+
+pub use reload::LogSwitch;
+use reload::Reload;
+
 /// Idle connections to backends that one worker keeps.
 const BACKEND_CONNECTIONS_KEPT: usize = 512;
 
@@ -75,6 +81,7 @@ pub struct Prepared {
     tls: Vec<Option<Arc<Tls>>>,
     metrics: Metrics,
     pace: Pace,
+    log_switch: LogSwitch,
 }
 
 /// A gateway at work.
@@ -82,15 +89,8 @@ pub struct Prepared {
 pub struct Running {
     addresses: Vec<SocketAddr>,
     admin_address: Option<SocketAddr>,
-    rules: Arc<ArcSwap<Rules>>,
-    tls: Vec<Option<Arc<Tls>>>,
-    sessions: Sessions,
+    reload: Arc<Reload>,
     memory: Option<Arc<MemoryStore>>,
-    ring: Option<Arc<KeyRing>>,
-    metrics: Metrics,
-    resolve: Arc<Notify>,
-    /// As it was at the start.
-    config: Config,
     shutdown: watch::Sender<bool>,
     acceptor: Option<JoinHandle<()>>,
     workers: Vec<JoinHandle<()>>,
@@ -142,7 +142,17 @@ fn prepare_all(
     let tls = config.listeners.iter().map(Tls::of).collect::<Result<_, _>>()?;
     let login = build_login(&config, &sessions, &metrics)?;
     let rules = Rules::build(&config, login, None)?;
-    Ok(Prepared { config, rules, sessions, memory: None, ring, tls, metrics, pace: Pace::default() })
+    Ok(Prepared {
+        config,
+        rules,
+        sessions,
+        memory: None,
+        ring,
+        tls,
+        metrics,
+        pace: Pace::default(),
+        log_switch: LogSwitch::default(),
+    })
 }
 
 impl Prepared {
@@ -154,6 +164,12 @@ impl Prepared {
     /// Ended sessions are found and told of at another pace than the usual one.
     pub fn with_pace(mut self, pace: Pace) -> Self {
         self.pace = pace;
+        self
+    }
+
+    /// A reload sets the level of the log by this.
+    pub fn with_log_switch(mut self, log_switch: LogSwitch) -> Self {
+        self.log_switch = log_switch;
         self
     }
 }
@@ -238,7 +254,7 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace } = prepared;
+    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch } = prepared;
     let bound = config.listeners.iter().zip(&tls).map(|(listener, tls)| bind(listener, tls, &config));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
     let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
@@ -250,8 +266,6 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
 
     let events = Events::new(&config.events, Arc::clone(sessions.store()), metrics.clone(), pace);
-    let token = config.admin.token.as_ref().map(|token| token.get_ref().expose());
-    let sessions_api = token.map(|token| SessionsApi::new(sessions.clone(), token));
 
     let (shutdown, shutting_down) = watch::channel(false);
     let (ended, _) = watch::channel(false);
@@ -289,23 +303,36 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     };
 
     let drain_timeout = config.server.drain_timeout.get();
-    let mut running = Running {
-        addresses,
-        admin_address: admin.as_ref().map(Listener::address),
-        rules,
+    let admin_address = admin.as_ref().map(Listener::address);
+    let config = Arc::new(config);
+    let reload = Arc::new(Reload {
+        rules: Arc::clone(&rules),
         tls,
         sessions: sessions.clone(),
-        memory,
         ring,
         metrics: metrics.clone(),
+        log_switch,
         resolve: Arc::new(Notify::new()),
+        started: Arc::clone(&config),
+        applied: Mutex::new(config),
+    });
+    let token = reload.started.admin.token.as_ref().map(|token| Token::new(token.get_ref().expose()));
+    let sessions_api = token.clone().map(|token| SessionsApi::new(sessions.clone(), token));
+    let reload_api = token.map(|token| {
+        let (file, reload) = (reload.started.file.clone(), Arc::clone(&reload));
+        ReloadApi::new(token, file, move || reload.reload())
+    });
+    let mut running = Running {
+        addresses,
+        admin_address,
+        memory,
         shutdown,
-        config,
         acceptor: None,
         workers: Vec::new(),
         background: None,
         ended,
         access_log: log_writer,
+        reload,
     };
     let mut desks = Vec::new();
     for index in 0..threads {
@@ -334,9 +361,10 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         streams,
         admin,
         sessions_api,
+        reload_api,
         events,
         metrics,
-        resolve: Arc::clone(&running.resolve),
+        resolve: Arc::clone(&running.reload.resolve),
         shutdown: shutting_down,
         ended: running.ended.subscribe(),
     };
@@ -354,52 +382,10 @@ impl Running {
         self.admin_address
     }
 
-    /// Replaces routes, pools, identity, login, users, session keys and certificates by those of `config`, all or nothing. Gives
-    /// the names of the sections that have changed but need a restart.
-    ///
-    /// `config` is what reading the file gave: a file that cannot be read counts as a refused reload, too.
-    pub fn reload(&self, config: Result<Config, ConfigError>) -> Result<Vec<&'static str>, ConfigError> {
-        let applied = config.and_then(|config| self.apply(&config));
-        let result = if applied.is_ok() { "applied" } else { "refused" };
-        self.metrics.reloads.with_label_values(&[result]).inc();
-        applied
-    }
-
-    fn apply(&self, config: &Config) -> Result<Vec<&'static str>, ConfigError> {
-        let tls = self.tls_of(config)?;
-        let login = build_login(config, &self.sessions, &self.metrics)?;
-        let keys = self.ring.as_ref().map(|ring| Ok((ring, ring.read_again()?))).transpose()?;
-        let previous = self.rules.load_full();
-        let rules = Rules::build(config, login.taking_over(&previous.login), Some(&previous))?;
-        let pools: Vec<_> = rules.pools.values().cloned().collect();
-        discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
-        let rules = Arc::new(rules);
-        self.rules.store(Arc::clone(&rules));
-        rules.settle();
-        if let Some((ring, keys)) = keys {
-            ring.replace(keys);
-        }
-        self.metrics.certificate_expires.reset();
-        for (current, new) in tls {
-            if let Some(new) = new {
-                current.replace(&new);
-            }
-            current.report(&self.metrics, now_seconds());
-        }
-        self.resolve.notify_one();
-        Ok(restart_needed(&self.config, config))
-    }
-
-    /// What each TLS listener is to be replaced by, if it still is one.
-    #[expect(clippy::type_complexity, reason = "pairs of old and new")]
-    fn tls_of(&self, config: &Config) -> Result<Vec<(&Arc<Tls>, Option<Arc<Tls>>)>, ConfigError> {
-        let new = config.listeners.iter().map(Tls::of).collect::<Result<Vec<_>, _>>()?;
-        let pairs = self.tls.iter().flatten().map(|current| {
-            let new = new.iter().flatten().find(|new| new.is_same(current));
-            new.map_or(Ok(()), |new| current.accepts(new, now_seconds()))?;
-            Ok((current, new.cloned()))
-        });
-        pairs.collect()
+    /// Reads the file again and replaces routes, pools, identity, login, users, session keys, certificates and the level of
+    /// the log, all or nothing. Gives what has changed, and what of it needs a restart; logs it, too.
+    pub fn reload(&self) -> Result<Changes, ConfigError> {
+        self.reload.reload()
     }
 
     /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.
@@ -506,6 +492,7 @@ struct Background {
     streams: Arc<Streams>,
     admin: Option<Listener>,
     sessions_api: Option<SessionsApi>,
+    reload_api: Option<ReloadApi>,
     events: Events,
     metrics: Metrics,
     resolve: Arc<Notify>,
@@ -515,7 +502,8 @@ struct Background {
 
 impl Background {
     fn run(self) {
-        let Self { gateway, streams, admin, sessions_api, events, metrics, resolve, shutdown, mut ended } = self;
+        let Self { gateway, streams, admin, sessions_api, reload_api, events, metrics, resolve, shutdown, mut ended } =
+            self;
         on_own_runtime(async move {
             let (sessions, rules) = (&gateway.sessions, &gateway.rules);
             let health = Arc::new(Health::default());
@@ -527,6 +515,7 @@ impl Background {
                         health: Arc::clone(&health),
                         sessions: sessions_api,
                         rules: Arc::clone(rules),
+                        reload: reload_api,
                         shutdown,
                     }),
                     refusals: Arc::new(Quiet),
@@ -686,44 +675,4 @@ fn on_own_runtime(work: impl Future<Output = ()>) {
         }
         Err(error) => tracing::error!(%error, "cannot start a runtime"),
     }
-}
-
-/// What of a listener only a restart changes: all but its certificates and whom it asks for one.
-#[derive(PartialEq)]
-struct Socket<'c> {
-    address: SocketAddr,
-    is_tls: bool,
-    scheme: Option<Scheme>,
-    proxy_protocol: Option<&'c [Cidr]>,
-    hsts: Option<&'c model::Hsts>,
-    redirect_to_port: Option<u16>,
-}
-
-impl<'c> Socket<'c> {
-    fn of(listener: &'c model::Listener) -> Self {
-        Self {
-            address: *listener.address.get_ref(),
-            is_tls: listener.has_certificate(),
-            scheme: listener.scheme.as_ref().map(|scheme| *scheme.get_ref()),
-            proxy_protocol: listener.proxy_protocol.as_ref().map(|balancers| balancers.get_ref().as_slice()),
-            hsts: listener.hsts.as_ref().map(Spanned::get_ref),
-            redirect_to_port: listener.redirect_to_port.as_ref().map(|port| *port.get_ref()),
-        }
-    }
-}
-
-/// The sections that differ and that only a restart applies.
-fn restart_needed(running: &Config, new: &Config) -> Vec<&'static str> {
-    let sections = [
-        ("server", running.server != new.server),
-        ("listener", !running.listeners.iter().map(Socket::of).eq(new.listeners.iter().map(Socket::of))),
-        // A route's body limit is a rule, and so is the default of it.
-        ("limits", running.limits != model::Limits { body_bytes: running.limits.body_bytes, ..new.limits.clone() }),
-        ("store", running.store != new.store),
-        ("session", running.session != new.session),
-        ("events", running.events != new.events),
-        ("admin", running.admin != new.admin),
-        ("log", running.log != new.log),
-    ];
-    sections.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect()
 }

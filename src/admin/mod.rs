@@ -1,5 +1,5 @@
-//! What does the operator see, and do? Health, metrics and the sessions API, on a listener of their own, loopback by
-//! default.
+//! What does the operator see, and do? Health, metrics, reloads and the sessions API, on a listener of their own, loopback
+//! by default.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,13 +16,19 @@ use crate::proxy::connection::Refusals;
 use crate::proxy::context::Connection;
 use crate::proxy::guard::Refusal;
 use crate::proxy::rules::Rules;
+use reload::RELOAD;
 
 mod health;
+mod token;
+mod problem;
+mod reload;
 mod sessions;
 mod query;
 
 pub use health::Health;
+pub use reload::ReloadApi;
 pub use sessions::SessionsApi;
+pub use token::Token;
 
 /// The endpoints of the admin listener.
 #[derive(Debug)]
@@ -32,6 +38,8 @@ pub struct Admin {
     /// None without a token: then there is nothing under `/api/`.
     pub sessions: Option<SessionsApi>,
     pub rules: Arc<ArcSwap<Rules>>,
+    /// Nor is there this.
+    pub reload: Option<ReloadApi>,
     pub shutdown: ShutdownWatch,
 }
 
@@ -51,9 +59,11 @@ fn peer(downstream: &mut ServerSession) -> Option<IpAddr> {
 
 impl Admin {
     async fn answer(&self, request: &http::request::Parts, peer: Option<IpAddr>) -> Response<Vec<u8>> {
-        let mut response = match &self.sessions {
-            Some(sessions) if request.uri.path().starts_with("/api/") => sessions.answer(request, peer).await,
-            Some(_) | None => self.look(request),
+        let path = request.uri.path();
+        let mut response = match (&self.sessions, &self.reload) {
+            (Some(sessions), _) if path.starts_with("/api/") => sessions.answer(request, peer).await,
+            (_, Some(reload)) if path == RELOAD => reload.answer(request).await,
+            _ => self.look(request),
         };
         if request.method == Method::HEAD {
             response.body_mut().clear();

@@ -6,23 +6,21 @@
 use std::net::IpAddr;
 
 use http::request::Parts;
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{Method, Response, StatusCode};
 use serde_json::json;
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
 
+use super::problem::Problem;
 use super::query::Query;
+use super::token::Token;
 use super::{JSON, reply};
 use crate::audit::{self, Event, Revoker};
 use crate::session::Sessions;
-use crate::session::control::{Control, Handle, Interrupted};
-use crate::session::store::StoreError;
+use crate::session::control::{Control, Handle};
 
 /// What there is under `/api/`.
 pub struct SessionsApi {
     control: Control,
-    /// Hashes are compared, so that the length of the token does not show.
-    token_hash: [u8; 32],
+    token: Token,
 }
 
 /// The description, as OpenAPI 3.1 has it.
@@ -30,10 +28,7 @@ const OPENAPI: &str = include_str!("../../docs/admin-api.json");
 
 const COLLECTION: &str = "/api/sessions";
 const COUNT: &str = "/api/sessions/count";
-const DESCRIPTION: &str = "/api/openapi.json";
-
-/// Seconds after which it makes sense to ask a store again.
-const RETRY_AFTER: &str = "2";
+pub(super) const DESCRIPTION: &str = "/api/openapi.json";
 
 /// What a path names.
 #[derive(Debug, PartialEq, Eq)]
@@ -44,23 +39,11 @@ enum Place {
     Description,
 }
 
-/// Why a request gets no answer of its own; told as RFC 9457 says.
-#[derive(Debug)]
-enum Problem {
-    NoToken,
-    NoSuchPlace,
-    NoSuchSession,
-    Method { allowed: &'static str },
-    Query(String),
-    Store(StoreError),
-    Interrupted(Interrupted),
-}
-
 type Answer = Result<serde_json::Value, Problem>;
 
 impl SessionsApi {
-    pub fn new(sessions: Sessions, token: &str) -> Self {
-        Self { control: Control::new(sessions), token_hash: Sha256::digest(token).into() }
+    pub fn new(sessions: Sessions, token: Token) -> Self {
+        Self { control: Control::new(sessions), token }
     }
 
     /// `peer`: who asks, for the audit log.
@@ -75,7 +58,7 @@ impl SessionsApi {
     async fn route(&self, request: &Parts, peer: Option<IpAddr>) -> Result<Routed, Problem> {
         let place = Place::of(request.uri.path());
         // The description is no secret: it is in the book.
-        if place != Some(Place::Description) && !self.knows_the_token(request) {
+        if place != Some(Place::Description) && !self.token.is_shown_by(request) {
             return Err(Problem::NoToken);
         }
         let place = place.ok_or(Problem::NoSuchPlace)?;
@@ -90,14 +73,6 @@ impl SessionsApi {
             (Some(Verb::Delete) | None, place) => Err(Problem::Method { allowed: place.allowed() }),
         };
         answer.map(Routed::Json)
-    }
-
-    /// One `Authorization` field, of the scheme `Bearer` (RFC 6750, section 2.1), in constant time.
-    fn knows_the_token(&self, request: &Parts) -> bool {
-        let mut fields = request.headers.get_all(header::AUTHORIZATION).iter();
-        let (Some(field), None) = (fields.next(), fields.next()) else { return false };
-        let Some((scheme, token)) = field.as_bytes().split_at_checked(BEARER.len()) else { return false };
-        scheme.eq_ignore_ascii_case(BEARER) && bool::from(Sha256::digest(token).as_slice().ct_eq(&self.token_hash))
     }
 
     async fn list(&self, query: Option<&str>) -> Answer {
@@ -164,8 +139,6 @@ impl SessionsApi {
     }
 }
 
-const BEARER: &[u8] = b"Bearer ";
-
 enum Routed {
     Json(serde_json::Value),
     Description,
@@ -219,61 +192,6 @@ fn tell_audit(client: Option<IpAddr>, user: Option<&str>, what: &str, ended: u64
     audit::tell(Event::Revoked { by: Revoker::Operator, client, user, what, ended });
 }
 
-impl Problem {
-    fn status(&self) -> StatusCode {
-        match self {
-            Self::NoToken => StatusCode::UNAUTHORIZED,
-            Self::NoSuchPlace | Self::NoSuchSession => StatusCode::NOT_FOUND,
-            Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Query(_) => StatusCode::BAD_REQUEST,
-            Self::Store(_) | Self::Interrupted(_) => StatusCode::SERVICE_UNAVAILABLE,
-        }
-    }
-
-    fn detail(&self) -> String {
-        match self {
-            Self::NoToken => "send admin.token as Authorization: Bearer".into(),
-            Self::NoSuchPlace => format!("there is nothing here: see {DESCRIPTION}"),
-            Self::NoSuchSession => "the user has no such session, or no longer".into(),
-            Self::Method { allowed } => format!("allowed here: {allowed}"),
-            Self::Query(detail) => detail.clone(),
-            Self::Store(error) => format!("{error}; nothing is known, try again"),
-            Self::Interrupted(interrupted) => format!("{interrupted}; try again for the rest"),
-        }
-    }
-
-    fn reply(&self) -> Response<Vec<u8>> {
-        if let Self::Store(error) | Self::Interrupted(Interrupted { cause: error, .. }) = self {
-            let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(%error, cause, "sessions API has no answer from the store");
-        }
-        let status = self.status();
-        // No `type`: these mean what their status means (RFC 9457, section 4.2.1).
-        let body = json!({ "title": status.canonical_reason(), "status": status.as_u16(), "detail": self.detail() });
-        let mut response = reply(status, "application/problem+json", body.to_string().into_bytes());
-        let field = match self {
-            Self::NoToken => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
-            Self::Method { allowed } => (header::ALLOW, HeaderValue::from_static(allowed)),
-            Self::Store(_) | Self::Interrupted(_) => (header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER)),
-            Self::NoSuchPlace | Self::NoSuchSession | Self::Query(_) => return response,
-        };
-        response.headers_mut().insert(field.0, field.1);
-        response
-    }
-}
-
-impl From<StoreError> for Problem {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
-    }
-}
-
-impl From<super::query::BadQuery> for Problem {
-    fn from(bad: super::query::BadQuery) -> Self {
-        Self::Query(bad.to_string())
-    }
-}
-
 impl std::fmt::Debug for SessionsApi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("SessionsApi")
@@ -286,7 +204,10 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use http::header;
+
     use super::super::LOOKS;
+    use super::super::reload::RELOAD;
     use super::*;
     use crate::session::Lifetime;
     use crate::session::id::SessionId;
@@ -314,7 +235,7 @@ mod tests {
             store.create(&key, session, &Terms { lifetime: LIFETIME, limit: None, replaces: None }).await.unwrap();
             handles.push(key.log_hash());
         }
-        (SessionsApi::new(Sessions::new(store, LIFETIME), TOKEN), handles)
+        (SessionsApi::new(Sessions::new(store, LIFETIME), Token::new(TOKEN)), handles)
     }
 
     fn request(method: &str, target: &str, authorization: &[&str]) -> Parts {
@@ -459,7 +380,7 @@ mod tests {
         let handle = Handle::parse("0123456789").unwrap();
         let places = [Place::Collection, Place::Count, Place::Session(handle), Place::Description];
         let described = document["paths"].as_object().unwrap();
-        let there_is: BTreeSet<&str> = places.iter().map(template).chain(LOOKS).collect();
+        let there_is: BTreeSet<&str> = places.iter().map(template).chain(LOOKS).chain([RELOAD]).collect();
         assert_eq!(described.keys().map(String::as_str).collect::<BTreeSet<_>>(), there_is);
         for place in &places {
             let path = template(place).replace("{handle}", "0123456789");
@@ -474,7 +395,7 @@ mod tests {
 
     #[test]
     fn the_token_does_not_print() {
-        let api = SessionsApi::new(Sessions::new(Arc::new(MemoryStore::new(1)), LIFETIME), TOKEN);
+        let api = SessionsApi::new(Sessions::new(Arc::new(MemoryStore::new(1)), LIFETIME), Token::new(TOKEN));
         assert_eq!(format!("{api:?}"), "SessionsApi");
     }
 }

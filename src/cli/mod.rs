@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub mod run;
+pub mod reload;
 pub mod check;
 pub mod sessions;
 pub mod demo;
@@ -32,6 +33,11 @@ pub struct Arguments {
 pub enum Command {
     /// Run the gateway until SIGTERM; SIGHUP reloads the file.
     Run {
+        #[arg(long, short, value_name = "FILE", default_value = "/etc/cloakroom/cloakroom.toml")]
+        config: PathBuf,
+    },
+    /// Have the running gateway read its file again, and see what has changed; a broken file changes nothing.
+    Reload {
         #[arg(long, short, value_name = "FILE", default_value = "/etc/cloakroom/cloakroom.toml")]
         config: PathBuf,
     },
@@ -103,9 +109,14 @@ impl<'a> Terminal<'a> {
         ExitCode::from(code)
     }
 
+    /// What words itself, on standard error.
+    pub fn complain(&mut self, text: impl std::fmt::Display) {
+        let _ = writeln!(self.err, "{text}");
+    }
+
     /// What is wrong with the configuration; it words itself.
     pub fn refuse(&mut self, error: &crate::config::error::ConfigError) -> ExitCode {
-        let _ = writeln!(self.err, "{error}");
+        self.complain(error);
         ExitCode::from(BAD_CONFIG)
     }
 }
@@ -137,6 +148,7 @@ impl std::error::Error for Unsaid {
 fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
     match command {
         Command::Run { config } => run::run(&config, terminal),
+        Command::Reload { config } => reload::reload(&config, terminal),
         Command::Check { files, online } => check::check(&files, online, terminal),
         Command::Sessions(arguments) => sessions::run(&arguments, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),

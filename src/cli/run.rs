@@ -4,13 +4,13 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, reload};
 
 use super::{FAILED, Terminal};
 use crate::config::model::{Log, LogFormat, LogLevel};
 use crate::log::{LineWriter, Lines};
-use crate::server::Running;
+use crate::server::LogSwitch;
 use crate::{config, server};
 
 pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
@@ -18,12 +18,12 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
         Ok(config) => config,
         Err(error) => return terminal.refuse(&error),
     };
-    let log = match start_log(&config.log) {
+    let (log, log_switch) = match start_log(&config.log) {
         Ok(log) => log,
         Err(error) => return terminal.fail(&error, FAILED),
     };
     let prepared = match server::prepare(config) {
-        Ok(prepared) => prepared,
+        Ok(prepared) => prepared.with_log_switch(log_switch),
         Err(error) => return terminal.refuse(&error),
     };
     let started = Signals::install().and_then(|signals| Ok((signals, server::start(prepared)?)));
@@ -37,24 +37,15 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
     if let Some(address) = running.admin_address() {
         tracing::info!(%address, "admin listening");
     }
-    signals.serve(|| reload(&running, file));
+    signals.serve(|| {
+        // It has logged how it went.
+        let _ = running.reload();
+    });
     tracing::info!("shutting down");
     running.stop();
     tracing::info!("ended");
     drop(log);
     ExitCode::SUCCESS
-}
-
-/// A broken file changes nothing (invariant 10).
-fn reload(running: &Running, file: &Path) {
-    match running.reload(config::load(file)) {
-        Ok(restart_needed) if restart_needed.is_empty() => tracing::info!("configuration reloaded"),
-        Ok(restart_needed) => {
-            let sections = restart_needed.join(", ");
-            tracing::warn!(sections, "configuration reloaded; these sections have changed and need a restart");
-        }
-        Err(error) => tracing::error!("configuration not reloaded, the old one stays: {error}"),
-    }
 }
 
 /// The signals that we answer, and the runtime that hears them.
@@ -93,23 +84,42 @@ impl Signals {
     }
 }
 
-/// Diagnostics go to standard error, for as long as the result lives; the access log has standard output for itself.
-pub(super) fn start_log(config: &Log) -> std::io::Result<LineWriter> {
-    let level = match config.level {
+/// Diagnostics go to standard error, for as long as the writer lives; the access log has standard output for itself.
+pub(super) fn start_log(config: &Log) -> std::io::Result<(LineWriter, LogSwitch)> {
+    let (lines, writer) = Lines::to("log", std::io::stderr())?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter(config.level)).with_writer(move || lines.clone());
+    // A second start in one process keeps the first log.
+    let switch = match config.format {
+        LogFormat::Text => {
+            let log = log.with_ansi(false).with_filter_reloading();
+            let switch = log_switch(log.reload_handle());
+            let _ = log.finish().try_init();
+            switch
+        }
+        LogFormat::Json => {
+            let log = log.json().flatten_event(true).with_filter_reloading();
+            let switch = log_switch(log.reload_handle());
+            let _ = log.finish().try_init();
+            switch
+        }
+    };
+    Ok((writer, switch))
+}
+
+fn log_switch<S: 'static>(handle: reload::Handle<EnvFilter, S>) -> LogSwitch {
+    // It fails only when there is no such log any more.
+    LogSwitch::new(move |level| drop(handle.reload(filter(level))))
+}
+
+/// The level is for our own lines; what the audit asks for is always said. At the finer ones, libraries print whole
+/// requests with their cookies.
+fn filter(level: LogLevel) -> EnvFilter {
+    let level = match level {
         LogLevel::Error => "error",
         LogLevel::Warn => "warn",
         LogLevel::Info => "info",
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
-    // The level is for our own lines; what the audit asks for is always said. At the finer ones, libraries print whole requests with their cookies.
-    let filter = EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level},audit=info"));
-    let (lines, writer) = Lines::to("log", std::io::stderr())?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || lines.clone());
-    // A second start in one process keeps the first log.
-    let _ = match config.format {
-        LogFormat::Text => log.with_ansi(false).finish().try_init(),
-        LogFormat::Json => log.json().flatten_event(true).finish().try_init(),
-    };
-    Ok(writer)
+    EnvFilter::new(format!("warn,pingora_core=error,pingora_proxy=error,cloakroom={level},audit=info"))
 }

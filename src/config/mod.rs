@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use toml::Spanned;
-use toml::de::DeTable;
+use toml::de::{DeTable, DeValue};
 
 pub mod model;
 pub mod value;
 pub mod redis_url;
 mod validate;
+pub mod changes;
 pub mod error;
 
 pub use validate::confidential_url;
@@ -24,6 +25,10 @@ use value::Secret;
 /// Reads, parses and validates one file. In what comes back, paths are absolute and secrets are resolved; of the files
 /// that it names, only those of secrets were opened.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
+    parse(&read(path)?, path)
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
     let unreadable = |error| ConfigError::unreadable(path, &error);
     let about = std::fs::metadata(path).map_err(unreadable)?;
     if !about.is_file() {
@@ -32,8 +37,36 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
     if FILE_BYTES_MAX < about.len() {
         return Err(ConfigError::of_file(path, "is larger than 1 MiB", "this is hardly a configuration"));
     }
-    let text = std::fs::read_to_string(path).map_err(unreadable)?;
-    parse(&text, path)
+    std::fs::read_to_string(path).map_err(unreadable)
+}
+
+/// `[admin]` alone, whatever else is wrong in the file: for who wants to ask the gateway that it belongs to.
+pub fn load_admin(path: &Path) -> Result<Admin, ConfigError> {
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default)]
+        admin: Admin,
+    }
+    fn only<'t>(table: DeTable<'t>, names: &[&str]) -> DeTable<'t> {
+        table.into_iter().filter(|(name, _)| names.contains(&name.get_ref().as_ref())).collect()
+    }
+    let text = read(path)?;
+    let (tree, _) = DeTable::parse_recoverable(&text);
+    let at = tree.span();
+    let mut tree = only(tree.into_inner(), &["admin"]);
+    if let Some(DeValue::Table(keys)) = tree.get_mut("admin").map(Spanned::get_mut) {
+        // Keys of a section whose own heading is damaged may have got here.
+        *keys = only(std::mem::take(keys), &["address", "enabled", "token"]);
+    }
+    let File { mut admin } = File::deserialize(toml::Deserializer::from(Spanned::new(at, tree)))
+        .map_err(|error| ConfigError::not_toml(path, &text, &error))?;
+    let mut problems = Problems::in_file(path, &text);
+    if let Some(token) = &mut admin.token
+        && let Err(message) = token.get_mut().resolve(&directory_of(path), |name| std::env::var_os(name))
+    {
+        problems.add(token.span(), format!("admin.token: {message}"));
+    }
+    problems.into_result(admin)
 }
 
 /// Room for some ten thousand routes.

@@ -101,6 +101,14 @@ impl Tls {
         }
     }
 
+    /// The files of certificates that hold another one than in `previous`.
+    pub fn renewed_since(&self, previous: &Self) -> Vec<PathBuf> {
+        let (current, previous) = (self.current.load(), previous.current.load());
+        let is_renewed =
+            |new: &&Expiring| previous.certificates.iter().any(|old| old.file == new.file && old.der != new.der);
+        current.certificates.iter().filter(is_renewed).map(|new| new.file.clone()).collect()
+    }
+
     /// From the next handshake on, this is `other`.
     pub fn replace(&self, other: &Self) {
         self.current.store(other.current.load_full());

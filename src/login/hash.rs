@@ -13,7 +13,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::Semaphore;
 
 /// A password as the users file keeps it: an argon2id PHC string whose strength was checked.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct StoredHash {
     phc: PasswordHash,
     params: Params,

@@ -209,6 +209,13 @@ impl Login {
         self
     }
 
+    /// Of the files that the configuration names, those whose content is another than in `previous`: a line each.
+    pub fn changed_files(&self, previous: &Self) -> Vec<String> {
+        let users = self.users.difference(&previous.users).map(|difference| format!("users: {difference}"));
+        let stylesheet = (self.stylesheet != previous.stylesheet).then(|| "stylesheet: content".to_owned());
+        users.into_iter().chain(stylesheet).collect()
+    }
+
     /// Whether a path is ours to answer; no route ever sees it.
     pub fn owns(&self, path: &str) -> bool {
         path.starts_with(&self.prefix)

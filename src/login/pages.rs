@@ -137,7 +137,7 @@ struct MessagePage<'a> {
 }
 
 /// The look of all pages: the built-in one, or the operator's.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Stylesheet {
     css: Bytes,
     etag: HeaderValue,

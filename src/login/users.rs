@@ -96,6 +96,19 @@ impl Users {
         self.by_name.get(user).filter(|user| !user.disabled).map(|user| &user.identity)
     }
 
+    /// How many are new since `previous`, how many are gone, and of how many something is different; none when nothing is.
+    pub(super) fn difference(&self, previous: &Self) -> Option<String> {
+        let is_in = |users: &Self, user: &User| users.by_name.contains_key(&user.identity.user);
+        let added = self.by_name.values().filter(|user| !is_in(previous, user)).count();
+        let removed = previous.by_name.values().filter(|user| !is_in(self, user)).count();
+        let old_and_new = self.by_name.iter().filter_map(|(name, user)| Some((previous.by_name.get(name)?, user)));
+        let changed = old_and_new.filter(|(old, new)| !new.is_as(old)).count();
+        let counts = [(added, "added"), (removed, "removed"), (changed, "changed")].into_iter();
+        let told: Vec<_> =
+            counts.filter(|(count, _)| *count != 0).map(|(count, what)| format!("{count} {what}")).collect();
+        (!told.is_empty()).then(|| told.join(", "))
+    }
+
     pub(super) fn knows(&self, name: &UserName) -> bool {
         self.by_name.contains_key(&name.0)
     }
@@ -106,6 +119,13 @@ impl Users {
             Some(User { disabled: true, .. }) => Candidate { hash: &self.dummy, standing: Standing::Disabled },
             None => Candidate { hash: &self.dummy, standing: Standing::Unknown },
         }
+    }
+}
+
+impl User {
+    fn is_as(&self, other: &Self) -> bool {
+        let Self { identity, hash, disabled } = self;
+        **identity == *other.identity && *hash == other.hash && *disabled == other.disabled
     }
 }
 
@@ -368,6 +388,22 @@ pub(super) mod tests {
     fn a_missing_file_says_so() {
         let error = Users::load(Path::new("/nonexistent/users.toml")).unwrap_err().to_string();
         assert!(error.starts_with("error: /nonexistent/users.toml: cannot be read"), "{error}");
+    }
+
+    #[test]
+    fn a_new_edition_tells_how_many_it_changes() {
+        let old = parse("[a]\npassword = \"HASH\"\n[b]\npassword = \"HASH\"\n[c]\npassword = \"HASH\"").unwrap();
+        for (text, expected) in [
+            ("# a remark\n[c]\npassword = \"HASH\"\n[a]\npassword = \"HASH\"\n[b]\npassword = \"HASH\"", None),
+            ("[a]\npassword = \"HASH\"\n[d]\npassword = \"HASH\"", Some("1 added, 2 removed")),
+            (
+                "[a]\npassword = \"HASH\"\ndisabled = true\n[b]\npassword = \"HASH\"\ngroups = [\"x\"]\n[c]\npassword = \"HASH\"",
+                Some("2 changed"),
+            ),
+            ("", Some("3 removed")),
+        ] {
+            assert_eq!(parse(text).unwrap().difference(&old).as_deref(), expected, "{text}");
+        }
     }
 
     #[test]

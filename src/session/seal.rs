@@ -143,6 +143,11 @@ impl KeyRing {
         read(&self.file)
     }
 
+    /// Whether these keys, in this order, are those in use.
+    pub fn is_of(&self, NewKeys(keys): &NewKeys) -> bool {
+        self.keys.load().iter().map(|key| key.id).eq(keys.iter().map(|key| key.id))
+    }
+
     pub fn replace(&self, NewKeys(keys): NewKeys) {
         self.keys.store(Arc::new(keys));
     }

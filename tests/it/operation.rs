@@ -10,6 +10,12 @@ use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, PASSWORD};
 use crate::harness::{free_port, wait_until};
 
+const ADMIN_TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
+
+/// Keys of a ring, made at random as is asked for.
+const KEYS: [&str; 2] =
+    ["E75zE0cHsrRztfXSw9WHaYqoJLAUYMi/ZKnOfyAcnQM=", "j7tJPkUicGC326WDpHJ/cJ6iSnynsFNhJR/Ut/oCals="];
+
 const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
 
 pub(crate) fn cloakroom(arguments: &[&str]) -> Output {
@@ -207,6 +213,19 @@ fn a_request_in_flight_at_the_term_gets_its_answer() {
     assert_eq!(daemon.0.wait().unwrap().code(), Some(0), "as soon as it is drained, long before the drain time-out");
 }
 
+/// The admin address of a deployment.
+fn admin_of(file: &Path, address: std::net::SocketAddr) -> std::net::SocketAddr {
+    let text = std::fs::read_to_string(file).unwrap();
+    let other = text.split('"').find(|part| part.starts_with("127.0.0.1") && *part != address.to_string());
+    other.unwrap().parse().unwrap()
+}
+
+fn reloads(admin: std::net::SocketAddr, result: &str) -> String {
+    let text = Client::of(admin).get("/metrics").send().text();
+    let name = format!("cloakroom_reloads_total{{result=\"{result}\"}} ");
+    text.lines().find_map(|line| line.strip_prefix(&name).map(str::to_owned)).unwrap_or_default()
+}
+
 #[test]
 fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
     let (one, two) = (Backend::echo(), Backend::echo());
@@ -217,26 +236,207 @@ fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
     assert_eq!(client.get("/").send().seen().backend, one.name());
 
     let good = std::fs::read_to_string(&file).unwrap();
-    let admin: std::net::SocketAddr = good
-        .split('"')
-        .find(|part| part.starts_with("127.0.0.1") && *part != address.to_string())
-        .unwrap()
-        .parse()
-        .unwrap();
-    let reloads = |result: &str| {
-        let text = Client::of(admin).get("/metrics").send().text();
-        let name = format!("cloakroom_reloads_total{{result=\"{result}\"}} ");
-        text.lines().find_map(|line| line.strip_prefix(&name).map(str::to_owned)).unwrap_or_default()
-    };
+    let admin = admin_of(&file, address);
     std::fs::write(&file, good.replace("[pool.app]", "[pool.app")).unwrap();
     daemon.signal("HUP");
-    wait_until("the broken file is refused", || reloads("refused") == "1");
+    wait_until("the broken file is refused", || reloads(admin, "refused") == "1");
     assert_eq!(client.get("/").send().seen().backend, one.name(), "the old configuration works on");
 
     std::fs::write(&file, good.replace(&one.address().to_string(), &two.address().to_string())).unwrap();
     daemon.signal("HUP");
-    wait_until("the good file is applied", || reloads("applied") == "1");
+    wait_until("the good file is applied", || reloads(admin, "applied") == "1");
     assert_eq!(client.get("/").send().seen().backend, two.name());
+}
+
+/// What the command prints of a reload, without its first line.
+fn report(output: &Output) -> Vec<String> {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    text.lines().skip(1).map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn a_reload_tells_what_has_changed_and_what_needs_a_restart() {
+    let (one, two) = (Backend::echo(), Backend::echo());
+    let (folder, file, address) = deployment(&[&one], "");
+    let (certificate, key) = crate::harness::tls::write_files(folder.path());
+    let ring = folder.path().join("session.keys");
+    std::fs::write(&ring, KEYS[0]).unwrap();
+    let spare = free_port();
+    let good = std::fs::read_to_string(&file).unwrap()
+        + &format!(
+            "[session]\nkeys_file = \"session.keys\"\n[[listener]]\naddress = \"127.0.0.1:{spare}\"\n\
+             cert = {certificate:?}\nkey = {key:?}\n"
+        );
+    let good = good.replace("[admin]", &format!("[admin]\ntoken = \"{ADMIN_TOKEN}\""));
+    std::fs::write(&file, &good).unwrap();
+    let daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let path = file.to_str().unwrap();
+    let reload = || cloakroom(&["reload", "--config", path]);
+    let told = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let output = reload();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        report(&output)
+    };
+
+    assert_eq!(told(&good), ["nothing has changed"]);
+    let first = String::from_utf8(reload().stdout).unwrap();
+    assert!(first.starts_with(&format!("{path}: reloaded\n")), "{first}");
+
+    let cases: &[(&str, &str, &str)] = &[
+        ("[pool.app]", "[pool.other]\nbackends = [\"127.0.0.1:2\"]\n[pool.app]", "applied          pool.other: added"),
+        (&one.address().to_string(), &two.address().to_string(), "applied          pool.app: backends"),
+        ("access = \"public\"", "access = \"optional\"", "applied          route /: access"),
+        ("[admin]", "[identity]\npreset = \"remote\"\n[admin]", "applied          identity: preset"),
+        ("[admin]", "[login]\ntitle = \"Come in\"\n[admin]", "applied          login: title"),
+        ("[admin]", "[log]\nlevel = \"debug\"\n[admin]", "applied          log: level"),
+        ("[admin]", "[log]\nformat = \"json\"\n[admin]", "needs a restart  log: format"),
+        ("[admin]", "[server]\nthreads = 7\n[admin]", "needs a restart  server: threads"),
+        ("[admin]", "[store.memory]\nsessions_max = 7\n[admin]", "needs a restart  store.memory: added"),
+    ];
+    for (before, after, line) in cases {
+        let changed = good.replacen(before, after, 1);
+        assert_eq!(told(&changed), [*line]);
+        if line.starts_with("applied") {
+            assert_eq!(told(&changed), ["nothing has changed"], "a second time: {line}");
+            assert_eq!(told(&good), [line.replace("added", "removed")], "and back: {line}");
+        } else {
+            assert_eq!(told(&changed), [*line], "until there is a restart");
+            assert_eq!(told(&good), ["nothing has changed"], "which is not needed any more");
+        }
+    }
+    assert_eq!(
+        told(&good.replace(&format!(":{spare}"), ":1")),
+        [
+            "needs a restart  listener 127.0.0.1:1: added".to_owned(),
+            format!("needs a restart  listener 127.0.0.1:{spare}: removed")
+        ]
+    );
+
+    std::fs::write(&file, &good).unwrap();
+    let users = file.with_file_name("users.toml");
+    let hash = std::fs::read_to_string(&users).unwrap();
+    std::fs::write(&users, format!("{hash}groups = [\"staff\"]\n{}", hash.replace("[ann]", "[bob]"))).unwrap();
+    assert_eq!(report(&reload()), ["applied          users: 1 added, 1 changed"]);
+    std::fs::write(
+        &ring,
+        KEYS.join(
+            "
+",
+        ),
+    )
+    .unwrap();
+    assert_eq!(report(&reload()), ["applied          session keys: content"]);
+    let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(&certificate, other.cert.pem()).unwrap();
+    std::fs::write(&key, other.signing_key.serialize_pem()).unwrap();
+    assert_eq!(report(&reload()), [format!("applied          certificate {}: content", certificate.display())]);
+
+    let (_, said) = daemon.stopped();
+    assert!(
+        said.contains("configuration reloaded applied=\"users: 1 added, 1 changed\""),
+        "and the log has it: {said}"
+    );
+    assert!(said.contains("restart=\"server: threads\""), "{said}");
+}
+
+#[test]
+fn a_broken_file_changes_nothing_and_the_command_says_what_is_wrong() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "");
+    let good = std::fs::read_to_string(&file).unwrap();
+    let good = good.replace("[admin]", &format!("[admin]\ntoken = \"{ADMIN_TOKEN}\""));
+    std::fs::write(&file, &good).unwrap();
+    let daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let path = file.to_str().unwrap();
+    let broken: &[(&str, &str, &[&str])] = &[
+        ("pool = \"app\"", "pool = \"ap\"", &["cloakroom.toml:", "there is no pool", "^", "hint:"]),
+        ("[pool.app]", "[pool.app", &["cloakroom.toml:", "^"]),
+        ("[pool.app]", "[admn]\n[pool.app]", &["cloakroom.toml:", "admn", "^"]),
+        ("users.toml", "nobody.toml", &["nobody.toml", "cannot be read"]),
+    ];
+    for (before, after, expected) in broken {
+        std::fs::write(&file, good.replacen(before, after, 1)).unwrap();
+        let output = cloakroom(&["reload", "--config", path]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{after}: {text}");
+        assert!(output.stdout.is_empty());
+        for part in *expected {
+            assert!(text.contains(part), "{part} in:\n{text}");
+        }
+        assert!(text.contains("nothing has changed"), "{text}");
+        assert_eq!(
+            Client::of(address).get("/").send().seen().backend,
+            backend.name(),
+            "the old configuration works on"
+        );
+    }
+    let (_, said) = daemon.stopped();
+    assert_eq!(said.matches("configuration not reloaded, the old one stays").count(), broken.len(), "{said}");
+    assert!(said.contains("there is no pool") && said.contains('^'), "the log has them, too: {said}");
+}
+
+#[test]
+fn only_the_token_reloads() {
+    let backend = Backend::echo();
+    let admin = |token: &str| format!("[admin]\naddress = \"127.0.0.1:0\"\n{token}");
+    let open = Gateway::in_front_of(&[&backend]).with(&admin("")).start();
+    let post = |gateway: &Gateway, token: &str| {
+        let client = Client::of(gateway.admin_address());
+        client.request("POST", "/reload").header("Authorization", &format!("Bearer {token}")).send().status
+    };
+    assert_eq!(post(&open, ADMIN_TOKEN), 404, "without a token there is no such thing");
+    let gateway = Gateway::in_front_of(&[&backend]).with(&admin(&format!("token = \"{ADMIN_TOKEN}\""))).start();
+    assert_eq!(post(&gateway, "wrong"), 401);
+    assert_eq!(gateway.admin("/reload").status, 401);
+    let client = Client::of(gateway.admin_address());
+    let get = client.get("/reload").header("Authorization", &format!("Bearer {ADMIN_TOKEN}")).send();
+    assert_eq!((get.status, get.header("allow")), (405, Some("POST")));
+    assert_eq!(gateway.metric("cloakroom_reloads_total{result=\"applied\"}"), 0.0);
+    assert_eq!(post(&gateway, ADMIN_TOKEN), 200);
+    assert_eq!(gateway.metric("cloakroom_reloads_total{result=\"applied\"}"), 1.0);
+}
+
+#[test]
+fn a_reload_that_cannot_be_asked_for_says_the_next_move() {
+    let (_folder, file, _) = deployment(&[&Backend::echo()], "");
+    let path = file.to_str().unwrap();
+    let good = std::fs::read_to_string(&file).unwrap();
+    for (text, expected) in [
+        (good.clone(), "set admin.token"),
+        (good.replace("[admin]", "[admin]\nenabled = false"), "set admin.enabled"),
+        (good.replace("[admin]", &format!("[admin]\ntoken = \"{ADMIN_TOKEN}\"")), "no gateway answers on 127.0.0.1:"),
+        (good.replace("[admin]", "[admin]\ntoken = { file = \"nowhere\" }"), "admin.token"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let output = cloakroom(&["reload", "--config", path]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(expected), "{expected} in:\n{text}");
+        assert!(!text.contains(ADMIN_TOKEN));
+    }
+}
+
+#[test]
+fn a_reload_sets_the_level_of_the_log() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "[log]\nlevel = \"error\"");
+    let daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let admin = admin_of(&file, address);
+    let set = |from: &str, to: &str, round: &str| {
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, text.replace(&format!("level = \"{from}\""), &format!("level = \"{to}\""))).unwrap();
+        daemon.signal("HUP");
+        wait_until("the file is applied", || reloads(admin, "applied") == round);
+    };
+    set("error", "info", "1");
+    set("info", "error", "2");
+    let (_, said) = daemon.stopped();
+    assert!(said.contains("configuration reloaded"), "from the first one on: {said}");
+    assert!(!said.contains("shutting down") && !said.contains("listening"), "not before, nor after the second: {said}");
 }
 
 #[test]

@@ -6,10 +6,10 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["server", "login", "session", "config", "log"]),
+    ("cli", &["server", "login", "session", "config", "outgoing", "log"]),
     ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
     ("listener", &["proxy", "config", "pem", "metrics"]),
-    ("admin", &["proxy", "session", "audit", "metrics"]),
+    ("admin", &["proxy", "session", "config", "audit", "metrics"]),
     ("events", &["session", "config", "audit", "outgoing", "metrics"]),
     ("proxy", &["login", "session", "identity", "backend", "config", "pem", "audit", "log", "metrics"]),
     ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),

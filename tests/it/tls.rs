@@ -72,7 +72,10 @@ fn a_certificate_is_replaced_under_the_open_socket_and_never_by_a_worse_one() {
         assert!(is_served(&old) && !is_served(&new), "{what}: the old one stays");
     }
 
-    assert!(gateway.reload(|setup| with_files(setup, "own", &other)).unwrap().is_empty(), "no restart is needed");
+    assert!(
+        gateway.reload(|setup| with_files(setup, "own", &other)).unwrap().at_restart.is_empty(),
+        "no restart is needed"
+    );
     assert!(is_served(&new) && !is_served(&old));
     kept.write("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(kept.read_response("GET").unwrap().status, 200, "open connections go on");
@@ -124,7 +127,7 @@ fn clients_show_who_they_are_and_backends_are_told() {
             Err(error) => assert!(!lets_in_without, "{demand}: {error}"),
         }
         // Another authority counts from the next handshake on, also for who has been here before.
-        assert!(gateway.reload(|setup| setup.file("clients.pem", strangers.pem())).unwrap().is_empty());
+        assert!(gateway.reload(|setup| setup.file("clients.pem", strangers.pem())).unwrap().at_restart.is_empty());
         assert!(ask(Some(&ann)).is_err(), "{demand}");
         assert!(ask(Some(&strangers.client("ann"))).is_ok(), "{demand}");
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use argon2::Argon2;
 use argon2::password_hash::PasswordHasher;
+use cloakroom::config::changes::Changes;
 use cloakroom::config::error::ConfigError;
 use cloakroom::config::model::Config;
 use cloakroom::events::Pace;
@@ -162,15 +163,16 @@ impl Gateway {
         line.map_or(0.0, |value| value.parse().unwrap())
     }
 
-    /// Reads a changed file, as SIGHUP does; the sections that have changed but need a restart.
+    /// Reads a changed file, as SIGHUP does; what has changed.
     ///
     /// # Errors
     /// What it says is wrong; nothing has changed.
-    pub(crate) fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<Vec<&'static str>, String> {
+    pub(crate) fn reload(&self, change: impl FnOnce(Setup) -> Setup) -> Result<Changes, String> {
         let changed = change(self.setup.lock().unwrap().clone());
-        let unchanged = self.running.reload(&changed.write(&self.folder), &self.folder)?;
+        std::fs::write(self.config_file(), changed.write(&self.folder)).unwrap();
+        let changes = self.running.reload()?;
         *self.setup.lock().unwrap() = changed;
-        Ok(unchanged)
+        Ok(changes)
     }
 
     /// Ends as SIGTERM does; returns when everything in flight is done.
@@ -413,9 +415,8 @@ impl Running {
         self.gateway().admin_address().expect("an admin listener")
     }
 
-    fn reload(&self, text: &str, folder: &TempDir) -> Result<Vec<&'static str>, String> {
-        let reloaded = self.gateway().reload(read(text, folder));
-        reloaded.map_err(|problems| problems.to_string())
+    fn reload(&self) -> Result<Changes, String> {
+        self.gateway().reload().map_err(|problems| problems.to_string())
     }
 
     fn gateway(&self) -> &server::Running {

@@ -1,0 +1,138 @@
+//! How does a running gateway take up a changed file? Whole or not at all (invariant 10), whoever asks for it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::{FIRST_RESOLVE_MAX, build_login, now_seconds};
+use crate::backend::discover;
+use crate::config;
+use crate::config::changes::Changes;
+use crate::config::error::ConfigError;
+use crate::config::model::{Config, LogLevel};
+use crate::listener::tls::Tls;
+use crate::metrics::Metrics;
+use crate::proxy::rules::Rules;
+use crate::session::Sessions;
+use crate::session::seal::KeyRing;
+
+/// What a reload replaces, and what it compares with.
+#[derive(Debug)]
+pub(super) struct Reload {
+    pub(super) rules: Arc<ArcSwap<Rules>>,
+    pub(super) tls: Vec<Option<Arc<Tls>>>,
+    pub(super) sessions: Sessions,
+    pub(super) ring: Option<Arc<KeyRing>>,
+    pub(super) metrics: Metrics,
+    pub(super) log_switch: LogSwitch,
+    /// Names of backends are to be looked up again.
+    pub(super) resolve: Arc<Notify>,
+    /// What only a restart applies is as it was then.
+    pub(super) started: Arc<Config>,
+    /// The last one that was applied. Whoever reloads holds it: reloads take turns.
+    pub(super) applied: Mutex<Arc<Config>>,
+}
+
+/// Says from now on which of our own lines are logged.
+#[derive(Clone)]
+pub struct LogSwitch(Arc<dyn Fn(LogLevel) + Send + Sync>);
+
+impl LogSwitch {
+    pub fn new(set: impl Fn(LogLevel) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(set))
+    }
+}
+
+impl Default for LogSwitch {
+    /// Nobody's: the log is not ours.
+    fn default() -> Self {
+        Self::new(|_| {})
+    }
+}
+
+impl fmt::Debug for LogSwitch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LogSwitch")
+    }
+}
+
+impl Reload {
+    /// Reads the file again with all that it names, and applies it all or nothing. What needs a restart is told until
+    /// there has been one. Logs how it went.
+    ///
+    /// Reads files, and may wait for names to be resolved.
+    pub(super) fn reload(&self) -> Result<Changes, ConfigError> {
+        let mut applied = self.applied.lock();
+        let outcome = config::load(&self.started.file).and_then(|config| self.apply(config, &mut applied));
+        drop(applied);
+        let result = if outcome.is_ok() { "applied" } else { "refused" };
+        self.metrics.reloads.with_label_values(&[result]).inc();
+        match &outcome {
+            Ok(Changes { at_once, at_restart }) if at_restart.is_empty() => {
+                tracing::info!(applied = at_once.join(", "), "configuration reloaded");
+            }
+            Ok(Changes { at_once, at_restart }) => tracing::warn!(
+                applied = at_once.join(", "),
+                restart = at_restart.join(", "),
+                "configuration reloaded; some of what has changed needs a restart"
+            ),
+            Err(error) => tracing::error!("configuration not reloaded, the old one stays: {error}"),
+        }
+        outcome
+    }
+
+    fn apply(&self, config: Config, applied: &mut Arc<Config>) -> Result<Changes, ConfigError> {
+        let tls = self.tls_of(&config)?;
+        let login = build_login(&config, &self.sessions, &self.metrics)?;
+        let keys = self.ring.as_ref().map(|ring| Ok((ring, ring.read_again()?))).transpose()?;
+        let previous = self.rules.load_full();
+        let rules = Rules::build(&config, login.taking_over(&previous.login), Some(&previous))?;
+        let pools: Vec<_> = rules.pools.values().cloned().collect();
+        discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
+
+        // From here on nothing fails.
+        let mut changes = Changes {
+            at_once: Changes::between(applied, &config).at_once,
+            at_restart: Changes::between(&self.started, &config).at_restart,
+        };
+        changes.at_once.extend(rules.login.changed_files(&previous.login));
+        let rules = Arc::new(rules);
+        self.rules.store(Arc::clone(&rules));
+        rules.settle();
+        if let Some((ring, keys)) = keys {
+            if !ring.is_of(&keys) {
+                changes.at_once.push("session keys: content".to_owned());
+            }
+            ring.replace(keys);
+        }
+        self.metrics.certificate_expires.reset();
+        for (current, new) in tls {
+            if let Some(new) = new {
+                let renewed = new.renewed_since(current).into_iter();
+                changes.at_once.extend(renewed.map(|file| format!("certificate {}: content", file.display())));
+                current.replace(&new);
+            }
+            current.report(&self.metrics, now_seconds());
+        }
+        let LogSwitch(set_level) = &self.log_switch;
+        set_level(config.log.level);
+        *applied = Arc::new(config);
+        self.resolve.notify_one();
+        Ok(changes)
+    }
+
+    /// What each TLS listener is to be replaced by, if it still is one.
+    #[expect(clippy::type_complexity, reason = "pairs of old and new")]
+    fn tls_of(&self, config: &Config) -> Result<Vec<(&Arc<Tls>, Option<Arc<Tls>>)>, ConfigError> {
+        let new = config.listeners.iter().map(Tls::of).collect::<Result<Vec<_>, _>>()?;
+        let pairs = self.tls.iter().flatten().map(|current| {
+            let new = new.iter().flatten().find(|new| new.is_same(current));
+            new.map_or(Ok(()), |new| current.accepts(new, now_seconds()))?;
+            Ok((current, new.cloned()))
+        });
+        pairs.collect()
+    }
+}
