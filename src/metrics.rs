@@ -83,6 +83,11 @@ impl Metrics {
             &["result"],
             &[0.00001, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0],
         );
+        let reloads = counter(&registry, "cloakroom_reloads_total", "Configuration reloads.", &["result"]);
+        // There from the start: a series that begins with 1 shows no increase, and the first refusal is to be seen.
+        for result in ["applied", "refused"] {
+            let _ = reloads.with_label_values(&[result]);
+        }
         Self {
             requests: counter(
                 &registry,
@@ -243,7 +248,7 @@ impl Metrics {
                 "What backends asked for by fields of their responses.",
                 &["directive", "result"],
             ),
-            reloads: counter(&registry, "cloakroom_reloads_total", "Configuration reloads.", &["result"]),
+            reloads,
             registry,
         }
     }
@@ -295,4 +300,235 @@ fn histogram(registry: &Registry, name: &str, help: &str, labels: &[&str], bucke
     let histogram = HistogramVec::new(opts, labels).expect("a valid name");
     registry.register(Box::new(histogram.clone())).expect("a name used once");
     histogram
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use prometheus::core::Collector;
+    use serde_json::Value;
+
+    use super::*;
+
+    const DASHBOARD: &str = include_str!("../conf/grafana/cloakroom.json");
+    const ALERTS: &str = include_str!("../conf/prometheus/alerts.yml");
+    const BOOK: &str = include_str!("../docs/operation.md");
+
+    /// What Prometheus itself adds to every series, and what a histogram's buckets have.
+    const OTHER_LABELS: [&str; 3] = ["instance", "job", "le"];
+
+    /// All metrics by name, with their labels. A gathering leaves out those without a value: so they are named here.
+    fn families() -> BTreeMap<String, Vec<String>> {
+        let metrics = Metrics::new();
+        let Metrics {
+            registry: _,
+            requests,
+            request_seconds,
+            session_resolve_seconds,
+            session_copy_seconds: _,
+            session_store_seconds: _,
+            session_guesses,
+            store_errors,
+            logins,
+            logouts,
+            provider_logouts,
+            token_renewals,
+            session_ends,
+            events_delivered,
+            sessions,
+            connections,
+            proxy_protocol_refused,
+            streams,
+            streams_cut,
+            certificate_expires,
+            store_up,
+            backend_requests,
+            backend_failures,
+            backend_up,
+            backend_draining,
+            backend_weight,
+            backend_in_flight,
+            backend_ejections,
+            backend_checks,
+            retries,
+            queue_waiting,
+            queue_seconds,
+            directives,
+            reloads,
+        } = &metrics;
+        let all: [&dyn Collector; _] = [
+            requests,
+            request_seconds,
+            session_resolve_seconds,
+            session_guesses,
+            store_errors,
+            logins,
+            logouts,
+            provider_logouts,
+            token_renewals,
+            session_ends,
+            events_delivered,
+            sessions,
+            connections,
+            proxy_protocol_refused,
+            streams,
+            streams_cut,
+            certificate_expires,
+            store_up,
+            backend_requests,
+            backend_failures,
+            backend_up,
+            backend_draining,
+            backend_weight,
+            backend_in_flight,
+            backend_ejections,
+            backend_checks,
+            retries,
+            queue_waiting,
+            queue_seconds,
+            directives,
+            reloads,
+        ];
+        let described = all.iter().flat_map(|metric| metric.desc());
+        described.map(|about| (about.fq_name.clone(), about.variable_labels.clone())).collect()
+    }
+
+    /// What is wrong with a query of Prometheus: names and labels that no metric of ours has.
+    fn unknown(query: &str, families: &BTreeMap<String, Vec<String>>) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut labels: BTreeSet<&str> = OTHER_LABELS.into();
+        for (at, _) in query.match_indices("cloakroom_") {
+            let rest = &query[at..];
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+            let name = &rest[..end];
+            let histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            let Some(known) = families.get(name).or_else(|| families.get(histogram?)) else {
+                wrong.push(name.to_owned());
+                continue;
+            };
+            labels.extend(known.iter().map(String::as_str));
+            let Some((matchers, _)) = rest[end..].strip_prefix('{').and_then(|rest| rest.split_once('}')) else {
+                continue;
+            };
+            for matcher in matchers.split(',') {
+                let label = matcher.trim().split(['=', '!']).next().unwrap();
+                if !known.iter().any(|known| known == label) && !OTHER_LABELS.contains(&label) {
+                    wrong.push(format!("{name} has no {label}"));
+                }
+            }
+        }
+        for rest in query.split("by (").skip(1) {
+            let grouped = rest.split(')').next().unwrap().split(',').map(str::trim);
+            wrong.extend(grouped.filter(|label| !labels.contains(label)).map(|label| format!("by ({label})")));
+        }
+        wrong
+    }
+
+    /// The keys of each alert, folded lines joined; only as much YAML as the file has.
+    fn alerts() -> Vec<BTreeMap<&'static str, String>> {
+        let mut alerts: Vec<BTreeMap<&str, String>> = Vec::new();
+        let mut folded = None;
+        for line in ALERTS.lines() {
+            let line = line.trim();
+            if let Some(name) = line.strip_prefix("- alert: ") {
+                alerts.push([("alert", name.to_owned())].into());
+                continue;
+            }
+            let Some(alert) = alerts.last_mut() else { continue };
+            let keys = ["expr", "for", "labels", "severity", "annotations", "summary", "runbook"];
+            match line.split_once(':').filter(|(key, _)| keys.contains(key)) {
+                Some((key, value)) => {
+                    folded = (value.trim() == ">-").then_some(key);
+                    alert.insert(key, if folded.is_some() { String::new() } else { value.trim().to_owned() });
+                }
+                None => {
+                    if let Some(value) = folded.and_then(|key| alert.get_mut(key)) {
+                        value.push_str(line);
+                        value.push(' ');
+                    }
+                }
+            }
+        }
+        alerts
+    }
+
+    #[test]
+    fn every_query_of_the_dashboard_asks_for_what_there_is() {
+        let families = families();
+        let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        let mut shown = BTreeSet::new();
+        let mut ids = BTreeSet::new();
+        for panel in panels {
+            let title = panel["title"].as_str().unwrap();
+            assert!(ids.insert(panel["id"].as_u64().unwrap()), "{title}: an id of its own");
+            let targets = panel["targets"].as_array();
+            assert_eq!(targets.is_some(), panel["type"] != "row", "{title}");
+            for target in targets.into_iter().flatten() {
+                let query = target["expr"].as_str().unwrap();
+                assert_eq!(unknown(query, &families), [""; 0], "{title}: {query}");
+                let legend = target["legendFormat"].as_str().unwrap();
+                for label in legend.split("{{").skip(1).map(|rest| rest.split("}}").next().unwrap()) {
+                    let is_kept = query.contains(label);
+                    assert!(is_kept || label == "instance", "{title}: {label} of the legend is not in {query}");
+                }
+                shown.extend(families.keys().filter(|name| query.contains(*name)));
+            }
+        }
+        let rows = panels.iter().filter(|panel| panel["type"] == "row").map(|row| row["title"].as_str().unwrap());
+        assert_eq!(rows.collect::<Vec<_>>(), ["Traffic", "Sessions", "Backends", "Redis connection", "Limits"]);
+        let hidden: Vec<_> = families.keys().filter(|name| !shown.contains(name)).collect();
+        assert!(hidden.is_empty(), "metrics that the dashboard does not show: {hidden:?}");
+    }
+
+    #[test]
+    fn every_alert_asks_for_what_there_is_and_has_its_section_in_the_book() {
+        let families = families();
+        let alerts = alerts();
+        assert_eq!(alerts.len(), ALERTS.matches("alert:").count());
+        for alert in &alerts {
+            let name = &alert["alert"];
+            let query = &alert["expr"];
+            assert!(query.contains("cloakroom"), "{name}: {query}");
+            assert_eq!(unknown(query, &families), [""; 0], "{name}: {query}");
+            assert!(["page", "ticket"].contains(&alert["severity"].as_str()), "{name}");
+            assert!(!alert["summary"].is_empty(), "{name}");
+            assert_eq!(alert["runbook"], format!("docs/operation.md#{}", name.to_lowercase()));
+            let (_, section) =
+                BOOK.split_once(&format!("\n### {name}\n")).unwrap_or_else(|| panic!("{name}: no section"));
+            let section = section.split("\n#").next().unwrap();
+            for part in ["**Users**", "**Look at**", "**Next**"] {
+                assert!(section.contains(part), "{name}: the book does not say {part}");
+            }
+        }
+        let written = BOOK.lines().filter_map(|line| line.strip_prefix("### Cloakroom"));
+        assert_eq!(written.count(), alerts.len(), "a section for each, and none for what is no alert");
+    }
+
+    #[test]
+    fn a_query_for_what_there_is_not_is_seen() {
+        let families = families();
+        for (query, expected) in [
+            ("rate(cloakroom_logins_total{result=\"x\"}[5m])", &[][..]),
+            ("sum by (le, route) (rate(cloakroom_request_seconds_bucket{instance=~\"a\"}[5m]))", &[]),
+            ("cloakroom_login_total", &["cloakroom_login_total"]),
+            ("cloakroom_logins_total{route=\"/\"}", &["cloakroom_logins_total has no route"]),
+            ("sum by (pool) (cloakroom_logins_total)", &["by (pool)"]),
+            ("cloakroom_connections_count{le!=\"1\"} / cloakroom_nothing", &["cloakroom_nothing"]),
+        ] {
+            assert_eq!(unknown(query, &families), expected, "{query}");
+        }
+    }
+
+    #[test]
+    fn the_book_lists_every_metric_with_its_labels() {
+        for (name, labels) in families() {
+            let line = BOOK.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
+            let line = line.unwrap_or_else(|| panic!("{name} is not in docs/operation.md"));
+            for label in labels {
+                assert!(line.contains(&format!("`{label}`")), "{name}: {label}");
+            }
+        }
+    }
 }
