@@ -441,8 +441,8 @@ mod tests {
     }
 
     fn succeed(pool: &Pool, number: usize) {
-        let lease = pool.backends()[number - 1].try_lease(false).unwrap();
-        pool.note_success(&lease);
+        let mut lease = pool.backends()[number - 1].try_lease(false).unwrap();
+        pool.note_success(&mut lease);
     }
 
     fn take_out_by_check(pool: &Pool, number: usize) {
@@ -653,9 +653,9 @@ mod tests {
         while Instant::now() < over {
             std::hint::spin_loop();
         }
-        let trial = pool.pick(0, &mut Tried::default()).unwrap();
+        let mut trial = pool.pick(0, &mut Tried::default()).unwrap();
         assert_eq!((number(&trial), trial.is_trial), (1, true));
-        pool.note_success(&trial);
+        pool.note_success(&mut trial);
         assert_eq!(shares(&turns(&pool, 4)), [(1, 2), (2, 2)].into());
     }
 

@@ -73,7 +73,12 @@ impl EjectionRules {
 
 impl Ejection {
     pub(super) fn is_out(&self) -> bool {
-        self.until.load(Ordering::Relaxed) != 0
+        self.until() != 0
+    }
+
+    /// Which ejection is under way: its end, as it is known by now. 0 = none.
+    pub(super) fn until(&self) -> u64 {
+        self.until.load(Ordering::Relaxed)
     }
 
     /// Whether it was out, and may be tried again.
@@ -127,7 +132,7 @@ impl Pool {
     /// A request failed at this backend. Gives how long it is passed over, when this is what ejects it.
     pub fn note_failure(&self, lease: &Lease, failure: Failure) -> Option<Duration> {
         lease.note_last_failure(failure.to_string());
-        let (ejection, rules) = (&lease.ejection, &self.ejection);
+        let (ejection, rules) = (&lease.backend.ejection, &self.ejection);
         let failures = ejection.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let ejects = match failure {
             _ if lease.is_trial => true,
@@ -140,9 +145,15 @@ impl Pool {
         if ejects { ejection.eject(self.ongoing.now(), lease.is_trial, rules) } else { None }
     }
 
-    /// A response began as it should. Gives whether that ends an ejection.
-    pub fn note_success(&self, lease: &Lease) -> bool {
-        let ejection = &lease.ejection;
+    /// A response began as it should. Gives whether that ends an ejection: of a request that had begun before it, it says
+    /// nothing of how the backend is now.
+    pub fn note_success(&self, lease: &mut Lease) -> bool {
+        // It has found out. What becomes of the rest of its response is like any other request's.
+        lease.is_trial = false;
+        let ejection = &lease.backend.ejection;
+        if ejection.until() != lease.ejection {
+            return false;
+        }
         if ejection.failures.load(Ordering::Relaxed) == 0 && !ejection.is_out() {
             return false; // as nearly always
         }
@@ -162,7 +173,10 @@ impl Pool {
     /// At most a share of the pool is out for failures, but one of several always may be.
     fn may_eject(&self) -> bool {
         let backends = self.backends.load();
-        let out = backends.iter().filter(|backend| backend.ejection.is_out()).count();
+        // A backup, or a drained one, is tried by nobody when its time is over: it is out no longer.
+        let now = self.ongoing.now();
+        let rests = backends.iter().filter_map(|backend| backend.ejection.rest(now));
+        let out = rests.filter(|rest| !rest.is_zero()).count();
         let share = usize::from(self.ejection.share);
         share != 0 && ((out + 1) * 100 <= share * backends.len() || out == 0 && 1 < backends.len())
     }
@@ -252,8 +266,8 @@ mod tests {
         let pool = pool(2, "eject.failures = 3");
         let fails = |times: usize| (0..times).map(|_| fail(&pool, 0, Failure::Timeout)).collect::<Vec<_>>();
         assert_eq!(fails(2), [false, false]);
-        let lease = pool.backends()[0].try_lease(false).unwrap();
-        assert!(!pool.note_success(&lease));
+        let mut lease = pool.backends()[0].try_lease(false).unwrap();
+        assert!(!pool.note_success(&mut lease));
         assert_eq!(fails(3), [false, false, true]);
         assert!(matches!(pool.backends()[0].health(), crate::backend::Health::Ejected(_)));
         assert_eq!(pool.backends()[0].last_failure().unwrap().what, "too late");

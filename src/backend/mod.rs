@@ -110,6 +110,8 @@ pub struct Lease {
     has_ended: bool,
     /// The request that finds out whether an ejected backend is back.
     is_trial: bool,
+    /// The one under way when it began: only that one can its success end.
+    ejection: u64,
     /// In the queue.
     pub waited: Duration,
 }
@@ -386,7 +388,8 @@ impl Backend {
             let one_more = |count: u32| (count < most).then_some(count + 1);
             in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
         }
-        Some(Lease { backend: Arc::clone(self), has_ended: false, is_trial, waited: Duration::ZERO })
+        let ejection = self.ejection.until();
+        Some(Lease { backend: Arc::clone(self), has_ended: false, is_trial, ejection, waited: Duration::ZERO })
     }
 }
 

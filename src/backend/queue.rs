@@ -1,12 +1,16 @@
 //! Who waits for a backend? Requests that found all of them full, for a limited time, in about the order they came.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::balance::Tried;
 use super::{Lease, Pool, Unavailable};
+
+/// Who waits looks this often without being told to.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The place where requests wait. It holds nothing of them but their number.
 #[derive(Debug, Default)]
@@ -35,9 +39,11 @@ impl Queue {
         self.changed.notify_waiters();
     }
 
-    fn enter(&self, most: usize) -> Option<Place<'_>> {
+    /// With how many wait already.
+    fn enter(&self, most: usize) -> Option<(Place<'_>, usize)> {
         let one_more = |waiting: usize| (waiting < most).then_some(waiting + 1);
-        self.waiting.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok().map(|_| Place(self))
+        let before = self.waiting.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
+        Some((Place(self), before))
     }
 }
 
@@ -68,8 +74,9 @@ impl Pool {
     async fn wait(&self, key: u64, tried: &mut Tried) -> Result<Lease, Unavailable> {
         let queue = &self.ongoing.queue;
         let entered = Instant::now();
-        let _place = queue.enter(self.queue_max).ok_or(Unavailable::Full)?;
-        let mut is_first_look = 1 < queue.waiting();
+        let (_place, before) = queue.enter(self.queue_max).ok_or(Unavailable::Full)?;
+        let end = entered + self.queue_timeout;
+        let mut is_first_look = before != 0;
         loop {
             let mut changed = std::pin::pin!(queue.changed.notified());
             changed.as_mut().enable();
@@ -86,7 +93,10 @@ impl Pool {
                     }
                 }
             }
-            if tokio::time::timeout_at(entered + self.queue_timeout, changed).await.is_err() {
+            // Who is told of a place may be somebody who cannot use it: a request that failed there, or one of before a reload.
+            // So nobody relies on being told alone.
+            let look = end.min(Instant::now() + LOOK_AGAIN);
+            if tokio::time::timeout_at(look, changed).await.is_err() && end <= look {
                 return Err(Unavailable::TimedOut(entered.elapsed()));
             }
         }

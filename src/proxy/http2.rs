@@ -6,9 +6,8 @@
 //! `HttpProxy` as a session of its own (`stream.rs`).
 //!
 //! What one connection may hold: `limits.streams_max` requests, each with a head of `limits.head_bytes`, one window of
-//! unread body (`STREAM_WINDOW_BYTES`) and one buffer of unsent response (`SEND_BUFFER_BYTES`); all bodies together
-//! `CONNECTION_WINDOW_BYTES`. Floods of frames that are no requests (`PING`, `SETTINGS`, empty `DATA`,
-//! `CONTINUATION`) the crate `h2` answers one at a time or ends.
+//! unread body (`STREAM_WINDOW_BYTES`) and one buffer of unsent response (`SEND_BUFFER_BYTES`). Floods of frames that are no requests
+//! (`PING`, `SETTINGS`, empty `DATA`, `CONTINUATION`) the crate `h2` answers one at a time or ends.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -35,8 +34,8 @@ mod stream;
 
 /// What a client may send of one body before we have read it.
 const STREAM_WINDOW_BYTES: u32 = 64 << 10;
-/// The same for all bodies of a connection: one upload alone is not slowed down by a window of its own size.
-const CONNECTION_WINDOW_BYTES: u32 = 512 << 10;
+/// RFC 9113, section 6.9.1.
+const WINDOW_BYTES_MAX: u32 = (1 << 31) - 1;
 /// What we keep of one response while the client does not take it.
 const SEND_BUFFER_BYTES: usize = 32 << 10;
 
@@ -66,7 +65,7 @@ pub async fn serve<A>(
     let mut shutdown = shutdown;
     let mut stopping = pin!(shutdown.wait_for(|shutting_down| *shutting_down));
     let mut idle = pin!(tokio::time::sleep(rules.keepalive));
-    let mut is_ending = false;
+    let (mut is_ending, mut was_cut_short) = (false, false);
     let mut requests = JoinSet::new();
     let mut waste = Waste::default();
     loop {
@@ -122,7 +121,9 @@ pub async fn serve<A>(
                 idle.as_mut().reset(Instant::now() + LAST_REQUEST);
             }
         }
-        if is_over && !is_ending {
+        // Also of one that is ending in order: it is the client who says when that is done.
+        if is_over && !was_cut_short {
+            was_cut_short = true;
             tracing::debug!(peer = %connection.peer, "too many requests came to nothing: HTTP/2 connection ended");
             is_ending = true;
             client.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
@@ -140,7 +141,8 @@ fn builder(rules: &HeadRules) -> Builder {
         .max_header_list_size(u32::try_from(rules.bytes_max).unwrap_or(u32::MAX))
         .max_concurrent_streams(rules.streams_max)
         .initial_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        // All may be full at the same time: uploads that wait for their backends hold up nobody else's.
+        .initial_connection_window_size(STREAM_WINDOW_BYTES.saturating_mul(rules.streams_max).min(WINDOW_BYTES_MAX))
         .max_send_buffer_size(SEND_BUFFER_BYTES);
     builder
 }

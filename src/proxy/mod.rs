@@ -771,7 +771,7 @@ impl Gateway {
 
     /// The head of a response has come that can be passed on.
     fn note_response(&self, context: &mut RequestContext, status: u16) {
-        let (Some(pool), Some(lease)) = (&context.pool, &context.backend) else { return };
+        let (Some(pool), Some(lease)) = (&context.pool, &mut context.backend) else { return };
         if pool.is_failure(status) {
             self.note_failure(context, Failure::Status(status), &status);
         } else if pool.note_success(lease) {
