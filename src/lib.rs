@@ -48,6 +48,7 @@
 
 // In reading order.
 pub mod cli;
+pub mod supervisor;
 pub mod server;
 pub mod listener;
 pub mod proxy;

@@ -5,7 +5,7 @@
 //! A thread of its own accepts, and hands each connection to the worker that has the fewest.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -82,6 +82,7 @@ pub struct Prepared {
     metrics: Metrics,
     pace: Pace,
     log_switch: LogSwitch,
+    inherited: Vec<TcpListener>,
 }
 
 /// A gateway at work.
@@ -91,12 +92,29 @@ pub struct Running {
     admin_address: Option<SocketAddr>,
     reload: Arc<Reload>,
     memory: Option<Arc<MemoryStore>>,
+    /// For a successor: those of all listeners.
+    sockets: Vec<TcpListener>,
+    /// What readiness says.
+    leaving: watch::Sender<bool>,
+    admin_closed: watch::Sender<bool>,
     shutdown: watch::Sender<bool>,
+    cut: watch::Sender<bool>,
     acceptor: Option<JoinHandle<()>>,
     workers: Vec<JoinHandle<()>>,
     background: Option<JoinHandle<()>>,
     ended: watch::Sender<bool>,
     access_log: Option<LineWriter>,
+}
+
+/// Ends a drain before its time, see [`Running::cutter`].
+#[derive(Clone, Debug)]
+pub struct Cutter(watch::Sender<bool>);
+
+impl Cutter {
+    /// Cuts what is under way.
+    pub fn cut(&self) {
+        let _ = self.0.send(true);
+    }
 }
 
 /// Why a gateway did not start.
@@ -152,6 +170,7 @@ fn prepare_all(
         metrics,
         pace: Pace::default(),
         log_switch: LogSwitch::default(),
+        inherited: Vec::new(),
     })
 }
 
@@ -159,6 +178,12 @@ impl Prepared {
     /// Who else may say who somebody is.
     pub fn providers(&self) -> &Providers {
         self.rules.login.providers()
+    }
+
+    /// A listener takes the one of these that has its address; the start fails when one is left over.
+    pub fn with_sockets(mut self, inherited: Vec<TcpListener>) -> Self {
+        self.inherited = inherited;
+        self
     }
 
     /// Ended sessions are found and told of at another pace than the usual one.
@@ -254,10 +279,13 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch } = prepared;
-    let bound = config.listeners.iter().zip(&tls).map(|(listener, tls)| bind(listener, tls, &config));
+    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch, mut inherited } = prepared;
+    let bound = config.listeners.iter().zip(&tls).map(|(listener, tls)| bind(listener, tls, &config, &mut inherited));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
-    let admin = config.admin.enabled.then(|| bind_admin(&config)).transpose()?;
+    let admin = config.admin.enabled.then(|| bind_admin(&config, &mut inherited)).transpose()?;
+    nobody_is_left(&inherited)?;
+    let sockets = listeners.iter().chain(&admin).map(Listener::socket).collect::<Result<_, _>>();
+    let sockets = sockets.map_err(|cause| StartError { what: "cannot keep the sockets".into(), cause })?;
     if let Some(memory) = &memory {
         open_file(memory, &config)?;
     }
@@ -269,6 +297,9 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
 
     let (shutdown, shutting_down) = watch::channel(false);
     let (ended, _) = watch::channel(false);
+    let leaving = watch::Sender::new(false);
+    let admin_closed = watch::Sender::new(false);
+    let cut = watch::Sender::new(false);
     let pools: Vec<_> = rules.pools.values().cloned().collect();
     discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
     let rules = Arc::new(ArcSwap::from_pointee(rules));
@@ -326,7 +357,11 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         addresses,
         admin_address,
         memory,
+        sockets,
+        leaving,
+        admin_closed,
         shutdown,
+        cut,
         acceptor: None,
         workers: Vec::new(),
         background: None,
@@ -349,6 +384,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
             head_rules: Arc::clone(&head_rules),
             streams: Arc::clone(&streams),
             shutdown: shutting_down.clone(),
+            cut: running.cut.subscribe(),
             drain_timeout,
         };
         running.workers.push(thread(format!("worker-{index}"), move || plan.run())?);
@@ -365,7 +401,8 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         events,
         metrics,
         resolve: Arc::clone(&running.reload.resolve),
-        shutdown: shutting_down,
+        leaving: running.leaving.subscribe(),
+        admin_closed: running.admin_closed.subscribe(),
         ended: running.ended.subscribe(),
     };
     running.background = Some(thread("background".to_owned(), move || background.run())?);
@@ -388,12 +425,42 @@ impl Running {
         self.reload.reload()
     }
 
+    /// Readiness says no from now on, and gives how long that should be so before [`Running::stop`]; all else goes on.
+    pub fn turn_unready(&self) -> Option<Duration> {
+        self.leaving.send_replace(true);
+        self.reload.started.server.lame_duck.map(|duration| duration.get())
+    }
+
+    /// Whether its sessions are in its own memory, so that no other process may serve beside it.
+    pub fn is_alone(&self) -> bool {
+        self.reload.started.store.redis.is_none()
+    }
+
+    /// The sockets of all listeners, for a successor.
+    pub fn sockets(&self) -> io::Result<Vec<TcpListener>> {
+        self.sockets.iter().map(TcpListener::try_clone).collect()
+    }
+
+    /// A successor serves: it tells health and metrics from now on. [`Running::stop`] is next.
+    pub fn give_way(&self) {
+        self.admin_closed.send_replace(true);
+    }
+
+    /// For somebody who loses patience with [`Running::stop`].
+    pub fn cutter(&self) -> Cutter {
+        Cutter(self.cut.clone())
+    }
+
     /// Stops accepting, lets what has begun finish (up to `server.drain_timeout`), and returns as soon as it has.
     pub fn stop(mut self) {
+        self.leaving.send_replace(true);
+        // The last that holds a socket open closes it.
+        self.sockets.clear();
         let _ = self.shutdown.send(true);
         for worker in self.acceptor.take().into_iter().chain(self.workers.drain(..)) {
             let _ = worker.join();
         }
+        self.admin_closed.send_replace(true);
         let _ = self.ended.send(true);
         if let Some(background) = self.background.take() {
             let _ = background.join();
@@ -426,12 +493,13 @@ struct WorkerPlan {
     head_rules: Arc<HeadRules>,
     streams: Arc<Streams>,
     shutdown: watch::Receiver<bool>,
+    cut: watch::Receiver<bool>,
     drain_timeout: Duration,
 }
 
 impl WorkerPlan {
     fn run(self) {
-        let Self { queue, gateway, head_rules, streams, mut shutdown, drain_timeout } = self;
+        let Self { queue, gateway, head_rules, streams, mut shutdown, mut cut, drain_timeout } = self;
         on_own_runtime(async move {
             let conf = Arc::new(ServerConf {
                 threads: 1,
@@ -461,8 +529,12 @@ impl WorkerPlan {
             };
             if !is_served {
                 app.http_cleanup().await;
-                if tokio::time::timeout(drain_timeout, serving).await.is_err() {
-                    tracing::warn!("connections cut: they took longer than server.drain_timeout");
+                tokio::select! {
+                    () = serving => {}
+                    () = tokio::time::sleep(drain_timeout) => {
+                        tracing::warn!("connections cut: they took longer than server.drain_timeout");
+                    }
+                    _ = cut.wait_for(|cut| *cut) => tracing::warn!("connections cut: a second signal came"),
                 }
             }
             if tokio::time::timeout(RENEWALS_WAIT_MAX, renewals.closed()).await.is_err() {
@@ -496,14 +568,26 @@ struct Background {
     events: Events,
     metrics: Metrics,
     resolve: Arc<Notify>,
-    shutdown: watch::Receiver<bool>,
+    leaving: watch::Receiver<bool>,
+    admin_closed: watch::Receiver<bool>,
     ended: watch::Receiver<bool>,
 }
 
 impl Background {
     fn run(self) {
-        let Self { gateway, streams, admin, sessions_api, reload_api, events, metrics, resolve, shutdown, mut ended } =
-            self;
+        let Self {
+            gateway,
+            streams,
+            admin,
+            sessions_api,
+            reload_api,
+            events,
+            metrics,
+            resolve,
+            leaving,
+            admin_closed,
+            mut ended,
+        } = self;
         on_own_runtime(async move {
             let (sessions, rules) = (&gateway.sessions, &gateway.rules);
             let health = Arc::new(Health::default());
@@ -516,7 +600,7 @@ impl Background {
                         sessions: sessions_api,
                         rules: Arc::clone(rules),
                         reload: reload_api,
-                        shutdown,
+                        leaving,
                     }),
                     refusals: Arc::new(Quiet),
                     head_rules: Arc::new(ADMIN_HEADS),
@@ -524,11 +608,11 @@ impl Background {
                     // Its own, which nobody reads: these connections are not the application's.
                     metrics: Metrics::new(),
                     streams: Arc::new(Streams::new(Metrics::new())),
-                    // Health and metrics are told until the very end: only then does this listener close.
-                    shutdown: ended.clone(),
+                    // Health and metrics are told until the very end, unless a successor tells them: then this listener closes.
+                    shutdown: admin_closed.clone(),
                 };
                 let connections = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
-                tokio::spawn(listener.run(vec![desk], connections, ended.clone()));
+                tokio::spawn(listener.run(vec![desk], connections, admin_closed));
                 tokio::spawn(worker.run(queue));
             }
             tokio::spawn(inspect(Arc::clone(sessions.store())));
@@ -586,7 +670,12 @@ const DESCRIPTORS_USUAL: u64 = 1024;
 /// For listeners, store, logs and runtimes.
 const DESCRIPTORS_RESERVED: u64 = 40;
 
-fn bind(listener: &model::Listener, tls: &Option<Arc<Tls>>, config: &Config) -> Result<Listener, StartError> {
+fn bind(
+    listener: &model::Listener,
+    tls: &Option<Arc<Tls>>,
+    config: &Config,
+    inherited: &mut Vec<TcpListener>,
+) -> Result<Listener, StartError> {
     let is_https = tls.is_some() || listener.scheme.as_ref().is_some_and(|scheme| *scheme.get_ref() == Scheme::Https);
     let facts = ListenerFacts {
         scheme: if is_https { "https" } else { "http" },
@@ -595,18 +684,37 @@ fn bind(listener: &model::Listener, tls: &Option<Arc<Tls>>, config: &Config) -> 
         redirect_to_port: listener.redirect_to_port.as_ref().map(|port| *port.get_ref()),
     };
     let address = *listener.address.get_ref();
-    let bound = Listener::bind(address, tls.clone(), facts).map_err(|cause| cannot_listen(address, cause))?;
+    let bound = socket(address, inherited).and_then(|socket| Listener::new(socket, tls.clone(), facts));
+    let bound = bound.map_err(|cause| cannot_listen(address, cause))?;
     Ok(match &listener.proxy_protocol {
         Some(balancers) => bound.behind(balancers.get_ref().iter().map(|network| network.0)),
         None => bound,
     })
 }
 
-fn bind_admin(config: &Config) -> Result<Listener, StartError> {
+fn bind_admin(config: &Config, inherited: &mut Vec<TcpListener>) -> Result<Listener, StartError> {
     let address = *config.admin.address.get_ref();
     let cookie = session_cookie(config, false);
     let facts = ListenerFacts { scheme: "http", cookie, hsts: None, redirect_to_port: None };
-    Listener::bind(address, None, facts).map_err(|cause| cannot_listen(address, cause))
+    let bound = socket(address, inherited).and_then(|socket| Listener::new(socket, None, facts));
+    bound.map_err(|cause| cannot_listen(address, cause))
+}
+
+/// The inherited one with this address, or a new one.
+fn socket(address: SocketAddr, inherited: &mut Vec<TcpListener>) -> io::Result<TcpListener> {
+    let same = inherited.iter().position(|socket| socket.local_addr().is_ok_and(|bound| bound == address));
+    same.map_or_else(|| listener::bind(address), |index| Ok(inherited.swap_remove(index)))
+}
+
+/// A socket that nobody accepts from would let its clients wait for nothing.
+fn nobody_is_left(inherited: &[TcpListener]) -> Result<(), StartError> {
+    if inherited.is_empty() {
+        return Ok(());
+    }
+    let addresses = inherited.iter().filter_map(|socket| socket.local_addr().ok()).map(|address| address.to_string());
+    let addresses = addresses.collect::<Vec<_>>().join(", ");
+    let what = format!("inherited sockets that no [[listener]] and no [admin] has as its `address`: {addresses}");
+    Err(StartError { what, cause: io::ErrorKind::InvalidInput.into() })
 }
 
 /// RFC 6797, section 6.1.

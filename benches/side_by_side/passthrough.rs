@@ -49,7 +49,8 @@ impl ProxyHttp for Passthrough {
 pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
     let cookie = SessionCookie::new("session", false, cookie::SameSite::Lax);
     let facts = ListenerFacts { scheme: "http", cookie, hsts: None, redirect_to_port: None };
-    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), None, facts).unwrap();
+    let socket = listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = Listener::new(socket, None, facts).unwrap();
     let address = listener.address();
     let (_running, shutdown) = watch::channel(false);
     let passthrough = Passthrough { backends: backends.into(), next: Arc::default() };

@@ -47,10 +47,10 @@ impl Health {
 
     /// Ready: not shutting down, and the store has answered since the start. A store that fails later leaves us
     /// ready, because public routes go on working, and because all instances would turn unready at once.
-    pub(super) fn ready(&self, draining: bool) -> Response<Vec<u8>> {
+    pub(super) fn ready(&self, leaving: bool) -> Response<Vec<u8>> {
         let seen = self.store_seen.load(Ordering::Relaxed);
         let store = if self.store_up.load(Ordering::Relaxed) { "up" } else { "down" };
-        let (status, state) = match (draining, seen) {
+        let (status, state) = match (leaving, seen) {
             (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
             (false, false) => (StatusCode::SERVICE_UNAVAILABLE, "starting"),
             (false, true) => (StatusCode::OK, "ready"),

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
 use pingora::protocols::http::ServerSession;
-use pingora::server::ShutdownWatch;
+use tokio::sync::watch;
 
 use crate::metrics::Metrics;
 use crate::proxy::connection::Refusals;
@@ -40,7 +40,8 @@ pub struct Admin {
     pub rules: Arc<ArcSwap<Rules>>,
     /// Nor is there this.
     pub reload: Option<ReloadApi>,
-    pub shutdown: ShutdownWatch,
+    /// Whether this instance is about to end.
+    pub leaving: watch::Receiver<bool>,
 }
 
 #[async_trait]
@@ -84,7 +85,7 @@ impl Admin {
                 reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
             }
             LIVE => reply(StatusCode::OK, JSON, b"{\"state\":\"live\"}".to_vec()),
-            READY => self.health.ready(*self.shutdown.borrow()),
+            READY => self.health.ready(*self.leaving.borrow()),
             _ => reply(StatusCode::NOT_FOUND, TEXT, format!("try {}\n", LOOKS.join(", ")).into_bytes()),
         }
     }

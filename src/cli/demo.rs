@@ -27,7 +27,7 @@ pub fn demo(redis: Option<&str>, port: u16, terminal: &mut Terminal<'_>) -> Exit
 }
 
 fn start(redis: Option<&str>, port: u16, terminal: &mut Terminal<'_>) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let signals = Signals::install()?;
+    let mut signals = Signals::install()?;
     let folder = DemoFolder::make()?;
     let password = Alphanumeric.sample_string(&mut rand::rng(), 12);
     let hash = hash(&password)?;
@@ -89,7 +89,7 @@ access = false
         one.pid(),
         two.pid()
     ));
-    signals.serve(|| {});
+    signals.until_end();
     running.stop();
     Ok(ExitCode::SUCCESS)
 }

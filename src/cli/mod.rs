@@ -31,7 +31,7 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the gateway until SIGTERM; SIGHUP reloads the file.
+    /// Run the gateway until SIGTERM; SIGHUP reloads the file, SIGUSR2 starts a new binary that takes over.
     Run {
         #[arg(long, short, value_name = "FILE", default_value = "/etc/cloakroom/cloakroom.toml")]
         config: PathBuf,

@@ -104,7 +104,7 @@ impl Changes {
 
     fn server(&mut self, old: &Server, new: &Server) {
         keys!(self, "server", old, new, Server {
-            AtRestart: threads, connections_max, drain_timeout, trusted_proxies;
+            AtRestart: threads, connections_max, drain_timeout, lame_duck, trusted_proxies;
         });
     }
 

@@ -182,8 +182,9 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 39] = [
+    const EXAMPLES: [&str; 40] = [
         "page",
+        "lame_duck",
         "certificates",
         "client_ca",
         "hsts",

@@ -58,6 +58,8 @@ pub struct Server {
     pub connections_max: usize,
     /// After SIGTERM, how long requests in flight may take before they are cut.
     pub drain_timeout: Duration,
+    /// After SIGTERM, how long all goes on as ever while readiness already says no; none: the drain begins at once.
+    pub lame_duck: Option<Duration>,
     /// Networks whose `X-Forwarded-*` and `X-Request-Id` are believed.
     pub trusted_proxies: Vec<Cidr>,
 }
@@ -869,6 +871,7 @@ impl Default for Server {
             threads: 0,
             connections_max: 8_192,
             drain_timeout: Duration::from_millis(30_000),
+            lame_duck: None,
             trusted_proxies: Vec::new(),
         }
     }

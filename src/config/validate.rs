@@ -1374,6 +1374,7 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             ("[server]\nthreads = \"two\"".into(), "11:11", "expected a whole number"),
             ("[server]\nconnections_max = 0".into(), "11:19", "must be between 1 and"),
             ("[server]\ndrain_timeout = \"0s\"".into(), "11:17", "must be longer than nothing"),
+            ("[server]\nlame_duck = \"0s\"".into(), "11:13", "must be longer than nothing"),
             ("[server]\ntrusted_proxies = [\"10.0.0.1/8\"]".into(), "11:20", "the network is 10.0.0.0/8"),
             ("[[server]]\nthreads = 1".into(), "10:1", "invalid type: a table"),
             ("[serve]\nthreads = 1".into(), "10:2", "unknown key `serve`"),

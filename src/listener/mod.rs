@@ -83,15 +83,20 @@ pub fn desk() -> (Desk, Queue) {
     (Desk { accepted: sender, open: Arc::clone(&open) }, Queue { accepted: receiver, open })
 }
 
+/// A socket that listens; nothing is accepted yet.
+pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    // A restart must not wait for the connections of the process before it.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 impl Listener {
-    pub fn bind(address: SocketAddr, tls: Option<Arc<Tls>>, facts: ListenerFacts) -> io::Result<Self> {
-        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-        // A restart must not wait for the connections of the process before it.
-        socket.set_reuse_address(true)?;
+    /// On a socket that listens, see [`bind`].
+    pub fn new(socket: std::net::TcpListener, tls: Option<Arc<Tls>>, facts: ListenerFacts) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        let socket = std::net::TcpListener::from(socket);
         let address = socket.local_addr()?;
         Ok(Self { socket, address, balancers: None, tls, facts: Arc::new(facts) })
     }
@@ -105,6 +110,11 @@ impl Listener {
     /// With the port that the system chose for port 0.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The same socket once more.
+    pub fn socket(&self) -> io::Result<std::net::TcpListener> {
+        self.socket.try_clone()
     }
 
     /// Accepts until the shutdown, then what the kernel had accepted for us by then. `connections` is how many may be

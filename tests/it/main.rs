@@ -29,6 +29,8 @@ mod outage;
 mod guessing;
 mod per_user;
 mod operation;
+mod systemd;
+mod upgrade;
 mod audit;
 mod memory_file;
 mod session_control;

@@ -22,7 +22,7 @@ fn kill(daemon: Daemon) {
     drop(daemon);
 }
 
-fn log_in(address: SocketAddr) -> Client {
+pub(crate) fn log_in(address: SocketAddr) -> Client {
     let client = Client::of(address);
     let form = Form::on(&client.navigate("/.cloakroom/login").send().text());
     send(&client, "/.cloakroom/login", &form.filled_in(&[("username", "ann"), ("password", PASSWORD)]));

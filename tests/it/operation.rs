@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
@@ -16,7 +17,7 @@ const ADMIN_TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
 const KEYS: [&str; 2] =
     ["E75zE0cHsrRztfXSw9WHaYqoJLAUYMi/ZKnOfyAcnQM=", "j7tJPkUicGC326WDpHJ/cJ6iSnynsFNhJR/Ut/oCals="];
 
-const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
+pub(crate) const CLOAKROOM: &str = env!("CARGO_BIN_EXE_cloakroom");
 
 pub(crate) fn cloakroom(arguments: &[&str]) -> Output {
     Command::new(CLOAKROOM).args(arguments).stdin(Stdio::null()).output().unwrap()
@@ -27,13 +28,34 @@ pub(crate) struct Daemon(Child);
 
 impl Daemon {
     pub(crate) fn run(config: &Path) -> Self {
-        let child = Command::new(CLOAKROOM)
-            .args(["run", "--config", config.to_str().unwrap()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
+        Self::of(Command::new(CLOAKROOM).args(["run", "--config", config.to_str().unwrap()]))
+    }
+
+    /// As `command` runs it.
+    pub(crate) fn of(command: &mut Command) -> Self {
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         Self(child.unwrap())
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// What it says on standard error, and what its successors say there.
+    pub(crate) fn log(&mut self) -> Log {
+        let (lines, err) = (Log::default(), self.0.stderr.take().unwrap());
+        let written = Arc::clone(&lines.0);
+        std::thread::spawn(move || {
+            for line in BufReader::new(err).lines().map_while(Result::ok) {
+                written.lock().unwrap().push_str(&(line + "\n"));
+            }
+        });
+        lines
+    }
+
+    /// Its exit code, when it has ended by itself.
+    pub(crate) fn exit_code(mut self) -> Option<i32> {
+        self.0.wait().unwrap().code()
     }
 
     pub(crate) fn signal(&self, name: &str) {
@@ -60,6 +82,21 @@ impl Daemon {
     /// Waits until it has ended by itself.
     pub(crate) fn ended(mut self) {
         let _ = self.0.wait();
+    }
+}
+
+/// Lines that are still being written.
+#[derive(Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<String>>);
+
+impl Log {
+    pub(crate) fn text(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for(&self, text: &str) {
+        wait_until(text, || self.text().contains(text));
     }
 }
 
@@ -213,11 +250,79 @@ fn a_request_in_flight_at_the_term_gets_its_answer() {
     assert_eq!(daemon.0.wait().unwrap().code(), Some(0), "as soon as it is drained, long before the drain time-out");
 }
 
-/// The admin address of a deployment.
-fn admin_of(file: &Path, address: std::net::SocketAddr) -> std::net::SocketAddr {
-    let text = std::fs::read_to_string(file).unwrap();
-    let other = text.split('"').find(|part| part.starts_with("127.0.0.1") && *part != address.to_string());
-    other.unwrap().parse().unwrap()
+/// Where the admin listener of a deployment is, and what it says of readiness.
+pub(crate) fn admin_of(config: &Path) -> std::net::SocketAddr {
+    let text = std::fs::read_to_string(config).unwrap();
+    let (_, admin) = text.split_once("[admin]\naddress = \"").unwrap();
+    admin.split('"').next().unwrap().parse().unwrap()
+}
+
+fn readiness(admin: std::net::SocketAddr) -> (u16, String) {
+    let response = Client::of(admin).get("/health/ready").send();
+    (response.status, response.text())
+}
+
+#[test]
+fn a_lame_duck_says_no_to_the_balancer_and_yes_to_everybody() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "[server]\nlame_duck = \"10m\"\n");
+    let admin = admin_of(&file);
+    let mut daemon = Daemon::run(&file);
+    wait_until("the gateway is ready", || is_up(admin) && readiness(admin).0 == 200);
+    let mut kept = Connection::open(address);
+    daemon.signal("TERM");
+    wait_until("it is ready no more", || readiness(admin).0 == 503);
+    assert!(readiness(admin).1.contains("draining"));
+    for _ in 0..3 {
+        assert_eq!(Client::of(address).get("/").send().status, 200, "new connections are served");
+        kept.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+        let response = kept.read_response("GET").unwrap();
+        assert_eq!((response.status, response.closes), (200, false), "and old ones are kept");
+    }
+    daemon.signal("TERM");
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0), "who asks twice need not wait");
+}
+
+#[test]
+fn a_lame_duck_drains_when_its_time_is_over() {
+    let (_folder, file, address) = deployment(&[&Backend::echo()], "[server]\nlame_duck = \"300ms\"\n");
+    let mut daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    daemon.signal("TERM");
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_second_term_cuts_the_drain() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let (_folder, file, address) =
+        deployment(&[&backend], "[log]\nformat = \"json\"\n[server]\ndrain_timeout = \"1h\"\n");
+    let mut daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let mut connection = Connection::open(address);
+    connection.write("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
+    backend.after_requests(1);
+    daemon.signal("TERM");
+    wait_until("it accepts no more", || !is_up(address));
+    daemon.signal("TERM");
+    let out = std::io::read_to_string(daemon.0.stdout.take().unwrap()).unwrap();
+    assert!(out.lines().last().unwrap().contains("\"outcome\":\"cut\""), "{out}");
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_quit_without_a_successor_is_refused() {
+    let backend = Backend::echo();
+    let (_folder, file, address) = deployment(&[&backend], "");
+    let mut daemon = Daemon::run(&file);
+    wait_until("the gateway listens", || is_up(address));
+    let mut log = BufReader::new(daemon.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    daemon.signal("QUIT");
+    assert!(log.any(|line| line.contains("SIGQUIT refused: there is no successor")));
+    assert_eq!(Client::of(address).get("/").send().status, 200, "and it goes on");
+    daemon.signal("TERM");
+    assert!(log.any(|line| line.contains("shutting down")));
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
 }
 
 fn reloads(admin: std::net::SocketAddr, result: &str) -> String {
@@ -236,7 +341,7 @@ fn a_hangup_applies_the_file_and_a_broken_file_changes_nothing() {
     assert_eq!(client.get("/").send().seen().backend, one.name());
 
     let good = std::fs::read_to_string(&file).unwrap();
-    let admin = admin_of(&file, address);
+    let admin = admin_of(&file);
     std::fs::write(&file, good.replace("[pool.app]", "[pool.app")).unwrap();
     daemon.signal("HUP");
     wait_until("the broken file is refused", || reloads(admin, "refused") == "1");
@@ -425,7 +530,7 @@ fn a_reload_sets_the_level_of_the_log() {
     let (_folder, file, address) = deployment(&[&backend], "[log]\nlevel = \"error\"");
     let daemon = Daemon::run(&file);
     wait_until("the gateway listens", || is_up(address));
-    let admin = admin_of(&file, address);
+    let admin = admin_of(&file);
     let set = |from: &str, to: &str, round: &str| {
         let text = std::fs::read_to_string(&file).unwrap();
         std::fs::write(&file, text.replace(&format!("level = \"{from}\""), &format!("level = \"{to}\""))).unwrap();

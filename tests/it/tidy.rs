@@ -6,8 +6,9 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["server", "login", "session", "config", "outgoing", "log"]),
+    ("cli", &["supervisor", "server", "login", "session", "config", "outgoing", "log"]),
     ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
+    ("supervisor", &[]),
     ("listener", &["proxy", "config", "pem", "metrics"]),
     ("admin", &["proxy", "session", "config", "audit", "metrics"]),
     ("events", &["session", "config", "audit", "outgoing", "metrics"]),
