@@ -63,4 +63,5 @@ pub mod pem;
 pub mod audit;
 pub mod outgoing;
 pub mod log;
+pub mod spans;
 pub mod metrics;

@@ -71,6 +71,8 @@ pub struct Metrics {
     pub directives: IntCounterVec,
     /// result: applied, refused
     pub reloads: IntCounterVec,
+    /// result: sent, dropped
+    pub spans: IntCounterVec,
 }
 
 impl Metrics {
@@ -249,6 +251,7 @@ impl Metrics {
                 &["directive", "result"],
             ),
             reloads,
+            spans: counter(&registry, "cloakroom_spans_total", "Spans for the collector.", &["result"]),
             registry,
         }
     }
@@ -356,6 +359,7 @@ mod tests {
             queue_seconds,
             directives,
             reloads,
+            spans,
         } = &metrics;
         let all: [&dyn Collector; _] = [
             requests,
@@ -389,6 +393,7 @@ mod tests {
             queue_seconds,
             directives,
             reloads,
+            spans,
         ];
         let described = all.iter().flat_map(|metric| metric.desc());
         described.map(|about| (about.fq_name.clone(), about.variable_labels.clone())).collect()

@@ -51,6 +51,7 @@ use crate::session::store::memory::{FileError, Loaded, MemoryStore};
 use crate::session::store::redis::RedisStore;
 use crate::session::store::{Gravity, Risk, SessionStore, StoreOptions};
 use crate::session::{Lifetime, Options, Sessions, unix_now};
+use crate::spans::{Collector, SpanSender, Spans};
 
 mod reload;
 
@@ -104,6 +105,7 @@ pub struct Running {
     background: Option<JoinHandle<()>>,
     ended: watch::Sender<bool>,
     access_log: Option<LineWriter>,
+    spans: Option<SpanSender>,
 }
 
 /// Ends a drain before its time, see [`Running::cutter`].
@@ -291,7 +293,8 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     }
     tls.iter().flatten().for_each(|tls| tls.report(&metrics, now_seconds()));
     let (access_log, log_writer) = open_access_log(&config.log)?;
-    let observer = Arc::new(Observer { metrics: metrics.clone(), access_log });
+    let (spans, span_sender) = open_spans(&config.tracing, &metrics)?;
+    let observer = Arc::new(Observer { metrics: metrics.clone(), access_log, spans });
 
     let events = Events::new(&config.events, Arc::clone(sessions.store()), metrics.clone(), pace);
 
@@ -367,6 +370,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         background: None,
         ended,
         access_log: log_writer,
+        spans: span_sender,
         reload,
     };
     let mut desks = Vec::new();
@@ -469,6 +473,7 @@ impl Running {
             memory.close();
         }
         drop(self.access_log.take());
+        drop(self.spans.take());
     }
 }
 
@@ -767,6 +772,14 @@ fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<LineWriter>
     let (lines, writer) = Lines::to("access-log", io::stdout())
         .map_err(|cause| StartError { what: "cannot start the access log".into(), cause })?;
     Ok((AccessLog::to(lines, config.format), Some(writer)))
+}
+
+fn open_spans(config: &model::Tracing, metrics: &Metrics) -> Result<(Option<Spans>, Option<SpanSender>), StartError> {
+    let Some(endpoint) = &config.endpoint else { return Ok((None, None)) };
+    let collector = Collector { endpoint: endpoint.get_ref(), service: &config.service };
+    let (spans, sender) = Spans::to(&collector, *config.ratio.get_ref(), metrics)
+        .map_err(|cause| StartError { what: "cannot start sending spans".into(), cause })?;
+    Ok((Some(spans), Some(sender)))
 }
 
 fn thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

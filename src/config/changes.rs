@@ -8,7 +8,7 @@ use toml::Spanned;
 
 use super::model::{
     Admin, BackendLogin, BasicLogin, Config, Events, Fallback, Identity, Limits, Listener, Log, Login, MemoryStore,
-    OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Store, Throttle,
+    OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Store, Throttle, Tracing,
 };
 
 /// A line for each key, each section that is new and each that is gone: `pool.app: backends`, `route /shop: added`.
@@ -61,6 +61,7 @@ impl Changes {
             events,
             admin,
             log,
+            tracing,
         } = old;
         changes.server(server, &new.server);
         changes.listeners(listeners, &new.listeners);
@@ -74,6 +75,7 @@ impl Changes {
         changes.events(events, &new.events);
         changes.admin(admin, &new.admin);
         changes.log(log, &new.log);
+        changes.tracing(tracing, &new.tracing);
         changes
     }
 
@@ -262,6 +264,10 @@ impl Changes {
             AtRestart: format, access;
         });
     }
+
+    fn tracing(&mut self, old: &Tracing, new: &Tracing) {
+        keys!(self, "tracing", old, new, Tracing { AtRestart: endpoint, ratio, service; });
+    }
 }
 
 fn optional<'c, T>(name: &str, section: Option<&'c T>) -> Sections<'c, T> {
@@ -336,6 +342,7 @@ mod tests {
             ("[session]", "[server]\nthreads = 3", &[], &["server: threads"]),
             ("[session]", "[session]\nidle_timeout = \"5m\"", &[], &["session: idle_timeout"]),
             ("[session]", "[admin]\ntoken = \"q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2\"", &[], &["admin: token"]),
+            ("[session]", "[tracing]\nratio = 0.5", &[], &["tracing: ratio"]),
             ("[session]", "[events]\naudit = true", &[], &["events: audit"]),
             ("127.0.0.1:1", "127.0.0.1:8", &[], &["listener 127.0.0.1:1: removed", "listener 127.0.0.1:8: added"]),
             ("[store.memory]", "[store.memory]\nsessions_max = 5", &[], &["store.memory: sessions_max"]),

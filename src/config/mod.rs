@@ -121,6 +121,7 @@ fn resolve(
         events: Events { webhook_secret, webhook: _, audit: _ },
         admin: Admin { token, address: _, enabled: _ },
         log: _,
+        tracing: _,
     } = config;
 
     let mut paths = Vec::<&mut Spanned<PathBuf>>::new();
@@ -182,7 +183,8 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 40] = [
+    const EXAMPLES: [&str; 41] = [
+        "endpoint",
         "page",
         "lame_duck",
         "certificates",

@@ -45,6 +45,8 @@ pub struct Config {
     pub admin: Admin,
     #[serde(default)]
     pub log: Log,
+    #[serde(default)]
+    pub tracing: Tracing,
 }
 
 /// `[server]`
@@ -848,6 +850,18 @@ pub struct Log {
     pub access: bool,
 }
 
+/// `[tracing]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tracing {
+    /// Of a collector that takes OTLP over HTTP; absent = no spans are made.
+    pub endpoint: Option<Spanned<String>>,
+    /// Of the traces that begin here, so many are recorded, from 0 to 1.
+    pub ratio: Spanned<f64>,
+    /// What we are called in them.
+    pub service: String,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -998,6 +1012,12 @@ impl Default for Check {
 impl Default for Admin {
     fn default() -> Self {
         Self { address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))), enabled: true, token: None }
+    }
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self { endpoint: None, ratio: Spanned::new(0..0, 1.0), service: "cloakroom".to_owned() }
     }
 }
 

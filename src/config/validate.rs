@@ -29,6 +29,7 @@ pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems
     check.pools();
     check.routes();
     check.events();
+    check.tracing();
     check.admin();
 }
 
@@ -855,6 +856,22 @@ impl Check<'_, '_> {
         }
     }
 
+    fn tracing(&mut self) {
+        let tracing = &self.config.tracing;
+        if let Some(endpoint) = &tracing.endpoint
+            && let Err(fault) = collector_url(endpoint.get_ref())
+        {
+            self.problems
+                .add(endpoint.span(), format!("tracing.endpoint: {fault}"))
+                .hint("expected e.g. \"http://127.0.0.1:4318\"; /v1/traces is added");
+        }
+        if !(0.0..=1.0).contains(tracing.ratio.get_ref()) {
+            self.problems
+                .add(tracing.ratio.span(), format!("tracing.ratio {} is not from 0 to 1", tracing.ratio.get_ref()))
+                .hint("0.1 records every tenth of the traces that begin here");
+        }
+    }
+
     fn events(&mut self) {
         let events = &self.config.events;
         if let Some(webhook) = &events.webhook
@@ -955,8 +972,28 @@ fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
 
 const SECRET_CHARS_MIN: usize = 32;
 
+/// What is sent there is no secret, so that any network will do.
+fn collector_url(text: &str) -> Result<(), &'static str> {
+    if text.contains('?') {
+        return Err("a query means nothing there");
+    }
+    match url(text)? {
+        ("http" | "https", _) => Ok(()),
+        _ => Err("unknown scheme, expected http or https"),
+    }
+}
+
 /// Whether what is secret may be sent to this URL: by TLS, or within this machine.
 pub fn confidential_url(text: &str) -> Result<(), &'static str> {
+    match url(text)? {
+        ("https", _) | ("http", true) => Ok(()),
+        ("http", false) => Err("plain http:// would show what is secret to the network"),
+        _ => Err("unknown scheme, expected https"),
+    }
+}
+
+/// The scheme of a plain URL, and whether it leads to this machine.
+fn url(text: &str) -> Result<(&str, bool), &'static str> {
     if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err("white space, or more than ASCII");
     }
@@ -979,12 +1016,7 @@ pub fn confidential_url(text: &str) -> Result<(), &'static str> {
     port_number(port)?;
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     let is_here = host == "localhost" || address.is_ok_and(|address| address.to_canonical().is_loopback());
-    match scheme {
-        "https" => Ok(()),
-        "http" if is_here => Ok(()),
-        "http" => Err("plain http:// would show what is secret to the network"),
-        _ => Err("unknown scheme, expected https"),
-    }
+    Ok((scheme, is_here))
 }
 
 /// A name that browsers keep and that means what it says (RFC 6265, section 4.1.1; RFC 6265bis, section 4.1.3).
@@ -1206,6 +1238,27 @@ pool = "app"
     fn headlines(text: &str) -> Vec<String> {
         let prefix = "error: cloakroom.toml:";
         errors(text).lines().filter_map(|line| Some(line.strip_prefix(prefix)?.to_owned())).collect()
+    }
+
+    #[test]
+    fn a_collector_is_a_plain_url_and_a_ratio_is_a_share() {
+        for (keys, fault) in [
+            ("endpoint = \"collector:4318\"", "tracing.endpoint: no scheme"),
+            ("endpoint = \"grpc://collector:4317\"", "tracing.endpoint: unknown scheme, expected http or https"),
+            ("endpoint = \"https://u:p@collector\"", "tracing.endpoint: a user or password"),
+            ("endpoint = \"http://collector/?a=b\"", "tracing.endpoint: a query"),
+            ("ratio = 1.1", "tracing.ratio 1.1 is not from 0 to 1"),
+            ("ratio = -0.1", "tracing.ratio -0.1"),
+            ("ratio = nan", "tracing.ratio NaN"),
+        ] {
+            let found = headlines(&format!("{GOOD}[tracing]\n{keys}\n"));
+            assert!(found.len() == 1 && found[0].contains(fault), "{keys}: {found:?}");
+        }
+        for keys in
+            ["endpoint = \"http://collector.example:4318\"", "endpoint = \"https://c.example/otlp/\"\nratio = 0"]
+        {
+            assert!(parse(&format!("{GOOD}[tracing]\n{keys}\n"), Path::new("a.toml")).is_ok(), "{keys}");
+        }
     }
 
     #[test]

@@ -17,12 +17,14 @@ use crate::metrics::Metrics;
 use crate::session::cookie::SessionCookie;
 use crate::session::record::LoginMethod;
 use crate::session::{Session, Source};
+use crate::spans::Spans;
 
 use super::access_log::{AccessLog, Entry, Timestamp};
 use super::reply::{Outcome, Rejection};
 use super::route::Route;
 use super::rules::Rules;
 use super::streams::InFlight;
+use super::trace::{End, Trace};
 use super::websocket::Frames;
 
 /// An id from a trusted proxy is kept when it is no longer than this.
@@ -76,6 +78,8 @@ pub struct Request {
 pub struct Observer {
     pub metrics: Metrics,
     pub access_log: AccessLog,
+    /// With `[tracing]`.
+    pub spans: Option<Spans>,
 }
 
 /// What was asked for, kept for the log line.
@@ -103,6 +107,8 @@ pub struct RequestContext {
     /// The peer is one of `server.trusted_proxies`.
     pub trusted_peer: bool,
     pub request_id: RequestId,
+    /// Boxed, because without `[tracing]` nobody has one.
+    pub trace: Option<Box<Trace>>,
     pub route: Option<Arc<Route>>,
     pub pool: Option<Arc<Pool>>,
     pub identity: Option<Arc<Known>>,
@@ -166,6 +172,7 @@ impl RequestContext {
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             trusted_peer: false,
             request_id: RequestId::none(),
+            trace: None,
             route: None,
             pool: None,
             identity: None,
@@ -209,7 +216,7 @@ impl RequestContext {
         self.is_recorded = true;
         let now = Instant::now();
         let duration = now.saturating_duration_since(self.started);
-        let Observer { metrics, access_log } = &*self.observer;
+        let Observer { metrics, access_log, spans } = &*self.observer;
         let route = self.route.as_ref().map(|route| route.name.as_str());
         match &self.route {
             Some(route) => {
@@ -224,6 +231,13 @@ impl RequestContext {
         match &self.route {
             Some(route) if (status, outcome) == (200, Outcome::Forwarded) => route.forwarded.get_or_init(count).inc(),
             Some(_) | None => count().inc(),
+        }
+        if let (Some(trace), Some(spans), Some(line)) = (self.trace.take(), spans, &self.line) {
+            let pool = self.pool.as_ref().map(|pool| pool.name());
+            let end = End { at: now, method: &line.method, route, pool, status, outcome: outcome.label() };
+            if let Some(recorded) = trace.finish(&end) {
+                spans.push(recorded);
+            }
         }
         if access_log.is_silent() {
             return;

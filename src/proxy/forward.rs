@@ -13,6 +13,7 @@ use crate::session::unix_now;
 
 use super::context::RequestContext;
 use super::directives::SESSION_ATTRIBUTES;
+use super::trace;
 
 /// In `Via` (RFC 9110, section 7.6.3).
 const PSEUDONYM: &str = "1.1 cloakroom";
@@ -112,6 +113,11 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
         if let Some(token) = &context.access_token {
             headers.insert(name, token.clone());
         }
+    }
+
+    match &context.trace {
+        Some(trace) => trace.pass_on(headers),
+        None => trace::drop_invalid(headers),
     }
 
     headers.reserve(FIELDS_ADDED);

@@ -33,6 +33,7 @@ use crate::session::store::{Ending, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
+pub mod trace;
 pub mod streams;
 pub mod connection;
 pub mod http2;
@@ -56,6 +57,7 @@ use guard::Refusal;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
+use trace::Trace;
 use websocket::Frames;
 
 /// Pingora's contract of `request_filter`: we have answered.
@@ -204,6 +206,9 @@ impl ProxyHttp for Gateway {
         options.read_timeout = Some(pause);
         options.write_timeout = Some(timeouts.write);
         options.idle_timeout = Some(timeouts.idle);
+        if let Some(trace) = &mut context.trace {
+            trace.note_attempt(lease.name());
+        }
         context.backend = Some(lease);
         context.attempts = context.attempts.saturating_add(1);
         Ok(Box::new(peer))
@@ -218,6 +223,9 @@ impl ProxyHttp for Gateway {
         mut error: Box<Error>,
     ) -> Box<Error> {
         self.note_failure(context, Failure::Connect, &error);
+        if let Some(trace) = &mut context.trace {
+            trace.end_attempt();
+        }
         context.failure = Some(Rejection::NoBackend);
         error.set_retry(true);
         error
@@ -260,6 +268,9 @@ impl ProxyHttp for Gateway {
         }
         if !response.status.is_informational() || is_upgraded(response) {
             self.note_response(context, response.status.as_u16());
+            if let Some(trace) = &mut context.trace {
+                trace.note_answer(response.status.as_u16());
+            }
         }
         context.status = response.status.as_u16();
         if downstream.is_process_shutting_down() {
@@ -345,6 +356,9 @@ impl ProxyHttp for Gateway {
         }
         if let Some(lease) = &mut context.backend {
             lease.end();
+        }
+        if let Some(trace) = &mut context.trace {
+            trace.end_attempt();
         }
         let may_repeat = backend_failed
             && !timed_out
@@ -450,6 +464,8 @@ impl Gateway {
             given_id = headers.get("x-request-id").and_then(RequestId::given);
         }
         context.request_id = given_id.unwrap_or_else(RequestId::next);
+        let begin = |spans| Trace::begin(&downstream.req_header().headers, context.started, spans);
+        context.trace = self.observer.spans.as_ref().and_then(begin).map(Box::new);
         context.connection = Some(connection);
         downstream.set_read_timeout(Some(self.body_timeout));
         downstream.set_write_timeout(Some(self.write_timeout));
@@ -553,6 +569,7 @@ impl Gateway {
             is_fresh: route.directives.attributes,
         };
         let Observer { metrics, .. } = &*self.observer;
+        let began = context.trace.is_some().then(Instant::now);
         let (result, who) = match self.sessions.resume(&id, &usage).await {
             Ok(Resumed::Live(session, source)) => {
                 let mut who = user_of(&session.record, &context.rules);
@@ -600,6 +617,9 @@ impl Gateway {
             }
         };
         metrics.note_resolved(result, context.started.elapsed().as_secs_f64());
+        if let (Some(trace), Some(began)) = (&mut context.trace, began) {
+            trace.note_resolved(began, result);
+        }
         who
     }
 

@@ -37,6 +37,7 @@ mod session_control;
 mod endings;
 mod events;
 mod tidy;
+mod traces;
 
 mod store_contract;
 mod store_redis_faults;

@@ -7,12 +7,15 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
     ("cli", &["supervisor", "server", "login", "session", "config", "outgoing", "log"]),
-    ("server", &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "metrics"]),
+    (
+        "server",
+        &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "spans", "metrics"],
+    ),
     ("supervisor", &[]),
     ("listener", &["proxy", "config", "pem", "metrics"]),
     ("admin", &["proxy", "session", "config", "audit", "metrics"]),
     ("events", &["session", "config", "audit", "outgoing", "metrics"]),
-    ("proxy", &["login", "session", "identity", "backend", "config", "pem", "audit", "log", "metrics"]),
+    ("proxy", &["login", "session", "identity", "backend", "config", "pem", "audit", "log", "spans", "metrics"]),
     ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),
     ("session", &["identity", "config"]),
     ("identity", &["config"]),
@@ -23,6 +26,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("audit", &["session"]),
     ("outgoing", &[]),
     ("log", &[]),
+    ("spans", &["outgoing", "metrics"]),
     ("metrics", &[]),
 ];
 
