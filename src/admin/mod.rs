@@ -38,7 +38,7 @@ pub struct Admin {
     /// None without a token: then there is nothing under `/api/`.
     pub sessions: Option<SessionsApi>,
     pub rules: Arc<ArcSwap<Rules>>,
-    /// Nor is there this.
+    /// None without a token, too: then there is no `/reload`.
     pub reload: Option<ReloadApi>,
     /// Whether this instance is about to end.
     pub leaving: watch::Receiver<bool>,
