@@ -656,6 +656,7 @@ mod tests {
         let mut trial = pool.pick(0, &mut Tried::default()).unwrap();
         assert_eq!((number(&trial), trial.is_trial), (1, true));
         pool.note_success(&mut trial);
+        assert_eq!(pool.note_failure(&trial, Failure::Timeout), None, "from then on it is like any other request");
         assert_eq!(shares(&turns(&pool, 4)), [(1, 2), (2, 2)].into());
     }
 
@@ -672,6 +673,14 @@ mod tests {
         assert_eq!(next(&pool), Some(2));
         kill(&pool, 2);
         assert!(!is_up(), "its next failure counts");
+        while !is_up() {
+            std::hint::spin_loop();
+        }
+        let failures = (0..5).filter_map(|_| {
+            let lease = pool.backends()[0].try_lease(false).unwrap();
+            pool.note_failure(&lease, Failure::Timeout)
+        });
+        assert_eq!(failures.count(), 1, "it takes nobody's share while nobody tries it");
     }
 
     #[test]

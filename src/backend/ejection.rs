@@ -251,6 +251,17 @@ mod tests {
         assert_eq!(ejection.rest(1_500), Some(Duration::from_millis(1_500)));
     }
 
+    #[test]
+    fn what_succeeds_late_says_nothing_of_how_a_backend_is_now() {
+        let pool = pool(2, "");
+        let mut early = pool.backends()[0].try_lease(false).unwrap();
+        assert!(fail(&pool, 0, Failure::Connect));
+        assert!(!pool.note_success(&mut early), "it had begun before");
+        assert!(matches!(pool.backends()[0].health(), crate::backend::Health::Ejected(_)));
+        let mut later = pool.backends()[0].try_lease(false).unwrap();
+        assert!(pool.note_success(&mut later));
+    }
+
     fn fail(pool: &Pool, number: usize, failure: Failure) -> bool {
         let lease = pool.backends()[number].try_lease(false).unwrap();
         pool.note_failure(&lease, failure).is_some()

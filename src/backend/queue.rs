@@ -118,6 +118,9 @@ mod tests {
         pool.take(0, &mut Tried::default()).await
     }
 
+    /// No multiple of [`LOOK_AGAIN`]: who is served just then was told of the place, and has not found it.
+    const WHILE: Duration = Duration::from_millis(1_030);
+
     #[tokio::test(start_paused = true)]
     async fn who_waits_gets_the_place_that_comes_free() {
         let pool = pool("queue = 2\nqueue_timeout = \"1h\"");
@@ -128,18 +131,38 @@ mod tests {
             let (third, ()) = tokio::join!(take(&pool), async {
                 assert_eq!(pool.waiting(), 2);
                 assert_eq!(take(&pool).await.err(), Some(Unavailable::Full), "the queue has an end");
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                tokio::time::sleep(WHILE).await;
                 drop(first);
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                tokio::time::sleep(WHILE).await;
                 assert_eq!(pool.waiting(), 1, "one place, one of them");
                 // What the second one does when its request is over: nobody has its lease yet.
                 pool.backends()[0].set_max_requests(2);
             });
             third
         });
-        assert_eq!(second.unwrap().waited, Duration::from_secs(1), "first come, first served");
-        assert_eq!(third.unwrap().waited, Duration::from_secs(2));
+        assert_eq!(second.unwrap().waited, WHILE, "first come, first served");
+        assert_eq!(third.unwrap().waited, 2 * WHILE);
         assert_eq!(pool.waiting(), 0);
+    }
+
+    /// Who is told first has failed at that backend, and waits for the other one.
+    #[tokio::test(start_paused = true)]
+    async fn a_place_that_is_nothing_for_one_goes_to_another() {
+        let text = "backends = [{ address = \"127.0.0.1:1\", max_requests = 1 }, { address = \"127.0.0.1:2\", max_requests = 1 }]";
+        let pool =
+            Pool::new("app", &toml::from_str(&format!("{text}\nqueue = 2\nqueue_timeout = \"1h\"")).unwrap(), None);
+        let mut tried = Tried::default();
+        let failed = pool.take(0, &mut tried).await.unwrap();
+        let other = take(&pool).await.unwrap();
+        let (retried, next) = tokio::join!(pool.take(0, &mut tried), async {
+            let (next, ()) = tokio::join!(take(&pool), async {
+                drop(failed);
+            });
+            drop(other);
+            next
+        });
+        assert!(next.unwrap().waited < WHILE, "though nothing else ends that could tell of it");
+        assert!(retried.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
