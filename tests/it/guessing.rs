@@ -6,7 +6,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use crate::harness::backend::Backend;
 use crate::harness::client::Client;
 use crate::harness::gateway::{Gateway, PASSWORD, Store};
-use crate::harness::redis::RedisServer;
+use crate::harness::redis::{REMEMBERS_ALL_COMMANDS, RedisServer};
 
 const GUESSES: usize = 1_000;
 
@@ -29,19 +29,12 @@ fn status(client: &Client, target: &str, from: &str) -> u16 {
     client.get(target).header("X-Forwarded-For", from).send().status
 }
 
-/// Sessions that the store was asked for.
-fn asked(redis: &RedisServer) -> u64 {
-    let stats: String = redis::cmd("INFO").arg("commandstats").query(&mut redis.client()).unwrap();
-    let get = stats.lines().find_map(|line| line.trim().strip_prefix("cmdstat_get:calls=").map(str::to_owned));
-    get.map_or(0, |rest| rest.split(',').next().unwrap_or("0").parse().unwrap())
-}
-
 #[test]
 fn a_network_that_guesses_is_stopped_and_nobody_else() {
-    let (backend, redis) = (Backend::echo(), RedisServer::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::with(REMEMBERS_ALL_COMMANDS));
     let gateway = gateway(&backend, &redis);
     let (ann, guesser) = (gateway.log_in("ann"), gateway.client());
-    let before = asked(&redis);
+    let before = redis.look_ups();
     let (mut refused, mut stopped) = (0, None);
     for n in 0..GUESSES {
         guesser.set_cookie("session", &guess());
@@ -57,7 +50,7 @@ fn a_network_that_guesses_is_stopped_and_nobody_else() {
         }
     }
     assert!(GUESSES / 2 < refused, "{refused} of {GUESSES} were refused");
-    assert!(asked(&redis) - before < GUESSES as u64 / 2, "and cost the store nothing");
+    assert!(redis.look_ups() - before < GUESSES / 2, "and cost the store nothing");
     let counted = |result: &str| gateway.metric(&format!("cloakroom_session_guesses_total{{result=\"{result}\"}}"));
     assert_eq!((counted("refused"), counted("unknown")), (refused as f64, (GUESSES - refused) as f64));
 
@@ -75,13 +68,13 @@ fn a_network_that_guesses_is_stopped_and_nobody_else() {
 
 #[test]
 fn the_same_unknown_id_is_a_question_now_and_then() {
-    let (backend, redis) = (Backend::echo(), RedisServer::start());
+    let (backend, redis) = (Backend::echo(), RedisServer::with(REMEMBERS_ALL_COMMANDS));
     let gateway = gateway(&backend, &redis);
     let stale = gateway.client();
     stale.set_cookie("session", &guess());
-    let before = asked(&redis);
+    let before = redis.look_ups();
     for _ in 0..100 {
         assert_eq!(status(&stale, "/", "192.0.2.1"), 401, "a page that asks on with a session that ended");
     }
-    assert!(asked(&redis) - before < 50);
+    assert!(redis.look_ups() - before < 50);
 }

@@ -40,9 +40,9 @@ use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::Client;
 use crate::harness::fault::{Fault, FaultProxy};
 use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
-use crate::harness::redis::RedisServer;
 use crate::harness::redis::cluster::Cluster;
 use crate::harness::redis::sentinels::Sentinels;
+use crate::harness::redis::{KEEPS_ITS_DATA, REMEMBERS_ALL_COMMANDS, RedisServer};
 use crate::harness::{eventually, tell, wait_until};
 use crate::store_contract::{LONG, PREFIX, id_of, session_of, settings, terms};
 use crate::store_down::Traffic;
@@ -88,22 +88,10 @@ impl Desk {
     }
 }
 
-/// For servers whose writes to a session are to be counted.
-const REMEMBERS_ALL_COMMANDS: &str = "slowlog-log-slower-than 0\nslowlog-max-len 1000000";
-
 /// So often a script was run for this session. Those that look after all sessions do not name one.
 fn writes(redis: &RedisServer, cookie: &str) -> usize {
-    type Entry = (u64, u64, u64, Vec<Vec<u8>>, String, String);
     let member = SessionId::parse(cookie).unwrap().key().member().into_bytes();
-    let log: Vec<Entry> = redis.ask("SLOWLOG GET 1000000");
-    log.iter().filter(|(_, _, _, words, ..)| words[0].starts_with(b"EVAL") && words.contains(&member)).count()
-}
-
-/// So often a command was executed.
-fn calls(redis: &RedisServer, command: &str) -> u64 {
-    let stats: String = redis.ask("INFO commandstats");
-    let counted = stats.lines().find_map(|line| line.trim().strip_prefix(&format!("cmdstat_{command}:calls=")));
-    counted.map_or(0, |rest| rest.split(',').next().unwrap_or("0").parse().unwrap())
+    redis.commands().iter().filter(|words| words[0].starts_with(b"EVAL") && words.contains(&member)).count()
 }
 
 #[test]
@@ -472,7 +460,8 @@ fn an_expired_certificate_lets_nobody_in() {
 fn five_hundred_clients_come_back_over_a_handful_of_connections() {
     const CLIENTS: usize = 500;
     const THREADS: usize = 50;
-    let (backend, mut redis) = (Backend::echo(), RedisServer::with("appendonly yes"));
+    let (backend, mut redis) =
+        (Backend::echo(), RedisServer::with(&format!("{KEEPS_ITS_DATA}\n{REMEMBERS_ALL_COMMANDS}")));
     let proxy = FaultProxy::to(redis.port());
     let gateway = setup(&backend, &proxy.url()).start();
     let desk = Desk::at(&redis.url());
@@ -499,7 +488,6 @@ fn five_hundred_clients_come_back_over_a_handful_of_connections() {
     let outage = Instant::now();
     all_ask(503);
     redis.restart();
-    let gets = calls(&redis, "get");
     let back = Instant::now();
     all_ask(200);
     let in_all = back.elapsed();
@@ -508,8 +496,8 @@ fn five_hundred_clients_come_back_over_a_handful_of_connections() {
     let allowed = kept as u64 * (10 + 2 * outage.elapsed().as_secs());
     assert!(attempts <= allowed, "{attempts} connections, {allowed} at most");
     assert!(proxy.open() <= kept, "as many as before: {} and {kept}", proxy.open());
-    let asked = calls(&redis, "get") - gets;
-    assert!(asked < 3 * CLIENTS as u64, "one question each, and perhaps one more where it met a change: {asked}");
+    let asked = redis.look_ups();
+    assert!(asked < 3 * CLIENTS, "one question each, and perhaps one more where it met a change: {asked}");
     tell(&format!(
         "back after an outage: all of {CLIENTS} clients in {in_all:?}, {attempts} connections made, {asked} reads"
     ));
@@ -754,7 +742,7 @@ fn a_busy_session_is_touched_once_in_a_while() {
     let gateway = setup(&backend, &redis.url()).with("[session]\nidle_timeout = \"10s\"").start();
     let interval = Duration::from_secs(1);
     let cookie = gateway.log_in("ann").cookie("session").unwrap();
-    let (begun, reads, started) = (writes(&redis, &cookie), calls(&redis, "get"), Instant::now());
+    let (begun, reads, started) = (writes(&redis, &cookie), redis.look_ups(), Instant::now());
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             let client = with_cookie(&gateway, &cookie);
@@ -766,11 +754,11 @@ fn a_busy_session_is_touched_once_in_a_while() {
         }
     });
     let intervals = started.elapsed().as_millis() / interval.as_millis() + 1;
-    let (touches, reads) = (writes(&redis, &cookie) - begun, calls(&redis, "get") - reads);
+    let (touches, reads) = (writes(&redis, &cookie) - begun, redis.look_ups() - reads);
     // The first one is sent twice, for the server does not know the script yet.
     assert!(touches as u128 <= intervals + 1, "{touches} touches in {intervals} intervals");
     // A touch reads in its script, and takes each worker's copy back; reads that meet it are not kept.
-    assert!(reads < REQUESTS as u64 / 4, "{reads} reads for {REQUESTS} requests");
+    assert!(reads < REQUESTS / 4, "{reads} reads for {REQUESTS} requests");
     tell(&format!(
         "a busy session: {touches} touches and {reads} reads for {REQUESTS} requests in {intervals} intervals"
     ));

@@ -21,6 +21,9 @@ use super::{DEADLINE, Port, wait_until};
 /// For [`RedisServer::with`]: every write is on disk before it is answered, so that a kill loses nothing.
 pub(crate) const KEEPS_ITS_DATA: &str = "appendonly yes";
 
+/// For [`RedisServer::with`]: what clients ask can be counted, see [`RedisServer::look_ups`].
+pub(crate) const REMEMBERS_ALL_COMMANDS: &str = "slowlog-log-slower-than 0\nslowlog-max-len 1000000";
+
 /// How long a question of the harness may take; a server that is stopped answers none.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -308,6 +311,19 @@ impl RedisServer {
         let wait = format!("WAIT {replicas} {}", DEADLINE.as_millis());
         let has_it: usize = command_of(&wait).query(&mut connection).unwrap();
         assert!(replicas <= has_it, "only {has_it} replicas have it");
+    }
+
+    /// So often a session was looked up, on a server [that remembers](REMEMBERS_ALL_COMMANDS). What scripts read, for
+    /// themselves or for who leads, is not counted.
+    pub(crate) fn look_ups(&self) -> usize {
+        self.commands().iter().filter(|words| words[0] == b"GET" && words[1].starts_with(b"cloakroom:s:")).count()
+    }
+
+    /// What clients have said, word by word, to a server [that remembers](REMEMBERS_ALL_COMMANDS).
+    pub(crate) fn commands(&self) -> Vec<Vec<Vec<u8>>> {
+        type Entry = (u64, u64, u64, Vec<Vec<u8>>, String, String);
+        let log: Vec<Entry> = self.ask("SLOWLOG GET 1000000");
+        log.into_iter().map(|(_, _, _, words, ..)| words).collect()
     }
 
     pub(crate) fn try_ask<T: FromRedisValue>(&self, command: &str) -> RedisResult<T> {
