@@ -292,22 +292,43 @@ fn a_lame_duck_drains_when_its_time_is_over() {
     assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
 }
 
-#[test]
-fn a_second_term_cuts_the_drain() {
-    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
-    let (_folder, file, address) =
-        deployment(&[&backend], "[log]\nformat = \"json\"\n[server]\ndrain_timeout = \"1h\"\n");
-    let mut daemon = Daemon::run(&file);
+/// A gateway with a request under way that its backend answers never.
+fn busy(backend: &Backend, drain_timeout: &str) -> (tempfile::TempDir, Daemon, std::net::SocketAddr, Connection) {
+    let more = format!("[log]\nformat = \"json\"\n[server]\ndrain_timeout = \"{drain_timeout}\"");
+    let (folder, file, address) = deployment(&[backend], &more);
+    let daemon = Daemon::run(&file);
     wait_until("the gateway listens", || is_up(address));
     let mut connection = Connection::open(address);
     connection.write("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
     backend.after_requests(1);
+    (folder, daemon, address, connection)
+}
+
+/// It ends, and the request that was under way has its line.
+#[track_caller]
+fn assert_cut(mut daemon: Daemon) {
+    let out = std::io::read_to_string(daemon.0.stdout.take().unwrap()).unwrap();
+    let line: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    assert_eq!((&line["path"], &line["outcome"]), (&"/slow".into(), &"cut".into()), "{out}");
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_second_term_cuts_the_drain() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let (_folder, daemon, address, _connection) = busy(&backend, "1h");
     daemon.signal("TERM");
     wait_until("it accepts no more", || !is_up(address));
     daemon.signal("TERM");
-    let out = std::io::read_to_string(daemon.0.stdout.take().unwrap()).unwrap();
-    assert!(out.lines().last().unwrap().contains("\"outcome\":\"cut\""), "{out}");
-    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
+    assert_cut(daemon);
+}
+
+#[test]
+fn a_drain_that_takes_too_long_is_cut() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let (_folder, daemon, _address, _connection) = busy(&backend, "300ms");
+    daemon.signal("TERM");
+    assert_cut(daemon);
 }
 
 #[test]
@@ -615,23 +636,6 @@ fn every_request_leaves_one_line_and_nothing_secret() {
     for secret in [cookie.as_str(), &cookie[2..], PASSWORD, "in-the-query", "in-a-field", "$argon2id"] {
         assert!(!everything.contains(secret), "{secret} is in the log, even at level trace");
     }
-}
-
-#[test]
-fn a_request_that_the_shutdown_cuts_leaves_its_line() {
-    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
-    let (_folder, file, address) =
-        deployment(&[&backend], "[log]\nformat = \"json\"\n[server]\ndrain_timeout = \"300ms\"");
-    let mut daemon = Daemon::run(&file);
-    wait_until("the gateway listens", || is_up(address));
-    let mut connection = Connection::open(address);
-    connection.write("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
-    backend.after_requests(1);
-    daemon.signal("TERM");
-    let out = std::io::read_to_string(daemon.0.stdout.take().unwrap()).unwrap();
-    let line: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
-    assert_eq!((&line["path"], &line["outcome"]), (&"/slow".into(), &"cut".into()), "{out}");
-    assert_eq!(daemon.0.wait().unwrap().code(), Some(0));
 }
 
 #[test]
