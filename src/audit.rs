@@ -14,7 +14,7 @@ use tracing::info;
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
     /// Somebody tried to log in.
-    Login(Attempt<'a>),
+    Login(LoginAttempt<'a>),
     /// A login took the place of older sessions of its user, by `session.max_per_user`. The store does not say of which.
     Displaced { user: &'a str, sessions: u32 },
     /// A session ended because somebody asked for it who was entitled to.
@@ -30,7 +30,7 @@ pub enum Event<'a> {
 
 /// A login, and what became of it.
 #[derive(Clone, Copy, Debug)]
-pub struct Attempt<'a> {
+pub struct LoginAttempt<'a> {
     /// Where it is one.
     pub user: Option<&'a str>,
     pub client: Option<IpAddr>,
@@ -69,7 +69,7 @@ pub enum Revoker {
 /// One line. What is absent is left out.
 pub fn tell(event: Event<'_>) {
     match event {
-        Event::Login(Attempt { user, client, method, provider, result, session }) => {
+        Event::Login(LoginAttempt { user, client, method, provider, result, session }) => {
             let client = client.map(display);
             info!(target: "audit", user, client, method, provider, result, session, "login");
         }
@@ -93,7 +93,7 @@ pub fn tell(event: Event<'_>) {
     }
 }
 
-impl<'a> Attempt<'a> {
+impl<'a> LoginAttempt<'a> {
     /// Of nobody who is known, and without a provider.
     pub fn without_session(method: &'a str, client: impl Into<Option<IpAddr>>, result: &'a str) -> Self {
         Self { user: None, client: client.into(), method, provider: None, result, session: None }
@@ -190,11 +190,14 @@ pub(crate) mod tests {
         let listener = Listener::begin();
         let client = IpAddr::from([192, 0, 2, 7]);
         let (user, session) = (Some("ann"), "60dc1c7bf0");
-        let attempt =
-            Attempt { session: Some(session), user, ..Attempt::without_session("password", client, "success") };
+        let attempt = LoginAttempt {
+            session: Some(session),
+            user,
+            ..LoginAttempt::without_session("password", client, "success")
+        };
         for event in [
             Event::Login(attempt),
-            Event::Login(Attempt { user: None, result: "unknown_user", session: None, ..attempt }),
+            Event::Login(LoginAttempt { user: None, result: "unknown_user", session: None, ..attempt }),
             Event::Displaced { user: "ann", sessions: 2 },
             Event::Logout { user, client: Some(client), session, reason: LogoutReason::User },
             Event::Logout { user, client: None, session, reason: LogoutReason::Provider },

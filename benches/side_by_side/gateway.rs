@@ -10,6 +10,7 @@ use argon2::password_hash::PasswordHasher;
 use cloakroom::config::model::Config;
 use cloakroom::identity::Identity;
 use cloakroom::server;
+use cloakroom::session::attributes::Changes;
 use cloakroom::session::cookie::SessionCookie;
 use cloakroom::session::record::{ClientHints, LoginMethod};
 use cloakroom::session::store::memory::MemoryStore;
@@ -101,7 +102,7 @@ fn fill(store: Arc<dyn SessionStore>, count: usize, config: &Config, cookie: &Se
                     let (identity, method) = (user(number % USERS), LoginMethod::Password);
                     let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
                     let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
-                    sessions.start(newcomer, None).await.unwrap()
+                    sessions.start(newcomer, None, &Changes::default()).await.unwrap()
                 });
             }
             for started in logins.join_all().await {

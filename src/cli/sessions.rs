@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{FAILED, Terminal};
 use crate::config::model::Config;
-use crate::session::control::{Control, Details, Handle, Interrupted, Moment, Shown};
+use crate::session::control::{Control, Details, Handle, Interrupted, Shown, Timestamp};
 use crate::session::store::StoreError;
 use crate::{config, server};
 
@@ -100,7 +100,7 @@ pub fn run(arguments: &Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
     };
     let run = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Unable::Runtime)?;
-        let asked = Asked { control: Control::new(sessions), json: arguments.json, now: Moment::now() };
+        let asked = Asked { control: Control::new(sessions), json: arguments.json, now: Timestamp::now() };
         let answer = runtime.block_on(asked.answer(&arguments.what, terminal));
         // A connection that still tries to come about must not hold up the end.
         runtime.shutdown_background();
@@ -119,7 +119,7 @@ const WRONG_ARGUMENTS: u8 = 2;
 struct Asked {
     control: Control,
     json: bool,
-    now: Moment,
+    now: Timestamp,
 }
 
 impl Asked {
@@ -263,7 +263,7 @@ fn ask_the_process(config: &Config, file: &Path, what: &What) -> String {
 /// The widths are fixed, because lines are written before the last one is known; a long name only moves the rest.
 const HEADINGS: &str = "SESSION     USER                  LOGGED IN      IDLE LEFT  ADDRESS          CLIENT";
 
-fn table(sessions: &[Shown], now: Moment) -> String {
+fn table(sessions: &[Shown], now: Timestamp) -> String {
     let mut text = String::new();
     for shown in sessions {
         let address = shown.address.map_or_else(|| "-".to_owned(), |address| address.to_string());
@@ -283,10 +283,10 @@ fn table(sessions: &[Shown], now: Moment) -> String {
 }
 
 /// All of one session, a line each.
-fn sheet(details: &Details, now: Moment) -> String {
+fn sheet(details: &Details, now: Timestamp) -> String {
     let Details { session, name, email, groups, activity } = details;
     let or_none = |text: &Option<String>| text.as_deref().map_or_else(|| "-".to_owned(), plain);
-    let when = |moment: Moment| format!("{moment} ({})", ago(moment, now));
+    let when = |moment: Timestamp| format!("{moment} ({})", ago(moment, now));
     let lines = [
         ("session", session.session.clone()),
         ("user", plain(&session.user)),
@@ -311,7 +311,7 @@ fn sheet(details: &Details, now: Moment) -> String {
 }
 
 /// As people say it: `12 min ago`, `in 3 h`.
-fn ago(moment: Moment, now: Moment) -> String {
+fn ago(moment: Timestamp, now: Timestamp) -> String {
     if moment <= now {
         format!("{} ago", span((now.0 - moment.0) / 1000))
     } else {
@@ -388,17 +388,17 @@ mod tests {
     use crate::cli::{self, Command};
     use crate::session::control::Seen;
 
-    const NOW: Moment = Moment(1_800_000_000_000);
+    const NOW: Timestamp = Timestamp(1_800_000_000_000);
 
     fn shown() -> Shown {
         Shown {
             session: "739e583973".into(),
             user: "ann".into(),
             method: "password",
-            created: Moment(NOW.0 - 12 * 60_000),
-            ends: Moment(NOW.0 + 11 * 3_600_000),
+            created: Timestamp(NOW.0 - 12 * 60_000),
+            ends: Timestamp(NOW.0 + 11 * 3_600_000),
             idle_left_seconds: 1_790,
-            last_seen: Moment(1_800_000_000_000),
+            last_seen: Timestamp(1_800_000_000_000),
             address: Some("192.0.2.7".parse().unwrap()),
             user_agent: "Browser/1 (of a very long name, as they are today)".into(),
         }
@@ -460,7 +460,7 @@ SESSION     USER                  LOGGED IN      IDLE LEFT  ADDRESS          CLI
             groups: vec!["staff".into(), "ops".into()],
             activity: [("/", 4_000), ("/shop", 200_000)]
                 .map(|(route, before)| Seen {
-                    at: Moment(NOW.0 - before),
+                    at: Timestamp(NOW.0 - before),
                     address: "192.0.2.7".parse().unwrap(),
                     route: route.into(),
                 })

@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::audit::{self, Event};
 use crate::config::model;
 use crate::metrics::Metrics;
-use crate::session::control::Moment;
+use crate::session::control::Timestamp;
 use crate::session::store::{EndEvent, SessionStore, StoreError};
 
 mod lead;
@@ -195,7 +195,7 @@ impl Shared {
         for event in &events[known.map_or(0, |index| index + 1)..] {
             self.metrics.session_ends.with_label_values(&[event.ending.label()]).inc();
             if self.audit {
-                let (at, ending) = (Moment(event.at).to_string(), event.ending.label());
+                let (at, ending) = (Timestamp(event.at).to_string(), event.ending.label());
                 audit::tell(Event::Ended { session: &event.session, user: &event.user, ending, at: &at });
             }
         }
@@ -298,7 +298,7 @@ impl Failures {
 
 /// By our own clock, which may differ a little from the store's: it is a matter of days.
 fn is_old(event: &EndEvent) -> bool {
-    let age = Moment::now().0.saturating_sub(event.at);
+    let age = Timestamp::now().0.saturating_sub(event.at);
     u128::from(age) > TRIED_MAX.as_millis()
 }
 

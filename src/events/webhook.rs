@@ -9,7 +9,7 @@ use ureq::Agent;
 
 use crate::config::value::Secret;
 use crate::outgoing;
-use crate::session::control::Moment;
+use crate::session::control::Timestamp;
 use crate::session::store::EndEvent;
 
 /// The receiver of session ends. Neither its URL, which may hold a secret, nor the secret is ever printed.
@@ -89,7 +89,7 @@ fn event_id(event: &EndEvent) -> String {
 
 fn body(event: &EndEvent) -> String {
     let EndEvent { token: _, session, user, ending, at } = event;
-    let at = Moment(*at);
+    let at = Timestamp(*at);
     json!({
         "event": "session.ended", "id": event_id(event), "session": session, "user": user, "ending": ending.label(),
         "at": at,

@@ -9,7 +9,7 @@ use sfv::{BareItem, Dictionary, InnerList, Item, ListEntry, Parser};
 
 use super::Login;
 use super::return_to::ReturnTo;
-use crate::audit::Attempt;
+use crate::audit::LoginAttempt;
 use crate::config::model::BackendPreset;
 use crate::identity::Identity;
 use crate::session::attributes::Changes;
@@ -125,14 +125,14 @@ impl Login {
         replaces: Option<&SessionId>,
     ) -> Result<Started, StoreError> {
         let (user, address) = (identity.user.clone(), client.address);
-        let attempt = |result| Attempt::without_session("backend", address, result);
+        let attempt = |result| LoginAttempt::without_session("backend", address, result);
         let (method, secrets, attributes) = (LoginMethod::Backend, BTreeMap::new(), BTreeMap::new());
         let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
-        let started = self.sessions.begin(newcomer, replaces, changes).await;
+        let started = self.sessions.start(newcomer, replaces, changes).await;
         match &started {
             Ok(Started::Begun { id, displaced }) => self.note_begun(attempt("success"), &user, id, *displaced),
-            Ok(Started::Full(_)) => self.note_attempt(Attempt { user: Some(&user), ..attempt("full") }),
-            Err(_) => self.note_attempt(Attempt { user: Some(&user), ..attempt("store_unavailable") }),
+            Ok(Started::Full(_)) => self.note_attempt(LoginAttempt { user: Some(&user), ..attempt("full") }),
+            Err(_) => self.note_attempt(LoginAttempt { user: Some(&user), ..attempt("store_unavailable") }),
         }
         started
     }

@@ -26,7 +26,7 @@ use super::hash::PASSWORD_BYTES_MAX;
 use super::password::Answer;
 use super::users::UserName;
 use super::{Failure, Login};
-use crate::audit::Attempt;
+use crate::audit::LoginAttempt;
 use crate::config::model;
 use crate::identity::Known;
 
@@ -104,8 +104,8 @@ impl Login {
         }
         match password_login.check(&self.users, &name, password, client).await {
             Ok(answer) => {
-                let attempt = Attempt::without_session("basic", client, answer.label());
-                self.note_attempt(Attempt { user: self.known_name(&name), ..attempt });
+                let attempt = LoginAttempt::without_session("basic", client, answer.label());
+                self.note_attempt(LoginAttempt { user: self.known_name(&name), ..attempt });
                 match answer {
                     Answer::Welcome(user) => {
                         basic.remember(fingerprint, Arc::clone(&user), Instant::now());
@@ -117,7 +117,7 @@ impl Login {
             }
             Err(failure) => {
                 self.note(&failure);
-                self.note_attempt(Attempt::without_session("basic", client, failure.label()));
+                self.note_attempt(LoginAttempt::without_session("basic", client, failure.label()));
                 match failure {
                     Failure::TooManyGuesses(wait) => Script::Refused(Some(wait)),
                     Failure::Store(_) | Failure::Busy | Failure::Random(_) | Failure::Provider(_) => Script::Unknown,

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, SET_COOKIE, USER_AGENT, VARY, WWW_AUTHENTICATE};
+use http::header::{ALLOW, SET_COOKIE, VARY, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use rand::rngs::SysError;
 use tracing::warn;
@@ -48,12 +48,13 @@ mod tests;
 #[path = "../../tests/it/hostile_targets.rs"]
 mod hostile_targets;
 
-use crate::audit::{self, Attempt, Event};
+use crate::audit::{self, Event, LoginAttempt};
 use crate::config::error::{ConfigError, Problems};
 use crate::config::model;
 use crate::identity::{Identity, Known};
 use crate::metrics::Metrics;
-use crate::session::control::{Control, Moment};
+use crate::session::attributes::Changes;
+use crate::session::control::{Control, Timestamp};
 use crate::session::cookie::SessionCookie;
 use crate::session::id::SessionId;
 use crate::session::record::{ClientHints, LoginMethod, Record};
@@ -326,7 +327,7 @@ impl Login {
                     started.inspect_err(|failure| self.log_attempt(request, Some(&identity.user), failure.label()))?;
                 let id = match started {
                     Started::Begun { id, displaced } => {
-                        let attempt = Attempt::without_session("password", request.client, "success");
+                        let attempt = LoginAttempt::without_session("password", request.client, "success");
                         self.note_begun(attempt, &identity.user, &id, displaced);
                         id
                     }
@@ -357,9 +358,9 @@ impl Login {
     }
 
     /// A login that succeeded, and what it cost older sessions.
-    fn note_begun(&self, attempt: Attempt<'_>, user: &str, id: &SessionId, displaced: u32) {
+    fn note_begun(&self, attempt: LoginAttempt<'_>, user: &str, id: &SessionId, displaced: u32) {
         let session = id.key().log_hash();
-        self.note_attempt(Attempt { user: Some(user), session: Some(&session), ..attempt });
+        self.note_attempt(LoginAttempt { user: Some(user), session: Some(&session), ..attempt });
         if displaced != 0 {
             audit::tell(Event::Displaced { user, sessions: displaced });
         }
@@ -367,13 +368,12 @@ impl Login {
 
     /// A new session under a new id; the one that the browser came with is ended.
     async fn start(&self, request: &LoginRequest<'_>, identity: &Identity) -> Result<Started, Failure> {
-        let user_agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let client = ClientHints { address: Some(request.client), user_agent: user_agent.to_owned() };
+        let client = ClientHints::of(request.headers, request.client);
         let replaces = request.cookie.find(request.headers);
         let (identity, method) = (identity.clone(), LoginMethod::Password);
         let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
         let newcomer = Newcomer { identity, method, client, secrets, attributes, login: None };
-        Ok(self.sessions.start(newcomer, replaces.as_ref()).await?)
+        Ok(self.sessions.start(newcomer, replaces.as_ref(), &Changes::default()).await?)
     }
 
     /// The form, bound to this browser: with the key that it has, so that its other login pages stay good, or a new one.
@@ -433,7 +433,7 @@ impl Login {
     async fn session(&self, request: &LoginRequest<'_>) -> Result<Response<Bytes>, Failure> {
         let Some(visitor) = self.visitor(request).await? else { return Ok(unauthenticated(request)) };
         let Identity { user, name, email, groups, claims: _ } = &**visitor.identity;
-        let left = visitor.session.record.ends.saturating_sub(Moment::now().0) / 1000;
+        let left = visitor.session.record.ends.saturating_sub(Timestamp::now().0) / 1000;
         let body = serde_json::json!({
             "user": user, "name": name, "email": email, "groups": groups, "expires_in": left,
         });
@@ -482,11 +482,11 @@ impl Login {
     }
 
     fn log_attempt(&self, request: &LoginRequest<'_>, user: Option<&str>, result: &'static str) {
-        self.note_attempt(Attempt { user, ..Attempt::without_session("password", request.client, result) });
+        self.note_attempt(LoginAttempt { user, ..LoginAttempt::without_session("password", request.client, result) });
     }
 
     /// Counts it and tells the audit.
-    fn note_attempt(&self, attempt: Attempt<'_>) {
+    fn note_attempt(&self, attempt: LoginAttempt<'_>) {
         self.metrics.logins.with_label_values(&[attempt.method, attempt.result]).inc();
         audit::tell(Event::Login(attempt));
     }

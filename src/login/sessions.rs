@@ -18,7 +18,7 @@ use super::oidc::Demand;
 use super::pages::{self, SessionRow, SessionsPage, Told, page, redirect};
 use super::{Failure, Login, LoginRequest, Visitor, unauthenticated};
 use crate::audit::{self, Event, Revoker};
-use crate::session::control::{Handle, Moment, Shown};
+use crate::session::control::{Handle, Shown, Timestamp};
 
 /// How old a login may be that ends other sessions.
 pub(super) const RECENT: Duration = Duration::from_secs(600);
@@ -74,7 +74,7 @@ impl Login {
             },
             None => return Ok(self.no_such_session(request)),
         };
-        if !is_recent(&visitor, Moment::now()) {
+        if !is_recent(&visitor, Timestamp::now()) {
             return Ok(self.ask_to_log_in_again(request));
         }
         let user = visitor.session.record.identity.user.as_str();
@@ -109,7 +109,7 @@ impl Login {
         sessions.truncate(LISTED_MAX);
         let key = FormKey::of_session(&visitor.id);
         let csrf = key.token(Purpose::Sessions)?;
-        let now = Moment::now();
+        let now = Timestamp::now();
         if !request.wants_page() {
             let sessions: Vec<_> = sessions.iter().map(|shown| for_a_program(shown, &own)).collect();
             let body = json!({
@@ -170,7 +170,7 @@ impl Login {
 }
 
 /// By our clock, and not the store's, which made the record: they differ by less than matters here.
-fn is_recent(visitor: &Visitor, now: Moment) -> bool {
+fn is_recent(visitor: &Visitor, now: Timestamp) -> bool {
     let demand = Demand { max_age: Some(RECENT), ..Demand::default() };
     !demand.exceeds(&visitor.session.record, now.0 / 1000)
 }
@@ -187,7 +187,7 @@ fn address(shown: &Shown) -> Cow<'static, str> {
     shown.address.map_or(Cow::Borrowed("unknown"), |address| address.to_string().into())
 }
 
-fn told(at: Moment, now: Moment) -> Told {
+fn told(at: Timestamp, now: Timestamp) -> Told {
     Told { exact: at.to_string(), words: ago(Duration::from_millis(now.0.saturating_sub(at.0))) }
 }
 

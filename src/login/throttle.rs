@@ -35,14 +35,14 @@ pub(super) struct Throttle {
 #[derive(Debug)]
 pub(super) enum Verdict {
     /// Go on; with success, hand the attempt to [`Throttle::succeeded`], without an answer to [`Throttle::take_back`].
-    Allowed(Attempt),
+    Allowed(CountedAttempt),
     /// Too many; worth another try after this long.
     Throttled(Duration),
 }
 
 /// A counted attempt.
 #[derive(Debug)]
-pub(super) struct Attempt {
+pub(super) struct CountedAttempt {
     counters: Counters,
     /// Where it was counted, and until when.
     counted: Vec<(String, Instant)>,
@@ -68,7 +68,7 @@ impl Throttle {
     /// Counts an attempt. What one count stops is not counted by the next: a single network cannot use up what an
     /// account has for all.
     pub(super) async fn attempt(&self, user: &UserName, client: IpAddr) -> Result<Verdict, StoreError> {
-        let mut attempt = Attempt { counters: Counters::of(user, client), counted: Vec::new() };
+        let mut attempt = CountedAttempt { counters: Counters::of(user, client), counted: Vec::new() };
         match self.count_all(&mut attempt).await {
             Ok(None) => Ok(Verdict::Allowed(attempt)),
             Ok(Some(wait)) => Ok(Verdict::Throttled(wait)),
@@ -80,7 +80,7 @@ impl Throttle {
     }
 
     /// How long to wait, when a count stops the attempt.
-    async fn count_all(&self, attempt: &mut Attempt) -> Result<Option<Duration>, StoreError> {
+    async fn count_all(&self, attempt: &mut CountedAttempt) -> Result<Option<Duration>, StoreError> {
         let Counters { network, account_and_network, account, known } = attempt.counters.clone();
         if let Some(wait) = self.count(attempt, network, self.config.per_network).await? {
             return Ok(Some(wait));
@@ -94,7 +94,12 @@ impl Throttle {
         Ok(None)
     }
 
-    async fn count(&self, attempt: &mut Attempt, counter: String, most: u32) -> Result<Option<Duration>, StoreError> {
+    async fn count(
+        &self,
+        attempt: &mut CountedAttempt,
+        counter: String,
+        most: u32,
+    ) -> Result<Option<Duration>, StoreError> {
         let count = self.store.increment(&counter, self.config.window.get()).await?;
         attempt.counted.push((counter, Instant::now() + count.resets_in));
         Ok((u64::from(most) < count.value).then_some(count.resets_in))
@@ -103,7 +108,7 @@ impl Throttle {
     /// Takes a successful attempt back, and remembers the network for the account.
     ///
     /// The account's count of strange networks keeps this one attempt; from now on the network is not strange.
-    pub(super) async fn succeeded(&self, attempt: Attempt) -> Result<(), StoreError> {
+    pub(super) async fn succeeded(&self, attempt: CountedAttempt) -> Result<(), StoreError> {
         let noted = self.note_success(&attempt).await;
         if noted.is_err() {
             self.take_back(attempt).await;
@@ -111,8 +116,8 @@ impl Throttle {
         noted
     }
 
-    async fn note_success(&self, attempt: &Attempt) -> Result<(), StoreError> {
-        let Attempt { counters, counted } = attempt;
+    async fn note_success(&self, attempt: &CountedAttempt) -> Result<(), StoreError> {
+        let CountedAttempt { counters, counted } = attempt;
         self.store.reset(&counters.account_and_network).await?;
         // Begun again, since a count is forgotten a fixed time after it began.
         self.store.reset(&counters.known).await?;
@@ -124,7 +129,7 @@ impl Throttle {
     }
 
     /// Nobody looked at the password: the attempt was none. A store that fails now keeps the counts, until they forget.
-    pub(super) async fn take_back(&self, attempt: Attempt) {
+    pub(super) async fn take_back(&self, attempt: CountedAttempt) {
         for (counter, resets) in attempt.counted {
             if self.uncount(&counter, resets).await.is_err() {
                 return;
@@ -184,7 +189,7 @@ mod tests {
 
     impl Throttle {
         /// `None` when throttled.
-        async fn try_as(&self, user: &str, client: &str) -> Option<Attempt> {
+        async fn try_as(&self, user: &str, client: &str) -> Option<CountedAttempt> {
             let user = UserName::parse(user).unwrap();
             match self.attempt(&user, client.parse().unwrap()).await.unwrap() {
                 Verdict::Allowed(attempt) => Some(attempt),

@@ -32,14 +32,14 @@ pub struct Shown {
     pub session: String,
     pub user: String,
     pub method: &'static str,
-    pub created: Moment,
+    pub created: Timestamp,
     /// The absolute end.
-    pub ends: Moment,
+    pub ends: Timestamp,
     /// Until it ends if nobody uses it.
     pub idle_left_seconds: u64,
     /// The last use, as exactly as uses are written down (a tenth of the idle time, a minute at most); of a session near
     /// its absolute end, the earliest time that it can have been.
-    pub last_seen: Moment,
+    pub last_seen: Timestamp,
     /// Of the client that logged in.
     pub address: Option<IpAddr>,
     pub user_agent: String,
@@ -61,7 +61,7 @@ pub struct Details {
 /// One use of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Seen {
-    pub at: Moment,
+    pub at: Timestamp,
     pub address: IpAddr,
     pub route: String,
 }
@@ -76,7 +76,7 @@ pub struct Page {
 
 /// Unix time in ms; as text RFC 3339, in UTC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Moment(pub u64);
+pub struct Timestamp(pub u64);
 
 /// Ending everybody's sessions broke off: so many had ended by then.
 #[derive(Debug)]
@@ -194,7 +194,7 @@ impl Control {
         let Listed { key, stored: Stored { record, time_to_live } } = listed;
         // A use gives a session the idle time to live, or what is left to its absolute end.
         let unused = self.sessions.lifetime.idle.saturating_sub(*time_to_live).as_millis();
-        let last_seen = Moment::now().0.saturating_sub(u64::try_from(unused).unwrap_or(u64::MAX));
+        let last_seen = Timestamp::now().0.saturating_sub(u64::try_from(unused).unwrap_or(u64::MAX));
         Shown {
             session: key.log_hash(),
             user: record.identity.user.clone(),
@@ -204,10 +204,10 @@ impl Control {
                 LoginMethod::Backend => "backend",
                 LoginMethod::Anonymous => "anonymous",
             },
-            created: Moment(record.created),
-            ends: Moment(record.ends),
+            created: Timestamp(record.created),
+            ends: Timestamp(record.ends),
             idle_left_seconds: time_to_live.as_secs(),
-            last_seen: Moment(last_seen.max(record.created)),
+            last_seen: Timestamp(last_seen.max(record.created)),
             address: record.client.address,
             user_agent: record.client.user_agent.clone(),
         }
@@ -237,18 +237,18 @@ impl fmt::Display for Handle {
 
 impl From<Activity> for Seen {
     fn from(activity: Activity) -> Self {
-        Self { at: Moment(activity.at), address: activity.address, route: activity.route }
+        Self { at: Timestamp(activity.at), address: activity.address, route: activity.route }
     }
 }
 
-impl Moment {
+impl Timestamp {
     pub fn now() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self(u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
     }
 }
 
-impl fmt::Display for Moment {
+impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = i64::try_from(self.0 / 1000).unwrap_or(i64::MAX);
         let text = OffsetDateTime::from_unix_timestamp(seconds).ok().and_then(|time| time.format(&Rfc3339).ok());
@@ -256,7 +256,7 @@ impl fmt::Display for Moment {
     }
 }
 
-impl Serialize for Moment {
+impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_moment_is_told_in_utc() {
-        assert_eq!(Moment(1_800_000_000_999).to_string(), "2027-01-15T08:00:00Z");
-        assert_eq!(Moment(u64::MAX).to_string(), "-", "no time is no reason to panic");
+        assert_eq!(Timestamp(1_800_000_000_999).to_string(), "2027-01-15T08:00:00Z");
+        assert_eq!(Timestamp(u64::MAX).to_string(), "-", "no time is no reason to panic");
     }
 }

@@ -181,8 +181,6 @@ const TOUCH_INTERVAL_MAX: Duration = Duration::from_secs(60);
 /// request.
 const ANONYMOUS_MAX: u64 = 300;
 const ANONYMOUS_WINDOW: Duration = Duration::from_secs(60);
-/// What browsers send is about 120 bytes; the rest is a client's idea of free storage.
-const USER_AGENT_BYTES_MAX: usize = 256;
 
 impl Sessions {
     pub fn new(store: Arc<dyn SessionStore>, lifetime: Lifetime) -> Self {
@@ -222,20 +220,16 @@ impl Sessions {
         }
     }
 
-    /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step.
-    pub async fn start(&self, newcomer: Newcomer, replaces: Option<&SessionId>) -> Result<Started, StoreError> {
-        self.begin(newcomer, replaces, &Changes::default()).await
-    }
-
-    /// As [`Self::start`], with these changes of attributes in the same step. What was noted in the session that is
-    /// replaced goes along, when nobody had logged in to it or the same user had.
-    pub async fn begin(
+    /// A new session under a new id; `replaces` (the id that the browser came with) is ended in the same step. What was
+    /// noted in the session that is replaced goes along, when nobody had logged in to it or the same user had; on top
+    /// of it come `changes`.
+    pub async fn start(
         &self,
         newcomer: Newcomer,
         replaces: Option<&SessionId>,
         changes: &Changes,
     ) -> Result<Started, StoreError> {
-        let Newcomer { identity, method, mut client, secrets, attributes, login } = newcomer;
+        let Newcomer { identity, method, client, secrets, attributes, login } = newcomer;
         let left = match replaces {
             Some(old) => self.left_behind(&old.key(), &identity.user).await?,
             None => BTreeMap::new(),
@@ -247,9 +241,6 @@ impl Sessions {
         });
         let attributes = attributes.map_err(|excess| StoreError::Refused(excess.to_string().into()))?;
         let id = SessionId::generate(&identity.user).map_err(|error| StoreError::Unavailable(error.into()))?;
-        let longest = USER_AGENT_BYTES_MAX.min(client.user_agent.len());
-        let at = (0..=longest).rev().find(|at| client.user_agent.is_char_boundary(*at));
-        client.user_agent.truncate(at.unwrap_or_default());
         let sealed = (!secrets.is_empty()).then(|| self.seal(&id, &secrets));
         let secrets = sealed.transpose().map_err(|error| StoreError::Unavailable(error.into()))?;
         // Before the session begins, lest there be one that its provider cannot end.
@@ -280,7 +271,7 @@ impl Sessions {
     }
 
     /// A session of nobody, for what is noted before a login.
-    pub async fn begin_anonymous(&self, client: ClientHints, changes: &Changes) -> Result<Anonymous, StoreError> {
+    pub async fn start_anonymous(&self, client: ClientHints, changes: &Changes) -> Result<Anonymous, StoreError> {
         let network = client.address.map(|address| format!("anonymous {:?}", Network::of(address)));
         if let Some(network) = network
             && ANONYMOUS_MAX < self.store.increment(&network, ANONYMOUS_WINDOW).await?.value
@@ -294,7 +285,7 @@ impl Sessions {
         let (secrets, attributes) = (BTreeMap::new(), BTreeMap::new());
         let identity = Identity { user, ..Identity::default() };
         let newcomer = Newcomer { identity, method: LoginMethod::Anonymous, client, secrets, attributes, login: None };
-        match self.begin(newcomer, None, changes).await? {
+        match self.start(newcomer, None, changes).await? {
             Started::Begun { id, displaced: _ } => Ok(Anonymous::Begun(id)),
             Started::Full(_) => Ok(Anonymous::TooMany),
         }
@@ -330,7 +321,7 @@ impl Sessions {
     }
 
     /// Changes a live session's attributes.
-    pub async fn note(&self, key: &SessionKey, changes: &Changes) -> Result<Noted, StoreError> {
+    pub async fn change_attributes(&self, key: &SessionKey, changes: &Changes) -> Result<Noted, StoreError> {
         let excess = Mutex::new(None);
         let change = |record: &Record| match changes.apply(&record.attributes, unix_now()) {
             Ok(attributes) => {
@@ -783,14 +774,14 @@ mod tests {
     }
 
     fn newcomer(user: &str) -> Newcomer {
-        let client = ClientHints { address: None, user_agent: "é".repeat(1_000) };
+        let client = ClientHints { address: None, user_agent: String::new() };
         let identity = Identity { user: user.into(), ..Identity::default() };
         let (secrets, attributes, method) = (BTreeMap::new(), BTreeMap::new(), LoginMethod::Password);
         Newcomer { identity, method, client, secrets, attributes, login: None }
     }
 
     async fn begin(sessions: &Sessions, newcomer: Newcomer, replaces: Option<&SessionId>) -> SessionId {
-        match sessions.start(newcomer, replaces).await.unwrap() {
+        match sessions.start(newcomer, replaces, &Changes::default()).await.unwrap() {
             Started::Begun { id, .. } => id,
             Started::Full(_) => panic!("there is room"),
         }
@@ -823,7 +814,7 @@ mod tests {
         let hints = |last| ClientHints { address: Some([192, 0, 2, last].into()), user_agent: String::new() };
         let mut users = std::collections::BTreeSet::new();
         for _ in 0..ANONYMOUS_MAX {
-            let Anonymous::Begun(id) = sessions.begin_anonymous(hints(7), &changes).await.unwrap() else {
+            let Anonymous::Begun(id) = sessions.start_anonymous(hints(7), &changes).await.unwrap() else {
                 panic!("there is room")
             };
             let session = resume(&sessions, &id).await.expect("it lives");
@@ -831,12 +822,12 @@ mod tests {
             users.insert(session.record.identity.user.clone());
         }
         assert_eq!(users.len() as u64, ANONYMOUS_MAX, "none is another one's");
-        let refused = sessions.begin_anonymous(hints(7), &changes).await.unwrap();
+        let refused = sessions.start_anonymous(hints(7), &changes).await.unwrap();
         assert!(matches!(refused, Anonymous::TooMany), "{refused:?}");
-        let other = sessions.begin_anonymous(hints(8), &changes).await.unwrap();
+        let other = sessions.start_anonymous(hints(8), &changes).await.unwrap();
         assert!(matches!(other, Anonymous::Begun(_)), "another network: {other:?}");
         store.now.fetch_add(MINUTE, Ordering::Relaxed);
-        let later = sessions.begin_anonymous(hints(7), &changes).await.unwrap();
+        let later = sessions.start_anonymous(hints(7), &changes).await.unwrap();
         assert!(matches!(later, Anonymous::Begun(_)), "{later:?}");
     }
 
@@ -846,7 +837,6 @@ mod tests {
         let id = start(&sessions).await;
         let session = resume(&sessions, &id).await.expect("it lives");
         assert_eq!(session.record.identity.user, "ann");
-        assert_eq!(session.record.client.user_agent.len(), USER_AGENT_BYTES_MAX, "cut at a character");
         assert!(session.key == id.key());
         assert!(sessions.end(&id, None).await.unwrap());
         assert!(resume(&sessions, &id).await.is_none(), "ended is ended");

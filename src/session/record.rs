@@ -26,6 +26,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use http::HeaderMap;
+use http::header::USER_AGENT;
 use parking_lot::Mutex;
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -107,6 +109,19 @@ pub struct ClientHints {
     pub address: Option<IpAddr>,
     pub user_agent: String,
 }
+
+impl ClientHints {
+    /// `User-Agent` is kept up to [`USER_AGENT_BYTES_MAX`].
+    pub fn of(headers: &HeaderMap, address: IpAddr) -> Self {
+        // `to_str` gives what is ASCII, and nothing else.
+        let user_agent = headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let kept = user_agent.get(..USER_AGENT_BYTES_MAX).unwrap_or(user_agent);
+        Self { address: Some(address), user_agent: kept.to_owned() }
+    }
+}
+
+/// What browsers send is about 120 bytes; the rest is a client's idea of free storage.
+const USER_AGENT_BYTES_MAX: usize = 256;
 
 /// How records are written into a store and read from it. Clones share what they have said.
 #[derive(Clone, Debug, Default)]
@@ -463,6 +478,17 @@ mod tests {
             login: None,
             known: Default::default(),
         }
+    }
+
+    #[test]
+    fn of_what_a_client_says_of_itself_so_much_is_kept() {
+        for (said, kept) in [("Browser/1", 9), (&"x".repeat(1_000), USER_AGENT_BYTES_MAX), ("é", 0)] {
+            let headers = HeaderMap::from_iter([(USER_AGENT, said.parse().unwrap())]);
+            let address = [192, 0, 2, 7].into();
+            let hints = ClientHints::of(&headers, address);
+            assert_eq!((hints.address, hints.user_agent.len()), (Some(address), kept), "{said}");
+        }
+        assert_eq!(ClientHints::of(&HeaderMap::new(), [192, 0, 2, 7].into()).user_agent, "");
     }
 
     #[test]

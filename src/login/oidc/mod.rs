@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::header::{ALLOW, REFRESH, SET_COOKIE, USER_AGENT};
+use http::header::{ALLOW, REFRESH, SET_COOKIE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use rand::rngs::SysError;
 use tracing::warn;
@@ -36,6 +36,7 @@ use super::pages::{Link, Message, message_page, redirect};
 use super::{Failure, Login, LoginRequest, Notice};
 use crate::audit;
 use crate::config::model::{self, ACR_VALUES_MAX};
+use crate::session::attributes::Changes;
 use crate::session::id::SessionId;
 use crate::session::network::Network;
 use crate::session::record::{ClientHints, ExternalLogin, LoginMethod, Record};
@@ -463,7 +464,7 @@ impl Login {
         let user = newcomer.identity.user.clone();
         let of_attempt = || attempt.replaces.as_deref().and_then(SessionId::parse);
         let replaces = request.cookie.find(request.headers).or_else(of_attempt);
-        let id = match self.sessions.start(newcomer, replaces.as_ref()).await? {
+        let id = match self.sessions.start(newcomer, replaces.as_ref(), &Changes::default()).await? {
             Started::Begun { id, displaced } => {
                 self.note_begun(at_provider(provider, request, "success"), &user, &id, displaced);
                 id
@@ -524,8 +525,7 @@ impl Login {
             acr: token.acr,
             access_ends: tokens.access_ends(now).filter(|_| may_refresh),
         };
-        let user_agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let client = ClientHints { address: Some(request.client), user_agent: user_agent.to_owned() };
+        let client = ClientHints::of(request.headers, request.client);
         let (method, login) = (LoginMethod::Oidc, Some(login));
         Ok(Newcomer { identity, method, client, secrets, login, attributes: BTreeMap::new() })
     }
@@ -583,9 +583,9 @@ impl Login {
 }
 
 /// A login there, for the audit.
-fn at_provider<'a>(provider: &'a Provider, request: &LoginRequest<'_>, result: &'a str) -> audit::Attempt<'a> {
-    let attempt = audit::Attempt::without_session("oidc", request.client, result);
-    audit::Attempt { provider: Some(&provider.name), ..attempt }
+fn at_provider<'a>(provider: &'a Provider, request: &LoginRequest<'_>, result: &'a str) -> audit::LoginAttempt<'a> {
+    let attempt = audit::LoginAttempt::without_session("oidc", request.client, result);
+    audit::LoginAttempt { provider: Some(&provider.name), ..attempt }
 }
 
 impl Providers {
