@@ -438,6 +438,61 @@ pub(crate) fn say_logout_as(provider: &Client, token: &str) -> Response {
     provider.post_form("/.cloakroom/oidc/fake/backchannel", &[("logout_token", token)]).send()
 }
 
+/// Where a login has come to its callback, the provider has made its tokens, and `meanwhile` happens before they arrive.
+fn log_in_while(gateway: &Gateway, provider: &FakeProvider, meanwhile: impl FnOnce()) -> (Client, Response) {
+    provider.play(Script { waiting: ["/token"].into(), ..Script::default() });
+    let client = browser(gateway);
+    let callback = provider.authorize(&location(&client.navigate(LOGIN).send()));
+    let asked = provider.count("grant_type=authorization_code");
+    let response = std::thread::scope(|scope| {
+        let answered = scope.spawn(|| client.navigate(own_path(&callback)).send());
+        wait_until("the tokens are on their way", || asked < provider.count("grant_type=authorization_code"));
+        meanwhile();
+        provider.step();
+        answered.join().unwrap()
+    });
+    (client, response)
+}
+
+#[test]
+fn a_logout_at_the_provider_ends_the_login_that_it_meets() {
+    let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());
+    let gateways = [(); 2].map(|()| gateway(&backend, &provider, "").store(Store::of(&redis)).start());
+    let of_sid = || provider.logout_token(|_| {});
+    let of_user = || {
+        provider.logout_token(|claims| {
+            claims.as_object_mut().unwrap().remove("sid");
+        })
+    };
+    let of_another = || {
+        provider.logout_token(|claims| {
+            claims["sub"] = "of bob".into();
+            claims["sid"] = "session of bob".into();
+        })
+    };
+    let session_of_ann = |number: u32| provider.with_user(|user| user["sid"] = format!("session {number}").into());
+
+    session_of_ann(1);
+    let (client, response) = log_in_while(&gateways[0], &provider, || {
+        assert_eq!(say_logout(&gateways[1], &of_another()).status, 200);
+    });
+    assert_eq!(response.status, 303, "somebody else's changes nothing: {}", response.text());
+    assert!(is_logged_in(&client));
+
+    for (number, token) in [(2, &of_sid as &dyn Fn() -> String), (3, &of_user)] {
+        session_of_ann(number);
+        let (client, response) = log_in_while(&gateways[0], &provider, || {
+            assert_eq!(say_logout(&gateways[1], &token()).status, 200);
+        });
+        assert_eq!(response.status, 403, "{}", response.text());
+        assert!(client.cookie("session").is_none() && !is_logged_in(&client));
+    }
+    session_of_ann(4);
+    let (client, response) = log_in_while(&gateways[0], &provider, || {});
+    assert_eq!(response.status, 303, "who comes back after a logout is let in: {}", response.text());
+    assert!(is_logged_in(&client));
+}
+
 #[test]
 fn a_logout_at_the_provider_ends_sessions_at_every_gateway() {
     let (backend, provider, redis) = (Backend::echo(), FakeProvider::start(), RedisServer::start());

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::attempt::{Attempt, AttemptCookies, Purpose};
 use super::provider::{Provider, with_query};
-use super::{ID_TOKEN, ProviderError, now, refresh_to};
+use super::{ID_TOKEN, ProviderError, crossing, now, refresh_to};
 use crate::audit::{self, Event, Revoker};
 use crate::login::form::Form;
 use crate::login::pages::{Link, json as json_page};
@@ -141,7 +141,11 @@ impl Login {
             (None, Some(subject)) => vec![ExternalLogin::handle_of_subject(issuer, subject)],
             (None, None) => return Ok(refused(&"it names nobody", "refused")),
         };
-        let ended = match self.sessions.revoke_bound(&handles).await {
+        let carry_out = async || {
+            crossing::leave_word(&self.sessions, issuer, &handles).await?;
+            self.sessions.revoke_bound(&handles).await
+        };
+        let ended = match carry_out().await {
             Ok(ended) => ended,
             Err(error) => {
                 take_back().await;

@@ -29,6 +29,7 @@ mod jws;
 mod token;
 mod claims;
 mod logout;
+mod crossing;
 mod renew;
 
 use super::csrf::referring_page;
@@ -111,6 +112,8 @@ enum Refusal {
     TooManyCodes(Duration),
     /// The user has so many sessions already.
     Full(u32),
+    /// At the provider, while this login was under way.
+    LoggedOut,
 }
 
 /// What the provider put into the address of the callback.
@@ -448,6 +451,7 @@ impl Login {
         if CODES_MAX < count.value {
             return Ok(Err(Refusal::TooManyCodes(count.resets_in)));
         }
+        let before = crossing::before(&self.sessions, &provider.issuer).await?;
         let newcomer = match self.newcomer(provider, request, attempt, code).await {
             Ok(newcomer) => newcomer,
             Err(refusal) => return Ok(Err(refusal)),
@@ -461,11 +465,17 @@ impl Login {
         if !self.providers.first_use(self, provider, &attempt.state).await? {
             return Ok(Err(Refusal::NoSuchAttempt));
         }
-        let user = newcomer.identity.user.clone();
+        let (user, login) = (newcomer.identity.user.clone(), newcomer.login.clone());
         let of_attempt = || attempt.replaces.as_deref().and_then(SessionId::parse);
         let replaces = request.cookie.find(request.headers).or_else(of_attempt);
         let id = match self.sessions.start(newcomer, replaces.as_ref(), &Changes::default()).await? {
             Started::Begun { id, displaced } => {
+                if let Some(login) = &login
+                    && crossing::is_logged_out(&self.sessions, login, before).await?
+                {
+                    self.sessions.revoke(&id.key(), Some(&user)).await?;
+                    return Ok(Err(Refusal::LoggedOut));
+                }
                 self.note_begun(at_provider(provider, request, "success"), &user, &id, displaced);
                 id
             }
@@ -629,6 +639,7 @@ impl Refusal {
             Self::Unwelcome(why) => why.label(),
             Self::TooManyCodes(_) => "too_many",
             Self::Full(_) => "full",
+            Self::LoggedOut => "logged_out",
         }
     }
 
@@ -691,6 +702,11 @@ impl Refusal {
                 StatusCode::FORBIDDEN,
                 "Not allowed",
                 "The login service knows you, but your account may not use this site. Ask whoever runs it.",
+            ),
+            Self::LoggedOut => (
+                StatusCode::FORBIDDEN,
+                "Not logged in",
+                "You have logged out at the login service meanwhile. Please log in again.",
             ),
             Self::Full(sessions) => return (StatusCode::FORBIDDEN, "Logged in elsewhere", super::full(*sessions)),
         };
