@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed, and says where")]
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,7 +62,7 @@ fn routing(criterion: &mut Criterion) {
         text.push_str(&format!("[[route]]\n{host}path = \"/area-{number}\"\npool = \"app\"\n"));
     }
     let config: Config = toml::from_str(&text).unwrap();
-    let routes = Routes::build(&config.routes, Bytes(1024));
+    let routes = Routes::build(&config.routes, &BTreeMap::new(), Bytes(1024));
 
     for (name, host, path, found) in [
         ("by host", "host-4.example.org", "/area-24/orders/2041", true),

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use tracing::field::display;
 use tracing::info;
 
-/// Something that happened to somebody's access.
+/// Something that happened to somebody's access, or to where requests go.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
     /// Somebody tried to log in.
@@ -23,6 +23,8 @@ pub enum Event<'a> {
     Revoked { by: Revoker, client: Option<IpAddr>, user: Option<&'a str>, what: &'a str, ended: u64 },
     /// The store let go of a session, for whatever reason; with `[events] audit`, by one instance for all.
     Ended { session: &'a str, user: &'a str, ending: &'a str, at: &'a str },
+    /// An operator has given a split another percentage, at run time.
+    SplitSet { client: Option<IpAddr>, split: &'a str, before: &'a str, after: &'a str },
     /// A backend asked for what its route does not allow, or what is malformed; nothing of it was done. `directive` names
     /// the fields.
     DirectiveRefused { request_id: &'a str, route: &'a str, backend: &'a str, directive: &'a str, reason: &'a str },
@@ -86,6 +88,10 @@ pub fn tell(event: Event<'_>) {
         }
         Event::Ended { session, user, ending, at } => {
             info!(target: "audit", session, user, ending, at, "session ended");
+        }
+        Event::SplitSet { client, split, before, after } => {
+            let client = client.map(display);
+            info!(target: "audit", client, split, before, after, "split set");
         }
         Event::DirectiveRefused { request_id, route, backend, directive, reason } => {
             info!(target: "audit", request_id, route, backend, directive, reason, "directive refused");
@@ -203,6 +209,7 @@ pub(crate) mod tests {
             Event::Logout { user, client: None, session, reason: LogoutReason::Provider },
             Event::Revoked { by: Revoker::Operator, client: None, user: None, what: "everyone", ended: 7 },
             Event::Ended { session, user: "ann", ending: "expired", at: "2027-01-15T08:00:00Z" },
+            Event::SplitSet { client: Some(client), split: "next", before: "5", after: "12.5" },
             Event::DirectiveRefused {
                 request_id: "4f1a",
                 route: "/",
@@ -224,6 +231,7 @@ pub(crate) mod tests {
             json!({ "message": "sessions revoked", "by": "operator", "what": "everyone", "ended": 7 }),
             json!({ "message": "session ended", "session": session, "user": "ann", "ending": "expired",
                     "at": "2027-01-15T08:00:00Z" }),
+            json!({ "message": "split set", "client": "192.0.2.7", "split": "next", "before": "5", "after": "12.5" }),
             json!({ "message": "directive refused", "request_id": "4f1a", "route": "/", "backend": "b:1",
                     "directive": "session-login", "reason": "its route does not allow it" }),
         ];

@@ -1,8 +1,8 @@
 //! Every metric, named and helped once. Labels come from closed sets and from the configuration, never from a client.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// All metrics of one gateway.
@@ -13,6 +13,10 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// route
     pub request_seconds: HistogramVec,
+    /// route, split, status; of routes with splits
+    pub split_requests: IntCounterVec,
+    /// split
+    pub split_ratio: GaugeVec,
     /// result: copy, store, grace, fallback (live, and how that is known); none, unreadable, unavailable, refused
     session_resolve_seconds: HistogramVec,
     /// Of these, copy and store: looked up once, because to find them takes longer than to count.
@@ -104,6 +108,19 @@ impl Metrics {
                 &["route"],
                 &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
             ),
+            split_requests: counter(
+                &registry,
+                "cloakroom_split_requests_total",
+                "Requests on routes with splits, by the split that took them.",
+                &["route", "split", "status"],
+            ),
+            split_ratio: {
+                let opts =
+                    Opts::new("cloakroom_split_ratio", "The share of all users that a split takes now, from 0 to 1.");
+                let ratio = GaugeVec::new(opts, &["split"]).expect("a valid name");
+                registry.register(Box::new(ratio.clone())).expect("a name used once");
+                ratio
+            },
             session_copy_seconds: session_resolve_seconds.with_label_values(&["copy"]),
             session_store_seconds: session_resolve_seconds.with_label_values(&["store"]),
             session_resolve_seconds,
@@ -328,6 +345,8 @@ mod tests {
             registry: _,
             requests,
             request_seconds,
+            split_requests,
+            split_ratio,
             session_resolve_seconds,
             session_copy_seconds: _,
             session_store_seconds: _,
@@ -364,6 +383,8 @@ mod tests {
         let all: [&dyn Collector; _] = [
             requests,
             request_seconds,
+            split_requests,
+            split_ratio,
             session_resolve_seconds,
             session_guesses,
             store_errors,

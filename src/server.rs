@@ -22,7 +22,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
-use crate::admin::{Admin, Health, Quiet, ReloadApi, SessionsApi, Token};
+use crate::admin::{Admin, Health, Quiet, ReloadApi, SessionsApi, SplitsApi, Token};
 use crate::backend::{balance, discover, health};
 use crate::config::changes::Changes;
 use crate::config::error::ConfigError;
@@ -352,6 +352,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     });
     let token = reload.started.admin.token.as_ref().map(|token| Token::new(token.get_ref().expose()));
     let sessions_api = token.clone().map(|token| SessionsApi::new(sessions.clone(), token));
+    let splits_api = token.clone().map(|token| SplitsApi::new(Arc::clone(&rules), token));
     let reload_api = token.map(|token| {
         let (file, reload) = (reload.started.file.clone(), Arc::clone(&reload));
         ReloadApi::new(token, file, move || reload.reload())
@@ -401,6 +402,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         streams,
         admin,
         sessions_api,
+        splits_api,
         reload_api,
         events,
         metrics,
@@ -569,6 +571,7 @@ struct Background {
     streams: Arc<Streams>,
     admin: Option<Listener>,
     sessions_api: Option<SessionsApi>,
+    splits_api: Option<SplitsApi>,
     reload_api: Option<ReloadApi>,
     events: Events,
     metrics: Metrics,
@@ -585,6 +588,7 @@ impl Background {
             streams,
             admin,
             sessions_api,
+            splits_api,
             reload_api,
             events,
             metrics,
@@ -603,6 +607,7 @@ impl Background {
                         metrics: metrics.clone(),
                         health: Arc::clone(&health),
                         sessions: sessions_api,
+                        splits: splits_api,
                         rules: Arc::clone(rules),
                         reload: reload_api,
                         leaving,

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -13,9 +14,10 @@ use tokio::sync::watch;
 
 use crate::metrics::Metrics;
 use crate::proxy::connection::Refusals;
-use crate::proxy::context::Connection;
+use crate::proxy::context::{Connection, Request};
 use crate::proxy::guard::Refusal;
 use crate::proxy::rules::Rules;
+use problem::Problem;
 use reload::RELOAD;
 
 mod health;
@@ -23,11 +25,13 @@ mod token;
 mod problem;
 mod reload;
 mod sessions;
+mod splits;
 mod query;
 
 pub use health::Health;
 pub use reload::ReloadApi;
 pub use sessions::SessionsApi;
+pub use splits::SplitsApi;
 pub use token::Token;
 
 /// The endpoints of the admin listener.
@@ -38,6 +42,7 @@ pub struct Admin {
     /// None without a token: then there is nothing under `/api/`.
     pub sessions: Option<SessionsApi>,
     pub rules: Arc<ArcSwap<Rules>>,
+    pub splits: Option<SplitsApi>,
     /// None without a token, too: then there is no `/reload`.
     pub reload: Option<ReloadApi>,
     /// Whether this instance is about to end.
@@ -48,22 +53,47 @@ pub struct Admin {
 impl ServeHttp for Admin {
     async fn response(&self, downstream: &mut ServerSession) -> Response<Vec<u8>> {
         let peer = peer(downstream);
-        self.answer(downstream.req_header(), peer).await
+        let request = downstream.req_header().as_owned_parts();
+        self.answer(&request, peer, read_body(downstream)).await
     }
 }
 
 /// Who asks.
 fn peer(downstream: &mut ServerSession) -> Option<IpAddr> {
-    let connection = downstream.take_connection_user_context()?.downcast::<Arc<Connection>>().ok()?;
-    Some(connection.peer)
+    let request = downstream.take_connection_user_context()?.downcast::<Request>().ok()?;
+    Some(request.connection.peer)
 }
 
+/// A body of JSON, whole, capped in size and in time.
+async fn read_body(downstream: &mut ServerSession) -> Result<Vec<u8>, Problem> {
+    let read = async {
+        let mut body = Vec::new();
+        while let Some(bytes) = downstream.read_request_body().await.map_err(|_| Problem::BodyTooSlow)? {
+            if BODY_BYTES_MAX < body.len() + bytes.len() {
+                return Err(Problem::BodyTooLarge);
+            }
+            body.extend_from_slice(&bytes);
+        }
+        Ok(body)
+    };
+    tokio::time::timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::BodyTooSlow))
+}
+
+const BODY_BYTES_MAX: usize = 4 << 10;
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
 impl Admin {
-    async fn answer(&self, request: &http::request::Parts, peer: Option<IpAddr>) -> Response<Vec<u8>> {
+    async fn answer(
+        &self,
+        request: &http::request::Parts,
+        peer: Option<IpAddr>,
+        body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
+    ) -> Response<Vec<u8>> {
         let path = request.uri.path();
-        let mut response = match (&self.sessions, &self.reload) {
-            (Some(sessions), _) if path.starts_with("/api/") => sessions.answer(request, peer).await,
-            (_, Some(reload)) if path == RELOAD => reload.answer(request).await,
+        let mut response = match (&self.sessions, &self.splits, &self.reload) {
+            (_, Some(splits), _) if SplitsApi::has(path) => splits.answer(request, peer, body).await,
+            (Some(sessions), ..) if path.starts_with("/api/") => sessions.answer(request, peer).await,
+            (.., Some(reload)) if path == RELOAD => reload.answer(request).await,
             _ => self.look(request),
         };
         if request.method == Method::HEAD {

@@ -19,6 +19,12 @@ pub(super) enum Problem {
         allowed: &'static str,
     },
     Query(String),
+    /// What the path names, and there is not.
+    Absent(String),
+    /// A body that says nothing that can be done.
+    Body(String),
+    BodyTooLarge,
+    BodyTooSlow,
     Store(StoreError),
     Interrupted(Interrupted),
     /// A file that is wrong, and was not applied.
@@ -34,9 +40,11 @@ impl Problem {
     fn status(&self) -> StatusCode {
         match self {
             Self::NoToken => StatusCode::UNAUTHORIZED,
-            Self::NoSuchPlace | Self::NoSuchSession => StatusCode::NOT_FOUND,
+            Self::NoSuchPlace | Self::NoSuchSession | Self::Absent(_) => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Query(_) => StatusCode::BAD_REQUEST,
+            Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::Store(_) | Self::Interrupted(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Refused(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Failed => StatusCode::INTERNAL_SERVER_ERROR,
@@ -49,7 +57,9 @@ impl Problem {
             Self::NoSuchPlace => format!("there is nothing here: see {DESCRIPTION}"),
             Self::NoSuchSession => "the user has no such session, or no longer".into(),
             Self::Method { allowed } => format!("allowed here: {allowed}"),
-            Self::Query(detail) => detail.clone(),
+            Self::Query(detail) | Self::Absent(detail) | Self::Body(detail) => detail.clone(),
+            Self::BodyTooLarge => "no body that makes sense here is that long".into(),
+            Self::BodyTooSlow => "the body did not come, or broke off".into(),
             Self::Store(error) => format!("{error}; nothing is known, try again"),
             Self::Interrupted(interrupted) => format!("{interrupted}; try again for the rest"),
             Self::Refused(error) => error.to_string(),
@@ -70,9 +80,15 @@ impl Problem {
             Self::NoToken => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             Self::Method { allowed } => (header::ALLOW, HeaderValue::from_static(allowed)),
             Self::Store(_) | Self::Interrupted(_) => (header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER)),
-            Self::NoSuchPlace | Self::NoSuchSession | Self::Query(_) | Self::Refused(_) | Self::Failed => {
-                return response;
-            }
+            Self::NoSuchPlace
+            | Self::NoSuchSession
+            | Self::Query(_)
+            | Self::Absent(_)
+            | Self::Body(_)
+            | Self::BodyTooLarge
+            | Self::BodyTooSlow
+            | Self::Refused(_)
+            | Self::Failed => return response,
         };
         response.headers_mut().insert(field.0, field.1);
         response

@@ -208,6 +208,7 @@ mod tests {
 
     use super::super::LOOKS;
     use super::super::reload::RELOAD;
+    use super::super::splits::{ONE_SPLIT, SPLITS};
     use super::*;
     use crate::session::Lifetime;
     use crate::session::id::SessionId;
@@ -380,7 +381,8 @@ mod tests {
         let handle = Handle::parse("0123456789").unwrap();
         let places = [Place::Collection, Place::Count, Place::Session(handle), Place::Description];
         let described = document["paths"].as_object().unwrap();
-        let there_is: BTreeSet<&str> = places.iter().map(template).chain(LOOKS).chain([RELOAD]).collect();
+        let there_is: BTreeSet<&str> =
+            places.iter().map(template).chain(LOOKS).chain([RELOAD, SPLITS, ONE_SPLIT]).collect();
         assert_eq!(described.keys().map(String::as_str).collect::<BTreeSet<_>>(), there_is);
         for place in &places {
             let path = template(place).replace("{handle}", "0123456789");

@@ -8,9 +8,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub mod run;
+pub mod gateway;
 pub mod reload;
 pub mod check;
 pub mod sessions;
+pub mod splits;
 pub mod demo;
 pub mod demo_backend;
 pub mod hash_password;
@@ -51,6 +53,8 @@ pub enum Command {
     },
     /// See, count and end sessions.
     Sessions(sessions::Arguments),
+    /// See and move the shares of users that meet another pool.
+    Splits(splits::Arguments),
     /// Show it: two backends and a gateway with a user, on loopback.
     Demo {
         /// Keep the sessions in this Redis; a restart then keeps you logged in.
@@ -151,6 +155,7 @@ fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
         Command::Reload { config } => reload::reload(&config, terminal),
         Command::Check { files, online } => check::check(&files, online, terminal),
         Command::Sessions(arguments) => sessions::run(&arguments, terminal),
+        Command::Splits(arguments) => splits::run(&arguments, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
         Command::DemoBackend { name } => demo_backend::run(&name, terminal),
         Command::HashPassword => match hash_password::hash_password() {

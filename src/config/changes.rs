@@ -8,7 +8,7 @@ use toml::Spanned;
 
 use super::model::{
     Admin, BackendLogin, BasicLogin, Config, Events, Fallback, Identity, Limits, Listener, Log, Login, MemoryStore,
-    OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Store, Throttle, Tracing,
+    OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Split, Store, Throttle, Tracing,
 };
 
 /// A line for each key, each section that is new and each that is gone: `pool.app: backends`, `route /shop: added`.
@@ -57,6 +57,7 @@ impl Changes {
             login,
             identity,
             pools,
+            splits,
             routes,
             events,
             admin,
@@ -71,6 +72,7 @@ impl Changes {
         changes.login(login, &new.login);
         changes.identity(identity, &new.identity);
         changes.pools(pools, &new.pools);
+        changes.splits(splits, &new.splits);
         changes.routes(routes, &new.routes);
         changes.events(events, &new.events);
         changes.admin(admin, &new.admin);
@@ -233,6 +235,12 @@ impl Changes {
         });
     }
 
+    fn splits(&mut self, old: &BTreeMap<String, Split>, new: &BTreeMap<String, Split>) {
+        self.sections(Effect::AtOnce, &named("split", old), &named("split", new), |changes, section, old, new| {
+            keys!(changes, section, old, new, Split { AtOnce: groups, percent; });
+        });
+    }
+
     /// A route is known by its host and its path; their order in the file means nothing.
     fn routes(&mut self, old: &[Route], new: &[Route]) {
         fn by_place(routes: &[Route]) -> Sections<'_, Route> {
@@ -244,7 +252,7 @@ impl Changes {
         }
         self.sections(Effect::AtOnce, &by_place(old), &by_place(new), |changes, section, old, new| {
             keys!(changes, section, old, new, Route {
-                AtOnce: pool, access, groups, cache_guard, websocket_origins, body_bytes, touch, stream_touch, fallback, directives,
+                AtOnce: pool, splits, access, groups, cache_guard, websocket_origins, body_bytes, touch, stream_touch, fallback, directives,
                     anonymous, basic, acr, max_age, access_token;
             } besides { host, path });
         });
@@ -298,6 +306,8 @@ mod tests {
         users_file = "users.toml"
         [pool.app]
         backends = ["127.0.0.1:2"]
+        [split.next]
+        percent = 5
         [[route]]
         path = "/"
         pool = "app"
@@ -320,6 +330,8 @@ mod tests {
             ("127.0.0.1:2", "127.0.0.1:3", &["pool.app: backends"], &[]),
             ("[pool.app]", "[pool.next]\nbackends = [\"127.0.0.1:4\"]\n[pool.app]", &["pool.next: added"], &[]),
             ("[pool.app]", "[pool.app]\nread_timeout = \"5s\"", &["pool.app: read_timeout"], &[]),
+            ("percent = 5", "percent = 10", &["split.next: percent"], &[]),
+            ("path = \"/\"", "splits = [{ name = \"next\", pool = \"app\" }]\npath = \"/\"", &["route /: splits"], &[]),
             ("path = \"/\"", "path = \"/\"\naccess = \"public\"", &["route /: access"], &[]),
             (
                 "\"/cart\"",

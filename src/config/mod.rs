@@ -14,7 +14,7 @@ mod validate;
 pub mod changes;
 pub mod error;
 
-pub use validate::confidential_url;
+pub use validate::{confidential_url, is_label};
 
 use error::{ConfigError, Problems};
 use model::{
@@ -117,6 +117,7 @@ fn resolve(
         session: Session { keys_file, .. },
         identity: _,
         pools,
+        splits: _,
         routes: _,
         events: Events { webhook_secret, webhook: _, audit: _ },
         admin: Admin { token, address: _, enabled: _ },
@@ -183,7 +184,7 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 41] = [
+    const EXAMPLES: [&str; 43] = [
         "endpoint",
         "page",
         "lame_duck",
@@ -225,6 +226,8 @@ mod tests {
         "access_token",
         "origins",
         "proxy_protocol",
+        "percent",
+        "splits",
     ];
 
     /// The manual with every key in force: `#key = value` and `#[section]` lose their `#`, prose (`# text`) stays.
@@ -315,6 +318,8 @@ mod tests {
             // For another listener than the one with the certificate.
             .replace("redirect_to_port = 443", "")
             .replace("tokens = false", "tokens = true")
+            // The manual has one pool.
+            .replace("pool = \"app-next\"", "pool = \"app\"")
             .replace("\"<as the provider shows it>\"", "\"Vq83-nK2\"")
             .replace("\"<openssl rand -base64 32>\"", "\"pA0yXbq9vG3kWm7RzT5sLd2fHj8cNe4u\"");
         let error = parse(&text, Path::new("manual.toml")).unwrap_err().to_string();

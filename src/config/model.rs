@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::value::{self, Bytes, Cidr, Duration, Secret, Statuses, Template};
+use super::value::{self, Bytes, Cidr, Duration, Percent, Secret, Statuses, Template};
 
 /// The whole file.
 #[derive(Debug, PartialEq, Deserialize)]
@@ -37,6 +37,9 @@ pub struct Config {
     /// `[pool.NAME]`
     #[serde(default, rename = "pool")]
     pub pools: BTreeMap<String, Pool>,
+    /// `[split.NAME]`
+    #[serde(default, rename = "split")]
+    pub splits: BTreeMap<String, Split>,
     #[serde(default, rename = "route")]
     pub routes: Vec<Route>,
     #[serde(default)]
@@ -727,6 +730,17 @@ impl Pool {
     }
 }
 
+/// `[split.NAME]`: a share of the users, whom routes may send to another pool.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// All users who are in one of these.
+    #[serde(default)]
+    pub groups: Vec<String>,
+    /// And so many of all others, always the same; absent = none.
+    pub percent: Option<Percent>,
+}
+
 /// `[[route]]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -735,6 +749,9 @@ pub struct Route {
     pub host: Option<Spanned<String>>,
     pub path: Spanned<String>,
     pub pool: Spanned<String>,
+    /// Whom another pool gets: the first that takes a user counts, else `pool`.
+    #[serde(default)]
+    pub splits: Vec<RouteSplit>,
     #[serde(default = "Route::default_access")]
     pub access: Spanned<Access>,
     /// The user must be in one of these; empty = any user.
@@ -773,6 +790,15 @@ pub struct Route {
     pub max_age: Option<Spanned<Duration>>,
     /// The field that carries the provider's access token to the backend.
     pub access_token: Option<Spanned<String>>,
+}
+
+/// One of a route's `splits`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouteSplit {
+    /// The [`Split`].
+    pub name: Spanned<String>,
+    pub pool: Spanned<String>,
 }
 
 impl Route {

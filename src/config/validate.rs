@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use super::error::Problems;
 use super::model::{
     ACR_VALUES_MAX, Access, Backend, Balance, Cache, Check as HealthCheck, Config, Directive, Eject, HashBy, Hsts,
-    Listener, OidcLogin, Pool, Protocol, RedisStore, Route, Scheme, SealRecords,
+    Listener, OidcLogin, Pool, Protocol, RedisStore, Route, RouteSplit, Scheme, SealRecords,
 };
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
@@ -27,6 +27,7 @@ pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems
     check.basic();
     check.identity();
     check.pools();
+    check.splits();
     check.routes();
     check.events();
     check.tracing();
@@ -538,9 +539,7 @@ impl Check<'_, '_> {
         for (name, pool) in &self.config.pools {
             let key = format!("pool.{name}");
             // The name is a label of metrics and a word of the log.
-            if !(1..=64).contains(&name.len())
-                || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
-            {
+            if !is_label(name) {
                 let at = self.at_keys(&["pool", name]);
                 let message = format!("invalid pool name {name:?}: expected 1 to 64 letters, digits, `-` or `_`");
                 self.problems.add(at, message);
@@ -718,6 +717,60 @@ impl Check<'_, '_> {
         }
     }
 
+    fn splits(&mut self) {
+        for (name, split) in &self.config.splits {
+            let at = self.at_keys(&["split", name]);
+            // The name is a label of metrics, a word of the log, and a part of a path.
+            if !is_label(name) {
+                let message = format!("invalid split name {name:?}: expected 1 to 64 letters, digits, `-` or `_`");
+                self.problems.add(at.clone(), message);
+            }
+            if split.groups.is_empty() && split.percent.is_none() {
+                self.problems
+                    .add(at, format!("split.{name} takes nobody"))
+                    .hint("give it groups, a percent, or both; percent = 0 for one that is to be moved later");
+            }
+        }
+    }
+
+    /// Whom a route sends to another pool.
+    fn route_splits(&mut self, route: &Route) {
+        for (index, RouteSplit { name, pool }) in route.splits.iter().enumerate() {
+            self.pool_is_there(pool);
+            let split = name.get_ref();
+            if route.splits[..index].iter().any(|other| other.name.get_ref() == split) {
+                self.problems.add(name.span(), format!("split `{split}` is there twice: the second would get nobody"));
+            }
+            let Some(about) = self.config.splits.get(split) else {
+                let hint = match &*known_names(&self.config.splits) {
+                    "" => format!("add [split.{split}] with a percent or groups"),
+                    known => format!("the splits are {known}"),
+                };
+                self.problems.add(name.span(), format!("there is no split `{split}`")).hint(hint);
+                continue;
+            };
+            if *route.access.get_ref() == Access::Public && about.percent.is_none() {
+                self.problems
+                    .add(
+                        name.span(),
+                        format!("split `{split}` goes by groups, on a public route, where nobody looks who it is"),
+                    )
+                    .hint("write access = \"optional\", or remove it here");
+            }
+        }
+    }
+
+    fn pool_is_there(&mut self, pool: &Spanned<String>) {
+        let name = pool.get_ref();
+        if !self.config.pools.contains_key(name) {
+            let hint = match &*known_names(&self.config.pools) {
+                "" => format!("add [pool.{name}]"),
+                known => format!("the pools are {known}"),
+            };
+            self.problems.add(pool.span(), format!("there is no pool `{name}`")).hint(hint);
+        }
+    }
+
     fn routes(&mut self) {
         let routes = &self.config.routes;
         if routes.is_empty() {
@@ -755,13 +808,8 @@ impl Check<'_, '_> {
                 first_lines.insert(place, line);
             }
 
-            let pool = route.pool.get_ref();
-            if !self.config.pools.contains_key(pool) {
-                let known = self.config.pools.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-                let hint =
-                    if known.is_empty() { format!("add [pool.{pool}]") } else { format!("the pools are {known}") };
-                self.problems.add(route.pool.span(), format!("there is no pool `{pool}`")).hint(hint);
-            }
+            self.pool_is_there(&route.pool);
+            self.route_splits(route);
             if !route.groups.is_empty() && route.access.get_ref() != &Access::Required {
                 let at = self.at_keys(&["route", &index.to_string(), "groups"]);
                 self.problems
@@ -959,6 +1007,16 @@ impl Check<'_, '_> {
         }
         value.span()
     }
+}
+
+/// Whether it can be a label of metrics and a word of the log as it is.
+pub fn is_label(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+}
+
+/// As a hint names them.
+fn known_names<T>(sections: &BTreeMap<String, T>) -> String {
+    sections.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
 /// Whether both cannot be bound: the same port of one address, or of an address and its family's wildcard.

@@ -13,6 +13,7 @@ use std::str::FromStr;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::{Serialize, Serializer};
 use toml::Spanned;
 
 use super::model::{Backend, HashBy};
@@ -32,6 +33,10 @@ pub struct Cidr(pub ipnet::IpNet);
 /// Statuses of responses, `"200"` or `"200-399"`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Statuses(pub RangeInclusive<u16>);
+
+/// A share: 0 to 100 percent, with two decimals at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Percent(u16);
 
 /// A text that never prints itself: a string, `{ file = "path" }` or `{ env = "NAME" }`.
 #[derive(Clone, PartialEq, Eq)]
@@ -290,6 +295,43 @@ impl FromStr for Statuses {
     }
 }
 
+impl Percent {
+    /// Everything.
+    pub const ALL: Self = Self(10_000);
+
+    /// In hundredths of a percent: 0 to 10 000.
+    pub const fn basis_points(self) -> u16 {
+        self.0
+    }
+
+    /// At most [`Self::ALL`].
+    pub const fn of_basis_points(basis_points: u16) -> Self {
+        if basis_points < Self::ALL.0 { Self(basis_points) } else { Self::ALL }
+    }
+
+    /// None when it is no percentage, or has further decimals.
+    fn of(percent: f64) -> Option<Self> {
+        let hundredths = percent * 100.0;
+        // 0.29 * 100.0 is 28.999999999999996: what is written has no third decimal all the same.
+        let is_exact = (hundredths - hundredths.round()).abs() < 1e-6;
+        let is_share = (0.0..=100.0).contains(&percent);
+        (is_share && is_exact).then(|| Self(hundredths.round() as u16))
+    }
+}
+
+impl FromStr for Percent {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        let number = text.parse().ok().filter(|_| is_number);
+        number.and_then(Self::of).ok_or_else(|| not_a_percentage(text))
+    }
+}
+
+fn not_a_percentage(found: impl fmt::Display) -> String {
+    format!("invalid percentage {found}: expected 0 to 100, with two decimals at most, e.g. 5 or 0.25")
+}
+
 impl Default for Statuses {
     fn default() -> Self {
         Self(200..=299)
@@ -429,6 +471,43 @@ deserialize_from_text! {
     HashBy: "\"user\", \"client\" or \"header:NAME\"",
 }
 
+impl<'de> Deserialize<'de> for Percent {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(PercentVisitor)
+    }
+}
+
+struct PercentVisitor;
+
+impl Visitor<'_> for PercentVisitor {
+    type Value = Percent;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a percentage without quotes, e.g. 5 or 0.25")
+    }
+
+    fn visit_f64<E: de::Error>(self, number: f64) -> Result<Percent, E> {
+        Percent::of(number).ok_or_else(|| E::custom(not_a_percentage(number)))
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Percent, E> {
+        self.visit_f64(number as f64)
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Percent, E> {
+        self.visit_f64(number as f64)
+    }
+}
+
+impl Serialize for Percent {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match (self.0 / 100, self.0 % 100) {
+            (whole, 0) => serializer.serialize_u16(whole),
+            _ => serializer.serialize_f64(f64::from(self.0) / 100.0),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for Backend {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(BackendVisitor)
@@ -527,6 +606,16 @@ impl fmt::Display for Duration {
     }
 }
 
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.0 / 100, self.0 % 100) {
+            (whole, 0) => write!(f, "{whole}"),
+            (whole, tenths) if tenths % 10 == 0 => write!(f, "{whole}.{}", tenths / 10),
+            (whole, hundredths) => write!(f, "{whole}.{hundredths:02}"),
+        }
+    }
+}
+
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_scaled(f, self.0, &SIZE_UNITS)
@@ -618,6 +707,48 @@ mod tests {
         }
         for text in ["", "2xx", "0200", "399-200", "100", "600", "+20", "200-", "200 - 299", "200-299-300"] {
             assert!(text.parse::<Statuses>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_percentage_has_two_decimals_at_most() {
+        #[derive(Deserialize)]
+        struct Holder {
+            percent: Percent,
+        }
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("5", Some(500)),
+            ("5.0", Some(500)),
+            ("0.01", Some(1)),
+            ("0.29", Some(29)),
+            ("33.33", Some(3_333)),
+            ("99.99", Some(9_999)),
+            ("100", Some(10_000)),
+            ("100.01", None),
+            ("101", None),
+            ("0.001", None),
+            ("33.333", None),
+            ("-1", None),
+            ("-0.5", None),
+            ("+5", None),
+            ("1e1", None),
+            ("nan", None),
+            ("inf", None),
+            ("", None),
+        ] {
+            assert_eq!(text.parse().ok(), expected.map(Percent), "{text}");
+        }
+        for basis_points in 0..=10_000 {
+            let percent = Percent(basis_points);
+            let written = percent.to_string();
+            assert_eq!(written.parse(), Ok(percent), "as a word");
+            assert_eq!(toml::from_str::<Holder>(&format!("percent = {written}")).unwrap().percent, percent);
+            let json = serde_json::to_string(&percent).unwrap();
+            assert_eq!((&json, serde_json::from_str(&json).unwrap()), (&written, percent));
+        }
+        for wrong in ["'5'", "100.5", "-1", "0.005", "nan", "inf", "true", "9223372036854775807"] {
+            assert!(toml::from_str::<Holder>(&format!("percent = {wrong}")).is_err(), "{wrong}");
         }
     }
 

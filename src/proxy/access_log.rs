@@ -26,6 +26,9 @@ pub struct Entry<'a> {
     pub reason: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub route: Option<&'a str>,
+    /// That took the request, where the route has some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -101,6 +104,7 @@ impl Entry<'_> {
         let fields = [
             (" reason=", self.reason),
             (" route=", self.route),
+            (" split=", self.split),
             (" backend=", self.backend),
             (" user=", self.user),
             (" session=", self.session),
@@ -255,6 +259,7 @@ mod tests {
             outcome: "forwarded",
             reason: None,
             route: Some("/"),
+            split: None,
             backend: Some("127.0.0.1:1"),
             user: Some("ann"),
             session: None,
@@ -301,6 +306,13 @@ mod tests {
         let marked = Entry { session: Some("ab"), session_source: Some("grace"), ..entry("/a") };
         let text = written(LogFormat::Text, &[marked]);
         assert!(text.contains(" session=ab session_source=grace id="), "{text}");
+    }
+
+    #[test]
+    fn a_split_that_took_the_request_is_named() {
+        let next = Entry { split: Some("next"), ..entry("/a") };
+        let text = written(LogFormat::Text, &[next]);
+        assert!(text.contains(" route=/ split=next backend=127.0.0.1:1 "), "{text}");
     }
 
     #[test]

@@ -21,8 +21,9 @@ use crate::spans::Spans;
 
 use super::access_log::{AccessLog, Entry, Timestamp};
 use super::reply::{Outcome, Rejection};
-use super::route::Route;
+use super::route::{Branch, Route};
 use super::rules::Rules;
+use super::split::Split;
 use super::streams::InFlight;
 use super::trace::{End, Trace};
 use super::websocket::Frames;
@@ -110,6 +111,8 @@ pub struct RequestContext {
     /// Boxed, because without `[tracing]` nobody has one.
     pub trace: Option<Box<Trace>>,
     pub route: Option<Arc<Route>>,
+    /// Of the route's, where it has some; none before that is decided.
+    pub branch: Option<usize>,
     pub pool: Option<Arc<Pool>>,
     pub identity: Option<Arc<Known>>,
     /// That the client came with; also of who is not let in, for the log.
@@ -174,6 +177,7 @@ impl RequestContext {
             request_id: RequestId::none(),
             trace: None,
             route: None,
+            branch: None,
             pool: None,
             identity: None,
             session: None,
@@ -197,6 +201,10 @@ impl RequestContext {
             outcome: None,
             failure: None,
         }
+    }
+
+    pub fn branch(&self) -> Option<&Branch> {
+        self.route.as_ref()?.branches.get(self.branch?)
     }
 
     /// Whether its session has ended, and it with it.
@@ -232,6 +240,10 @@ impl RequestContext {
             Some(route) if (status, outcome) == (200, Outcome::Forwarded) => route.forwarded.get_or_init(count).inc(),
             Some(_) | None => count().inc(),
         }
+        if let (Some(branch), Some(route)) = (self.branch(), route) {
+            let count = || metrics.split_requests.with_label_values(&[route, branch.label(), status_label]);
+            if status == 200 { branch.succeeded.get_or_init(count).inc() } else { count().inc() }
+        }
         if let (Some(trace), Some(spans), Some(line)) = (self.trace.take(), spans, &self.line) {
             let pool = self.pool.as_ref().map(|pool| pool.name());
             let end = End { at: now, method: &line.method, route, pool, status, outcome: outcome.label() };
@@ -264,6 +276,7 @@ impl RequestContext {
             outcome: outcome.label(),
             reason: None,
             route,
+            split: self.branch().and_then(|branch| branch.split.as_deref()).map(Split::name),
             backend: self.backend.as_ref().map(|backend| backend.name()),
             user: self.identity.as_ref().map(|identity| identity.user.as_str()),
             session: session.as_deref(),

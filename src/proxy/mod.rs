@@ -1,6 +1,7 @@
 //! Where is the request now? Pingora's phases, each one short step of the journey that `lib.rs` tells.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,7 @@ pub mod connection;
 pub mod http2;
 pub mod guard;
 pub mod route;
+pub mod split;
 pub mod rules;
 pub mod admit;
 pub mod transport;
@@ -520,6 +522,10 @@ impl Gateway {
             return reject(downstream, context, Rejection::ForeignOrigin);
         }
         context.identity = identity;
+        context.branch = route.branch_for(context.identity.as_deref().map(Deref::deref));
+        if let Some(branch) = context.branch() {
+            context.pool = rules.pools.get(&branch.pool).cloned();
+        }
         if let Some(in_flight) = &context.in_flight {
             in_flight.belongs_to(context.told_session().map(|session| &session.key), route.stream_touch);
         }
@@ -823,6 +829,7 @@ impl Refusals for Gateway {
             outcome,
             reason: Some(refusal.reason),
             route: None,
+            split: None,
             backend: None,
             user: None,
             session: None,

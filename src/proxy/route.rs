@@ -1,7 +1,7 @@
 //! Which route does a request take? The most specific host, and there the longest path, decide.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
 use http::HeaderName;
@@ -11,7 +11,10 @@ use toml::Spanned;
 
 use crate::config::model;
 use crate::config::value::Bytes;
+use crate::identity::Identity;
 use crate::login::oidc::Demand;
+
+use super::split::Split;
 
 /// What is decided about a request before its session is known.
 #[derive(Clone, Debug)]
@@ -22,6 +25,8 @@ pub struct Route {
     /// The user must be in one of these; empty = any user.
     pub groups: Vec<String>,
     pub pool: String,
+    /// With splits: theirs, and last the one to [`Self::pool`], which takes all others.
+    pub branches: Vec<Branch>,
     pub cache_guard: bool,
     pub websocket_origins: Vec<String>,
     pub body_bytes_max: u64,
@@ -45,6 +50,23 @@ pub struct Route {
     pub seconds: OnceLock<Histogram>,
     /// Its `cloakroom_requests_total` of what most requests are: forwarded, 200.
     pub forwarded: OnceLock<IntCounter>,
+}
+
+/// One of several pools that a route leads to.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// Whom it is for; none = all.
+    pub split: Option<Arc<Split>>,
+    pub pool: String,
+    /// Its `cloakroom_split_requests_total` of 200, looked up once.
+    pub succeeded: OnceLock<IntCounter>,
+}
+
+impl Branch {
+    /// In metrics.
+    pub fn label(&self) -> &str {
+        self.split.as_ref().map_or("-", |split| split.name())
+    }
 }
 
 /// Which [`model::Directive`]s count.
@@ -90,9 +112,9 @@ struct Paths {
 }
 
 impl Routes {
-    /// `routes` are valid already; of two for the same host and path, the first wins. `body_bytes` applies where a
+    /// `routes` are valid already, and `splits` has all that they name; of two for the same host and path, the first wins. `body_bytes` applies where a
     /// route has no limit of its own.
-    pub fn build(routes: &[model::Route], body_bytes: Bytes) -> Self {
+    pub fn build(routes: &[model::Route], splits: &BTreeMap<String, Arc<Split>>, body_bytes: Bytes) -> Self {
         let mut built = Self::default();
         for route in routes {
             let host = route.host.as_ref().map(|host| canonical_host(host.get_ref()).into_owned());
@@ -103,9 +125,15 @@ impl Routes {
                     Some(suffix) => built.below.entry(suffix.to_owned()).or_default(),
                 },
             };
-            paths.add(route.path.get_ref(), Route::new(route, host.as_deref(), body_bytes));
+            paths.add(route.path.get_ref(), Route::new(route, host.as_deref(), splits, body_bytes));
         }
         built
+    }
+
+    /// Each once, in no order.
+    pub fn all(&self) -> impl Iterator<Item = &Route> {
+        let hosts = self.exact.values().chain(self.below.values()).chain([&self.any]);
+        hosts.flat_map(|paths| paths.routes.values()).map(Arc::as_ref)
     }
 
     /// The route for a `Host` (port and final dot do not matter, nor does case) and a path (without query).
@@ -120,7 +148,13 @@ impl Routes {
 }
 
 impl Route {
-    fn new(route: &model::Route, host: Option<&str>, body_bytes: Bytes) -> Self {
+    /// Which of its branches takes the requests of this user; none where it has none. No allocation: this is done for
+    /// every request.
+    pub fn branch_for(&self, user: Option<&Identity>) -> Option<usize> {
+        self.branches.iter().position(|branch| branch.split.as_ref().is_none_or(|split| split.takes(user)))
+    }
+
+    fn new(route: &model::Route, host: Option<&str>, splits: &BTreeMap<String, Arc<Split>>, body_bytes: Bytes) -> Self {
         let Bytes(body_bytes_max) = route.body_bytes.unwrap_or(body_bytes);
         let demand = Demand {
             acr: route.acr.iter().map(|acr| acr.get_ref().clone()).collect(),
@@ -131,6 +165,7 @@ impl Route {
             access: *route.access.get_ref(),
             groups: route.groups.clone(),
             pool: route.pool.get_ref().clone(),
+            branches: branches(route, splits),
             cache_guard: route.cache_guard,
             websocket_origins: route.websocket_origins.iter().map(|origin| origin.get_ref().clone()).collect(),
             body_bytes_max,
@@ -147,6 +182,16 @@ impl Route {
             forwarded: OnceLock::new(),
         }
     }
+}
+
+fn branches(route: &model::Route, splits: &BTreeMap<String, Arc<Split>>) -> Vec<Branch> {
+    if route.splits.is_empty() {
+        return Vec::new();
+    }
+    let branch =
+        |split, pool: &Spanned<String>| Branch { split, pool: pool.get_ref().clone(), succeeded: OnceLock::new() };
+    let to_split = |to: &model::RouteSplit| Some(branch(Some(Arc::clone(splits.get(to.name.get_ref())?)), &to.pool));
+    route.splits.iter().filter_map(to_split).chain([branch(None, &route.pool)]).collect()
 }
 
 impl Allowed {
@@ -208,6 +253,7 @@ mod tests {
     use toml::Spanned;
 
     use super::*;
+    use crate::config::value::Percent;
 
     fn route(host: Option<&str>, path: &str) -> model::Route {
         let spanned = |text: &str| Spanned::new(0..0, text.to_owned());
@@ -215,6 +261,7 @@ mod tests {
             host: host.map(spanned),
             path: spanned(path),
             pool: spanned("app"),
+            splits: Vec::new(),
             access: Spanned::new(0..0, model::Access::Required),
             groups: Vec::new(),
             cache_guard: true,
@@ -307,7 +354,7 @@ mod tests {
 
     #[test]
     fn the_most_specific_host_and_then_the_longest_path_win() {
-        let routes = Routes::build(&table(), Bytes(1));
+        let routes = Routes::build(&table(), &BTreeMap::new(), Bytes(1));
         for (host, path, expected) in CASES {
             assert_eq!(found(&routes, host, path), expected, "{host} {path}");
         }
@@ -324,7 +371,7 @@ mod tests {
                 list.push(route(Some("example.org"), &format!("/app/list-{number}")));
             }
             for list in [list.clone(), list.into_iter().rev().collect()] {
-                let routes = Routes::build(&list, Bytes(1));
+                let routes = Routes::build(&list, &BTreeMap::new(), Bytes(1));
                 for (host, path, expected) in CASES {
                     assert_eq!(found(&routes, host, path), expected, "{host} {path} among {others} others");
                 }
@@ -333,11 +380,37 @@ mod tests {
     }
 
     #[test]
+    fn the_first_split_that_takes_a_user_counts_and_else_the_pool_of_the_route() {
+        let spanned = |text: &str| Spanned::new(0..0, text.to_owned());
+        let split =
+            |name: &str, keys: &str| (name.to_owned(), Arc::new(Split::new(name, &toml::from_str(keys).unwrap())));
+        let splits = BTreeMap::from([split("staff", "groups = [\"staff\"]"), split("next", "percent = 0")]);
+        let to = |name: &str, pool: &str| model::RouteSplit { name: spanned(name), pool: spanned(pool) };
+        let mut route = route(None, "/app");
+        route.splits = vec![to("staff", "blue"), to("next", "green")];
+        let routes = Routes::build(&[route, self::route(None, "/")], &splits, Bytes(1));
+        let user = |groups: &[&str]| {
+            let groups = groups.iter().map(|&group| group.to_owned()).collect();
+            Identity { user: "ann".into(), groups, ..Identity::default() }
+        };
+        let pools = |path: &str| {
+            let route = routes.find("a.test", path).unwrap();
+            [Some(&user(&["staff"])), Some(&user(&[])), None]
+                .map(|user| route.branch_for(user).map(|branch| route.branches[branch].pool.as_str()))
+        };
+        assert_eq!(pools("/app"), [Some("blue"), Some("app"), Some("app")]);
+        splits["next"].set(Percent::ALL);
+        assert_eq!(pools("/app"), [Some("blue"), Some("green"), Some("green")], "what is set counts at once");
+        assert_eq!(pools("/"), [None; 3], "a route without splits has one pool");
+        assert_eq!(routes.all().count(), 2);
+    }
+
+    #[test]
     fn without_a_route_nothing_is_found() {
-        let none = Routes::build(&[], Bytes(1));
+        let none = Routes::build(&[], &BTreeMap::new(), Bytes(1));
         assert_eq!(found(&none, "example.org", "/"), None, "no route is the default");
 
-        let deep = Routes::build(&[route(None, "/app")], Bytes(1));
+        let deep = Routes::build(&[route(None, "/app")], &BTreeMap::new(), Bytes(1));
         for path in ["/", "/other", "/apple", "", "app", "*"] {
             assert_eq!(found(&deep, "example.org", path), None, "{path:?} is not below /app");
         }
@@ -347,7 +420,7 @@ mod tests {
     fn of_two_routes_for_the_same_the_first_wins() {
         let mut second = route(None, "/app/");
         second.access = Spanned::new(0..0, model::Access::Public);
-        let routes = Routes::build(&[route(None, "/app"), second], Bytes(1));
+        let routes = Routes::build(&[route(None, "/app"), second], &BTreeMap::new(), Bytes(1));
         assert_eq!(routes.find("a.test", "/app/").unwrap().access, model::Access::Required, "it was there first");
     }
 
@@ -355,14 +428,14 @@ mod tests {
     fn the_body_limit_of_the_route_goes_before_the_general_one() {
         let mut small = route(None, "/small");
         small.body_bytes = Some(Bytes(7));
-        let routes = Routes::build(&[route(None, "/"), small], Bytes(1000));
+        let routes = Routes::build(&[route(None, "/"), small], &BTreeMap::new(), Bytes(1000));
         assert_eq!(routes.find("a.test", "/").unwrap().body_bytes_max, 1000);
         assert_eq!(routes.find("a.test", "/small").unwrap().body_bytes_max, 7);
     }
 
     #[test]
     fn a_long_path_costs_as_many_looks_as_the_longest_route_has_segments() {
-        let routes = Routes::build(&table(), Bytes(1));
+        let routes = Routes::build(&table(), &BTreeMap::new(), Bytes(1));
         let long = format!("/app{}", "/x".repeat(4000));
         assert_eq!(found(&routes, "other.test", &long), Some("/app"));
     }

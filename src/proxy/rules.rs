@@ -1,22 +1,25 @@
 //! What a reload replaces, as one piece: a request sees the old rules or the new ones, never a mixture.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::backend::{AdminState, Health, Pool};
 use crate::config::error::ConfigError;
 use crate::config::model::Config;
+use crate::config::value::Percent;
 use crate::identity::headers::IdentityHeaders;
 use crate::login::Login;
 use crate::metrics::Metrics;
 
 use super::route::Routes;
+use super::split::Split;
 use super::transport::Transport;
 
-/// Routes, pools, identity headers and the login with its users.
+/// Routes, splits, pools, identity headers and the login with its users.
 #[derive(Debug)]
 pub struct Rules {
     pub routes: Routes,
+    pub splits: BTreeMap<String, Arc<Split>>,
     pub pools: HashMap<String, Arc<Pool>>,
     /// Of each pool.
     pub transports: HashMap<String, Transport>,
@@ -32,8 +35,11 @@ impl Rules {
             (name.clone(), Arc::new(Pool::new(name, pool, previous.map(Arc::as_ref))))
         });
         let transports = config.pools.iter().map(|(name, pool)| Ok((name.clone(), Transport::load(pool)?)));
+        let splits = config.splits.iter().map(|(name, split)| (name.clone(), Arc::new(Split::new(name, split))));
+        let splits = splits.collect();
         Ok(Self {
-            routes: Routes::build(&config.routes, config.limits.body_bytes),
+            routes: Routes::build(&config.routes, &splits, config.limits.body_bytes),
+            splits,
             pools: pools.collect(),
             transports: transports.collect::<Result<_, ConfigError>>()?,
             identity: IdentityHeaders::compile(&config.identity).reserving(access_token_fields(config)),
@@ -41,17 +47,28 @@ impl Rules {
         })
     }
 
+    /// The splits that are not as the file said, a line each: what comes after these rules begins with its own file.
+    pub fn moved_splits(&self) -> impl Iterator<Item = String> {
+        let moved = self.splits.values().filter(|split| split.percent() != split.configured());
+        moved.map(|split| format!("split.{}: no longer as set at run time", split.name()))
+    }
+
     /// These rules count from now on.
     pub fn settle(&self) {
         self.pools.values().for_each(|pool| pool.settle());
     }
 
-    /// How the backends do at this moment, for who looks at the metrics now. Those that are gone leave no trace.
+    /// How the backends and the splits do at this moment, for who looks at the metrics now. Those that are gone leave no trace.
     pub fn tell(&self, metrics: &Metrics) {
         let gauges =
             [&metrics.backend_up, &metrics.backend_draining, &metrics.backend_weight, &metrics.backend_in_flight];
         gauges.iter().for_each(|gauge| gauge.reset());
         metrics.queue_waiting.reset();
+        metrics.split_ratio.reset();
+        for split in self.splits.values() {
+            let ratio = f64::from(split.percent().basis_points()) / f64::from(Percent::ALL.basis_points());
+            metrics.split_ratio.with_label_values(&[split.name()]).set(ratio);
+        }
         for pool in self.pools.values() {
             metrics.queue_waiting.with_label_values(&[pool.name()]).set(pool.waiting() as i64);
             for backend in pool.backends().iter() {

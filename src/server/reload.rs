@@ -99,6 +99,7 @@ impl Reload {
             at_restart: Changes::between(&self.started, &config).at_restart,
         };
         changes.at_once.extend(rules.login.changed_files(&previous.login));
+        changes.at_once.extend(previous.moved_splits());
         let rules = Arc::new(rules);
         self.rules.store(Arc::clone(&rules));
         rules.settle();

@@ -10,6 +10,7 @@ mod directives;
 mod guard;
 mod proxying;
 mod balancing;
+mod splits;
 mod backends_fail;
 mod proxy_protocol;
 mod http2;
