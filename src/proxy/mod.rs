@@ -1,5 +1,6 @@
 //! Where is the request now? Pingora's phases, each one short step of the journey that `lib.rs` tells.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -69,7 +70,7 @@ const FORWARD: bool = false;
 
 /// A request is sent once more when a backend failed on it.
 const REPEATS_MAX: u8 = 1;
-/// As [`REPEATS_MAX`], when the connection had been kept: several may have gone stale at the same time.
+/// As [`REPEATS_MAX`], when a kept connection had ended: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
 
 /// Browsers leave it out of an address.
@@ -343,11 +344,11 @@ impl ProxyHttp for Gateway {
         let timed_out = matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout);
         let backend_failed = *error.esource() == ErrorSource::Upstream;
         let is_unseen = backend_failed && was_refused_unseen(&error);
+        // To close a connection that had been idle, or to have had enough of it, is a backend's right.
+        let is_stale = is_unseen || backend_failed && was_kept && was_closed(&error) && !has_begun(downstream);
         if backend_failed {
             let failure = if timed_out { Failure::Timeout } else { Failure::Response };
-            // To close a connection that had been idle, or to have had enough of it, is a backend's right, and sockets end as
-            // they like.
-            let is_stale = (was_kept || is_unseen) && !timed_out && !has_begun(downstream);
+            // Sockets end as they like.
             let is_socket = downstream.response_written().is_some_and(is_upgraded);
             if is_stale || is_socket {
                 self.count_backend_failure(context, failure);
@@ -368,12 +369,12 @@ impl ProxyHttp for Gateway {
             && (downstream.req_header().method.is_idempotent() || is_unseen)
             && !downstream.as_ref().retry_buffer_truncated()
             && !context.is_upgrade;
-        if was_kept || is_unseen {
+        if is_stale {
             // It is no worse than the others.
             context.tried.forget_last();
         }
         // A request on which backends die may be what kills them: it does not meet all of them.
-        let repeats_max = if was_kept { REPEATS_AFTER_KEPT_MAX } else { REPEATS_MAX };
+        let repeats_max = if is_stale { REPEATS_AFTER_KEPT_MAX } else { REPEATS_MAX };
         error.set_retry(may_repeat && context.repeats < repeats_max);
         context.repeats += 1;
         error
@@ -848,6 +849,21 @@ fn was_refused_unseen(error: &Error) -> bool {
     let is_refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
     let is_leaving = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
     cause.is_remote() && (is_refused || is_leaving)
+}
+
+/// Whether the connection to a backend has ended; and not the backend's patience, or its good manners.
+fn was_closed(error: &Error) -> bool {
+    let cause = error.root_cause();
+    let of_socket = cause.downcast_ref::<h2::Error>().map_or_else(|| cause.downcast_ref(), h2::Error::get_io);
+    let has_ended = |cause: &io::Error| {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof};
+        // Timed out: by the kernel, as nobody acknowledged anything.
+        matches!(
+            cause.kind(),
+            BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | TimedOut | UnexpectedEof
+        )
+    };
+    *error.etype() == ErrorType::ConnectionClosed || of_socket.is_some_and(has_ended)
 }
 
 /// What `balance = "hash"` goes by.

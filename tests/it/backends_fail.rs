@@ -164,6 +164,23 @@ fn a_kept_connection_that_it_has_closed_costs_nobody_a_request() {
     }
 }
 
+/// What a backend says on a kept connection is its answer: garbage is as bad there as anywhere.
+#[test]
+fn garbage_on_a_kept_connection_is_a_failure() {
+    let backend = Backend::answering(|request| match request.target() {
+        "/garbage" => Answer::ExactlyThenClose(b"SSH-2.0-OpenSSH_9.2\r\n\r\n".to_vec()),
+        _ => Answer::Echo,
+    });
+    let other = Backend::echo();
+    let gateway = public(&[&backend, &other], "eject.failures = 1").with("[server]\nthreads = 1").start();
+    let client = gateway.client();
+    (0..4).for_each(|_| assert_eq!(client.get("/").send().status, 200));
+    (0..2).for_each(|_| assert_eq!(client.get("/garbage").send().seen().backend, other.name()));
+    assert_eq!(backend.requests().iter().filter(|request| request.target() == "/garbage").count(), 1);
+    let labels = format!("backend=\"{}\",pool=\"app\"", backend.address());
+    assert_eq!(gateway.metric(&format!("cloakroom_backend_ejections_total{{{labels}}}")), 1.0);
+}
+
 /// B8
 #[test]
 fn garbage_is_a_502_and_what_comes_after_a_response_is_nobodys() {

@@ -321,6 +321,38 @@ fn what_a_backend_has_refused_unseen_is_sent_again_whatever_its_method() {
     assert_eq!(two.requests(), ["POST /refused-first", "POST /refused-first"]);
 }
 
+#[test]
+fn an_error_on_a_kept_connection_is_a_failure_and_the_end_of_the_connection_is_not() {
+    for (path, status, attempts, ejected) in
+        [("/reset", 502, 2, 1.0), ("/kept-closed", 200, 3, 0.0), ("/refused-first", 200, 3, 0.0)]
+    {
+        let (one, two) = (Http2Backend::start(), Http2Backend::start());
+        let pool = format!(
+            "[pool.pair]\nbackends = [\"{}\", \"{}\"]\nprotocol = \"http2\"\neject.failures = 1",
+            one.address(),
+            two.address()
+        );
+        let gateway = Gateway::in_front_of(&[&Backend::echo()])
+            .with("[server]\nthreads = 1")
+            .with(&pool)
+            .route("/", "access = \"public\"\npool = \"pair\"")
+            .start();
+        let client = gateway.client();
+        (0..2).for_each(|_| assert_eq!(client.get("/echo").send().status, 200, "both have a connection now"));
+        assert_eq!(client.get(path).send().status, status, "{path}");
+        let seen = [one.requests(), two.requests()].concat();
+        assert_eq!(seen.iter().filter(|seen| seen.ends_with(path)).count(), attempts, "{path}: {seen:?}");
+        let ejections: f64 = [&one, &two]
+            .map(|backend| {
+                let labels = format!("backend=\"{}\",pool=\"pair\"", backend.address());
+                gateway.metric(&format!("cloakroom_backend_ejections_total{{{labels}}}"))
+            })
+            .iter()
+            .sum();
+        assert_eq!(ejections, ejected, "{path}");
+    }
+}
+
 /// Fields of a request, raw, and the status of the answer; 0 = there is none: the stream is reset, or the connection ends.
 fn refused() -> Vec<(Vec<(&'static str, &'static str)>, u16)> {
     const USUAL: [(&str, &str); 4] =

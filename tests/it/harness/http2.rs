@@ -210,7 +210,9 @@ impl Http2Response {
 /// - `/talk`: each chunk comes back, until the client ends;
 /// - `/early`: 413 before the body;
 /// - `/refused-first`: each first attempt of a connection is refused unseen;
+/// - `/kept-closed`: only the first request of a connection is answered, and the connection ends;
 /// - `/broken`: the response breaks off;
+/// - `/reset`: no response, an error;
 /// - `/bytes/N`: N bytes.
 pub(crate) struct Http2Backend {
     runtime: Option<Runtime>,
@@ -230,13 +232,16 @@ impl Http2Backend {
                 let all = Arc::clone(&all);
                 tokio::spawn(async move {
                     let Ok(mut connection) = h2::server::handshake(socket).await else { return };
-                    let mut refused = false;
+                    let (mut refused, mut kept) = (false, false);
                     while let Some(Ok((request, mut respond))) = connection.accept().await {
                         let path = request.uri().path().to_owned();
                         all.lock().unwrap().push(format!("{} {path}", request.method()));
                         if path == "/refused-first" && !std::mem::replace(&mut refused, true) {
                             respond.send_reset(h2::Reason::REFUSED_STREAM);
                             continue;
+                        }
+                        if std::mem::replace(&mut kept, true) && path == "/kept-closed" {
+                            break;
                         }
                         tokio::spawn(async move {
                             let _ = answer(request, respond).await; // the client went away
@@ -283,6 +288,10 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) 
         while let Some(Ok(chunk)) = body.data().await {
             let _ = body.flow_control().release_capacity(chunk.len());
         }
+        return Ok(());
+    }
+    if path == "/reset" {
+        respond.send_reset(h2::Reason::INTERNAL_ERROR);
         return Ok(());
     }
     if path == "/broken" {
