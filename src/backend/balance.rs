@@ -150,10 +150,16 @@ impl Pool {
         let now = self.ongoing.now();
         let nothing = Tried::default();
         let candidates = backends.iter().filter(is_candidate);
-        candidates
-            .filter(|backend| backend.is_fit(&nothing))
-            .find(|backend| backend.ejection.claim_trial(now, self.trial_interval()))?
-            .try_lease(true)
+        candidates.filter(|backend| backend.is_fit(&nothing)).find_map(|backend| {
+            if !backend.ejection.claim_trial(now) {
+                return None;
+            }
+            let lease = backend.try_lease(true);
+            if lease.is_none() {
+                backend.ejection.release_trial();
+            }
+            lease
+        })
     }
 }
 
@@ -436,8 +442,8 @@ mod tests {
 
     /// A request to this backend fails without a connection.
     fn kill(pool: &Pool, number: usize) {
-        let lease = pool.backends()[number - 1].try_lease(false).unwrap();
-        pool.note_failure(&lease, Failure::Connect);
+        let mut lease = pool.backends()[number - 1].try_lease(false).unwrap();
+        pool.note_failure(&mut lease, Failure::Connect);
     }
 
     fn succeed(pool: &Pool, number: usize) {
@@ -656,7 +662,7 @@ mod tests {
         let mut trial = pool.pick(0, &mut Tried::default()).unwrap();
         assert_eq!((number(&trial), trial.is_trial), (1, true));
         pool.note_success(&mut trial);
-        assert_eq!(pool.note_failure(&trial, Failure::Timeout), None, "from then on it is like any other request");
+        assert_eq!(pool.note_failure(&mut trial, Failure::Timeout), None, "from then on it is like any other request");
         assert_eq!(shares(&turns(&pool, 4)), [(1, 2), (2, 2)].into());
     }
 
@@ -677,8 +683,8 @@ mod tests {
             std::hint::spin_loop();
         }
         let failures = (0..5).filter_map(|_| {
-            let lease = pool.backends()[0].try_lease(false).unwrap();
-            pool.note_failure(&lease, Failure::Timeout)
+            let mut lease = pool.backends()[0].try_lease(false).unwrap();
+            pool.note_failure(&mut lease, Failure::Timeout)
         });
         assert_eq!(failures.count(), 1, "it takes nobody's share while nobody tries it");
     }

@@ -2,7 +2,7 @@
 //!
 //! When the while is over, one request tries it, and the others wait for what becomes of that one.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -28,6 +28,8 @@ pub(super) struct Ejection {
     failures: AtomicU32,
     /// It is out until then, and until one request has succeeded.
     until: AtomicU64,
+    /// A request is finding out, and nobody else shall wait for a backend that may hang.
+    is_on_trial: AtomicBool,
     history: Mutex<History>,
 }
 
@@ -92,18 +94,25 @@ impl Ejection {
         (until != 0).then(|| Duration::from_millis(until.saturating_sub(now)))
     }
 
-    /// Whether this request shall try it: one in `every` milliseconds, when its time is over.
-    pub(super) fn claim_trial(&self, now: u64, every: u64) -> bool {
-        let until = self.until.load(Ordering::Relaxed);
-        let is_over = until != 0 && until <= now;
-        is_over && self.until.compare_exchange(until, now + every, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    /// Whether this request shall try it: one at a time, when its time is over.
+    pub(super) fn claim_trial(&self, now: u64) -> bool {
+        self.is_over(now) && !self.is_on_trial.swap(true, Ordering::Relaxed)
+    }
+
+    /// The next request may.
+    pub(super) fn release_trial(&self) {
+        self.is_on_trial.store(false, Ordering::Relaxed);
+    }
+
+    fn is_on_trial(&self) -> bool {
+        self.is_on_trial.load(Ordering::Relaxed)
     }
 
     /// Passed over from now on. None when it is already, and this was not the trial.
     fn eject(&self, now: u64, is_trial: bool, rules: &EjectionRules) -> Option<Duration> {
         let mut history = self.history.lock();
         let until = self.until.load(Ordering::Relaxed);
-        if now < until && !is_trial {
+        if (now < until || self.is_on_trial()) && !is_trial {
             return None;
         }
         if until == 0 && rules.time_max <= now.saturating_sub(history.returned) {
@@ -130,7 +139,7 @@ impl Ejection {
 
 impl Pool {
     /// A request failed at this backend. Gives how long it is passed over, when this is what ejects it.
-    pub fn note_failure(&self, lease: &Lease, failure: Failure) -> Option<Duration> {
+    pub fn note_failure(&self, lease: &mut Lease, failure: Failure) -> Option<Duration> {
         lease.note_last_failure(failure.to_string());
         let (ejection, rules) = (&lease.backend.ejection, &self.ejection);
         let failures = ejection.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
@@ -142,22 +151,21 @@ impl Pool {
                 rules.failures != 0 && rules.failures <= failures && self.may_eject()
             }
         };
-        if ejects { ejection.eject(self.ongoing.now(), lease.is_trial, rules) } else { None }
+        let time = if ejects { ejection.eject(self.ongoing.now(), lease.is_trial, rules) } else { None };
+        lease.end_trial();
+        time
     }
 
     /// A response began as it should. Gives whether that ends an ejection: of a request that had begun before it, it says
     /// nothing of how the backend is now.
     pub fn note_success(&self, lease: &mut Lease) -> bool {
-        // It has found out. What becomes of the rest of its response is like any other request's.
-        lease.is_trial = false;
         let ejection = &lease.backend.ejection;
-        if ejection.until() != lease.ejection {
-            return false;
-        }
-        if ejection.failures.load(Ordering::Relaxed) == 0 && !ejection.is_out() {
-            return false; // as nearly always
-        }
-        lease.backend.end_ejection()
+        let is_of_now = ejection.until() == lease.ejection;
+        let is_as_usual = ejection.failures.load(Ordering::Relaxed) == 0 && !ejection.is_out();
+        let is_back = is_of_now && !is_as_usual && lease.backend.end_ejection();
+        // It has found out. What becomes of the rest of its response is like any other request's.
+        lease.end_trial();
+        is_back
     }
 
     /// Whether a response with this status is a failure of the backend.
@@ -165,18 +173,13 @@ impl Pool {
         self.ejection.statuses.contains(&status)
     }
 
-    /// When an ejected backend's time is over, one request in this many milliseconds tries it.
-    pub(super) fn trial_interval(&self) -> u64 {
-        self.ejection.time
-    }
-
     /// At most a share of the pool is out for failures, but one of several always may be.
     fn may_eject(&self) -> bool {
         let backends = self.backends.load();
         // A backup, or a drained one, is tried by nobody when its time is over: it is out no longer.
         let now = self.ongoing.now();
-        let rests = backends.iter().filter_map(|backend| backend.ejection.rest(now));
-        let out = rests.filter(|rest| !rest.is_zero()).count();
+        let is_out = |ejection: &Ejection| ejection.is_out() && (!ejection.is_over(now) || ejection.is_on_trial());
+        let out = backends.iter().filter(|backend| is_out(&backend.ejection)).count();
         let share = usize::from(self.ejection.share);
         share != 0 && ((out + 1) * 100 <= share * backends.len() || out == 0 && 1 < backends.len())
     }
@@ -206,7 +209,10 @@ impl std::fmt::Display for Failure {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+    use crate::backend::balance::Tried;
 
     const RULES: EjectionRules =
         EjectionRules { failures: 5, time: 2_000, time_max: 30_000, share: 50, statuses: Vec::new() };
@@ -218,9 +224,10 @@ mod tests {
         let mut times = vec![ejection.eject(now, false, &RULES).unwrap().as_secs()];
         for _ in 0..6 {
             now += 100_000;
-            assert!(ejection.claim_trial(now, RULES.time), "its time is over");
-            assert!(!ejection.claim_trial(now, RULES.time), "one request finds out");
+            assert!(ejection.claim_trial(now), "its time is over");
+            assert!(!ejection.claim_trial(now), "one request finds out");
             times.push(ejection.eject(now, true, &RULES).unwrap().as_secs());
+            ejection.release_trial();
         }
         assert_eq!(times, [2, 4, 8, 16, 30, 30, 30]);
     }
@@ -252,6 +259,52 @@ mod tests {
     }
 
     #[test]
+    fn a_trial_that_hangs_is_the_only_one_until_it_has_ended() {
+        let ejection = Ejection::default();
+        ejection.eject(1_000, false, &RULES).unwrap();
+        let (over, much_later) = (3_000, 1_000_000);
+        assert!(ejection.claim_trial(over));
+        assert!(!ejection.claim_trial(much_later), "it hangs, and so would the next one");
+        assert!(ejection.eject(much_later, false, &RULES).is_none(), "begun before: the trial says how it is");
+        ejection.release_trial();
+        assert!(ejection.claim_trial(much_later));
+    }
+
+    #[test]
+    fn whatever_becomes_of_a_trial_its_end_lets_the_next_one_in() {
+        let pool = pool(2, "eject.failures = 1\neject.time = \"1ms\"\neject.time_max = \"1ms\"");
+        let ends: [fn(&Pool, &mut Lease); 3] = [
+            |pool, lease| assert!(pool.note_failure(lease, Failure::Timeout).is_some()),
+            |_, lease| lease.end(),
+            |pool, lease| {
+                pool.note_success(lease);
+                assert!(fail(pool, 0, Failure::Connect), "out again, while the response goes on");
+            },
+        ];
+        assert!(fail(&pool, 0, Failure::Connect));
+        for (number, end) in ends.iter().enumerate() {
+            let mut lease = trial(&pool);
+            let other = (0..8).map(|_| pool.pick(0, &mut Tried::default()).unwrap()).all(|lease| !lease.is_trial);
+            assert!(other, "{number}: one at a time");
+            end(&pool, &mut lease);
+            drop(trial(&pool));
+        }
+    }
+
+    /// The next one, as soon as the time is over.
+    fn trial(pool: &Pool) -> Lease {
+        let end = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < end {
+            let lease = pool.pick(0, &mut Tried::default()).unwrap();
+            if lease.is_trial {
+                return lease;
+            }
+            std::thread::yield_now();
+        }
+        panic!("nobody tries it");
+    }
+
+    #[test]
     fn what_succeeds_late_says_nothing_of_how_a_backend_is_now() {
         let pool = pool(2, "");
         let mut early = pool.backends()[0].try_lease(false).unwrap();
@@ -263,8 +316,8 @@ mod tests {
     }
 
     fn fail(pool: &Pool, number: usize, failure: Failure) -> bool {
-        let lease = pool.backends()[number].try_lease(false).unwrap();
-        pool.note_failure(&lease, failure).is_some()
+        let mut lease = pool.backends()[number].try_lease(false).unwrap();
+        pool.note_failure(&mut lease, failure).is_some()
     }
 
     fn pool(backends: usize, keys: &str) -> Pool {

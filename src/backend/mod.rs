@@ -402,8 +402,16 @@ impl Deref for Lease {
 }
 
 impl Lease {
+    /// It has found out whether its backend is back, if that was what it was for.
+    fn end_trial(&mut self) {
+        if std::mem::take(&mut self.is_trial) {
+            self.backend.ejection.release_trial();
+        }
+    }
+
     /// Its backend has nothing more to do with it, though who tells of the request still wants to know which it was.
     pub fn end(&mut self) {
+        self.end_trial();
         if !std::mem::replace(&mut self.has_ended, true) {
             // Ordered before the look at who waits, as they enter the queue before they look here: one of both sees the
             // other.
