@@ -12,6 +12,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::server::{Builder, SendResponse};
@@ -42,8 +43,10 @@ const SEND_BUFFER_BYTES: usize = 32 << 10;
 /// There are as many connections and requests as there may be.
 const BUSY: Refusal = Refusal { status: StatusCode::SERVICE_UNAVAILABLE, reason: "busy" };
 
-/// A connection on which as many requests came to nothing, and no more than as many were answered, ends.
+/// A connection on which so many more requests came to nothing than were answered ends.
 const WASTED_MAX: u64 = 200;
+/// So much waste is forgiven with time: a page that takes one back now and then does so for days.
+const FORGIVEN_PER_SECOND: u64 = 1;
 
 /// Serves requests on one connection until either side ends it. Each request beyond the first takes one of `slots`, as a
 /// connection of its own would.
@@ -67,13 +70,12 @@ pub async fn serve<A>(
     let mut idle = pin!(tokio::time::sleep(rules.keepalive));
     let (mut is_ending, mut was_cut_short) = (false, false);
     let mut requests = JoinSet::new();
-    let mut waste = Waste::default();
+    let mut waste = Waste::new(Instant::now());
     loop {
         let mut is_over = false;
         tokio::select! {
             accepted = client.accept() => {
                 let Some(Ok((request, mut respond))) = accepted else { break };
-                waste.requests += 1;
                 // Of requests that were taken back, some are still at work.
                 let has_room = requests.len() < 2 * rules.streams_max as usize;
                 let slot = if requests.is_empty() { None } else { Arc::clone(&slots).try_acquire_owned().ok() };
@@ -91,17 +93,19 @@ pub async fn serve<A>(
                         refusals.refused(&connection, &BUSY);
                         // The client may try again at once, whatever it asked for (RFC 9113, section 8.7).
                         respond.send_reset(Reason::REFUSED_STREAM);
-                        is_over = !has_room && waste.one_more();
+                        is_over = !has_room && waste.one_more(Instant::now());
                     }
                     Err(refusal) => {
                         refuse(respond, &refusal, &refusals.refused(&connection, &refusal));
-                        is_over = waste.one_more();
+                        is_over = waste.one_more(Instant::now());
                     }
                 }
             }
             Some(was_answered) = requests.join_next() => {
-                if !was_answered.unwrap_or(false) {
-                    is_over = waste.one_more();
+                if was_answered.unwrap_or(false) {
+                    waste.make_good();
+                } else {
+                    is_over = waste.one_more(Instant::now());
                 }
                 if requests.is_empty() {
                     idle.as_mut().reset(Instant::now() + if is_ending { LAST_REQUEST } else { rules.keepalive });
@@ -149,17 +153,31 @@ fn builder(rules: &HeadRules) -> Builder {
 
 /// Requests that were refused, or that the client took back before they were answered: each is work, and costs who
 /// sends it next to nothing (CVE-2023-44487).
-#[derive(Default)]
+///
+/// A leaky bucket: answers and time take out what waste puts in, so that neither a long life makes a connection
+/// suspect, nor a good past pays for a flood.
 struct Waste {
-    requests: u64,
-    wasted: u64,
+    level: u64,
+    /// Up to when time has been paid in.
+    paid: Instant,
 }
 
 impl Waste {
+    fn new(now: Instant) -> Self {
+        Self { level: 0, paid: now }
+    }
+
     /// Whether this is more than anybody does who means well.
-    fn one_more(&mut self) -> bool {
-        self.wasted += 1;
-        WASTED_MAX <= self.wasted && self.requests <= 2 * self.wasted
+    fn one_more(&mut self, now: Instant) -> bool {
+        let seconds = now.saturating_duration_since(self.paid).as_secs();
+        self.paid += Duration::from_secs(seconds);
+        self.level = self.level.saturating_sub(FORGIVEN_PER_SECOND.saturating_mul(seconds)) + 1;
+        WASTED_MAX <= self.level
+    }
+
+    /// A request was answered.
+    fn make_good(&mut self) {
+        self.level = self.level.saturating_sub(1);
     }
 }
 
@@ -219,5 +237,35 @@ fn refuse(mut respond: SendResponse<Bytes>, refusal: &Refusal, request_id: &str)
     // The client may be gone.
     if let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), false) {
         let _ = stream.send_data(body, true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_life_is_no_offence_and_a_good_past_pays_for_no_flood() {
+        let begun = Instant::now();
+        let mut waste = Waste::new(begun);
+        for minute in 1..10_000 {
+            let now = begun + Duration::from_secs(60 * minute);
+            assert!((0..20).all(|_| !waste.one_more(now)), "twenty a minute, for a week, and nothing but these");
+        }
+        let later = begun + Duration::from_secs(60 * 20_000);
+        let flood = |waste: &mut Waste| (1..).find(|_| waste.one_more(later)).unwrap_or(0);
+        let mut proven = Waste::new(begun);
+        (0..1_000_000).for_each(|_| proven.make_good());
+        assert_eq!((flood(&mut waste), flood(&mut proven)), (WASTED_MAX, WASTED_MAX));
+    }
+
+    #[test]
+    fn who_takes_back_every_second_request_goes_on() {
+        let now = Instant::now();
+        let mut waste = Waste::new(now);
+        for _ in 0..10_000 {
+            assert!(!waste.one_more(now));
+            waste.make_good();
+        }
     }
 }
