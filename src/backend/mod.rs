@@ -125,6 +125,8 @@ pub enum Unavailable {
     Full,
     /// As it did not change for so long.
     TimedOut(Duration),
+    /// Nobody wants it any more, after so long.
+    Left(Duration),
 }
 
 /// Whether a backend gets requests, as far as its own doing goes.

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::balance::Tried;
 use super::{Lease, Pool, Unavailable};
 
-/// Who waits looks this often without being told to.
+/// Who waits looks this often without being told to, also whether the client still does.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The place where requests wait. It holds nothing of them but their number.
@@ -55,8 +55,13 @@ impl Drop for Place<'_> {
 
 impl Pool {
     /// A backend for a request; `key` is what `balance = "hash"` goes by. Waits in the queue while all are full, for no
-    /// longer than `queue_timeout`.
-    pub async fn take(&self, key: u64, tried: &mut Tried) -> Result<Lease, Unavailable> {
+    /// longer than `queue_timeout`, and for nobody who `has_left`.
+    pub async fn take(
+        &self,
+        key: u64,
+        tried: &mut Tried,
+        has_left: impl FnMut() -> bool,
+    ) -> Result<Lease, Unavailable> {
         if tried.is_empty() {
             self.ongoing.budget.deposit(self.retry_percent);
         }
@@ -68,10 +73,15 @@ impl Pool {
             }
         }
         // Boxed, because every request would carry along what only these need.
-        Box::pin(self.wait(key, tried)).await
+        Box::pin(self.wait(key, tried, has_left)).await
     }
 
-    async fn wait(&self, key: u64, tried: &mut Tried) -> Result<Lease, Unavailable> {
+    async fn wait(
+        &self,
+        key: u64,
+        tried: &mut Tried,
+        mut has_left: impl FnMut() -> bool,
+    ) -> Result<Lease, Unavailable> {
         let queue = &self.ongoing.queue;
         let entered = Instant::now();
         let (_place, before) = queue.enter(self.queue_max).ok_or(Unavailable::Full)?;
@@ -80,6 +90,11 @@ impl Pool {
         loop {
             let mut changed = std::pin::pin!(queue.changed.notified());
             changed.as_mut().enable();
+            if has_left() {
+                // It may just have been told of a place.
+                queue.changed.notify_one();
+                return Err(Unavailable::Left(entered.elapsed()));
+            }
             // Room that came free before is for those who wait already, and they know of it.
             if !std::mem::take(&mut is_first_look) {
                 match self.pick(key, tried) {
@@ -105,6 +120,7 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::time::Duration;
 
     use super::*;
@@ -115,7 +131,7 @@ mod tests {
     }
 
     async fn take(pool: &Pool) -> Result<Lease, Unavailable> {
-        pool.take(0, &mut Tried::default()).await
+        pool.take(0, &mut Tried::default(), || false).await
     }
 
     /// No multiple of [`LOOK_AGAIN`]: who is served just then was told of the place, and has not found it.
@@ -152,9 +168,9 @@ mod tests {
         let pool =
             Pool::new("app", &toml::from_str(&format!("{text}\nqueue = 2\nqueue_timeout = \"1h\"")).unwrap(), None);
         let mut tried = Tried::default();
-        let failed = pool.take(0, &mut tried).await.unwrap();
+        let failed = pool.take(0, &mut tried, || false).await.unwrap();
         let other = take(&pool).await.unwrap();
-        let (retried, next) = tokio::join!(pool.take(0, &mut tried), async {
+        let (retried, next) = tokio::join!(pool.take(0, &mut tried, || false), async {
             let (next, ()) = tokio::join!(take(&pool), async {
                 drop(failed);
             });
@@ -171,6 +187,24 @@ mod tests {
         let _busy = take(&pool).await.unwrap();
         assert_eq!(take(&pool).await.err(), Some(Unavailable::TimedOut(Duration::from_secs(5))));
         assert_eq!(pool.waiting(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_leaves_gives_the_place_back_and_takes_none_at_a_backend() {
+        let pool = pool("queue = 1\nqueue_timeout = \"1h\"");
+        let busy = take(&pool).await.unwrap();
+        let has_left = Cell::new(false);
+        let mut tried = Tried::default();
+        let (left, next) = tokio::join!(pool.take(0, &mut tried, || has_left.get()), async {
+            tokio::time::sleep(WHILE).await;
+            has_left.set(true);
+            tokio::time::sleep(2 * LOOK_AGAIN).await;
+            assert_eq!(pool.waiting(), 0);
+            let (next, ()) = tokio::join!(take(&pool), async { drop(busy) });
+            next
+        });
+        assert!(matches!(left, Err(Unavailable::Left(_))), "{left:?}");
+        assert!(next.is_ok());
     }
 
     #[tokio::test]

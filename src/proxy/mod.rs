@@ -3,7 +3,9 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{self, Waker};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -60,6 +62,7 @@ use guard::Refusal;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
+use streams::InFlight;
 use trace::Trace;
 use websocket::Frames;
 
@@ -72,6 +75,10 @@ const FORWARD: bool = false;
 const REPEATS_MAX: u8 = 1;
 /// As [`REPEATS_MAX`], when a kept connection had ended: several may have gone stale at the same time.
 const REPEATS_AFTER_KEPT_MAX: u8 = 3;
+
+/// What the kernel calls a connection that was reset, and one that the other side has closed (`net/tcp_states.h`).
+const TCP_CLOSE: u8 = 7;
+const TCP_CLOSE_WAIT: u8 = 8;
 
 /// Browsers leave it out of an address.
 const HTTPS_PORT: u16 = 443;
@@ -187,7 +194,7 @@ impl ProxyHttp for Gateway {
     }
 
     async fn upstream_peer(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
-        let found = self.lease(downstream, context).await;
+        let found = self.lease(downstream, context).await?;
         let transport = context.pool.as_ref().and_then(|pool| context.rules.transports.get(pool.name()));
         let (Some(pool), Some(transport), Some((lease, address))) = (&context.pool, transport, found) else {
             let why = *context.failure.get_or_insert(Rejection::NoBackend);
@@ -746,26 +753,37 @@ impl Gateway {
 
     /// A place at a backend for the next attempt. None when there is no backend, or no more attempts: then
     /// `context.failure` says why, unless nobody was there in the first place.
-    async fn lease(&self, downstream: &HttpSession, context: &mut RequestContext) -> Option<(Lease, SocketAddr)> {
+    ///
+    /// # Errors
+    /// When nobody waits for the answer any more.
+    async fn lease(
+        &self,
+        downstream: &mut HttpSession,
+        context: &mut RequestContext,
+    ) -> Result<Option<(Lease, SocketAddr)>> {
         let key = hash_key(downstream.req_header(), context);
-        let RequestContext { pool, tried, failure, attempts, .. } = context;
-        let pool = pool.as_ref()?;
+        let RequestContext { pool, tried, failure, attempts, in_flight, .. } = context;
+        let Some(pool) = pool else { return Ok(None) };
         let metrics = &self.observer.metrics;
         let queued = |result, waited: Duration| {
             metrics.queue_seconds.with_label_values(&[pool.name(), result]).observe(waited.as_secs_f64());
         };
-        let lease = match pool.take(key, tried).await {
+        let lease = match pool.take(key, tried, || has_left(downstream, in_flight.as_deref())).await {
             Ok(lease) => lease,
-            Err(Unavailable::Nobody) => return None,
+            Err(Unavailable::Nobody) => return Ok(None),
             Err(Unavailable::Full) => {
                 queued("full", Duration::ZERO);
                 failure.get_or_insert(Rejection::Overloaded);
-                return None;
+                return Ok(None);
+            }
+            Err(Unavailable::Left(waited)) => {
+                queued("left", waited);
+                return Err(Error::explain(ErrorType::ConnectionClosed, "nobody waits any more").into_down());
             }
             Err(Unavailable::TimedOut(waited)) => {
                 queued("timeout", waited);
                 failure.get_or_insert(Rejection::Overloaded);
-                return None;
+                return Ok(None);
             }
         };
         if !lease.waited.is_zero() {
@@ -776,11 +794,10 @@ impl Gateway {
             let result = if is_within_budget { "sent" } else { "over_budget" };
             metrics.retries.with_label_values(&[pool.name(), result]).inc();
             if !is_within_budget {
-                return None;
+                return Ok(None);
             }
         }
-        let address = lease.address()?;
-        Some((lease, address))
+        Ok(lease.address().map(|address| (lease, address)))
     }
 
     /// The backend failed the request: that is counted, and it may be passed over from now on.
@@ -1023,6 +1040,21 @@ async fn say_continue(downstream: &mut HttpSession) -> Result<()> {
 /// Whether the client has the beginning of a final response: then it cannot have another.
 fn has_begun(downstream: &HttpSession) -> bool {
     downstream.response_written().is_some_and(|response| !response.status.is_informational() || is_upgraded(response))
+}
+
+/// Whether nobody waits for the answer any more: the client has closed, or taken its request back, or its session has
+/// ended. Looks without taking a byte of what the client may have sent already.
+fn has_left(downstream: &mut HttpSession, in_flight: Option<&InFlight>) -> bool {
+    if in_flight.is_some_and(InFlight::is_cut) {
+        return true;
+    }
+    let downstream = downstream.as_downstream_mut();
+    if downstream.is_custom() {
+        let word = pin!(downstream.read_body_or_idle(true)); // as if there were no body: it is left where it is
+        return word.poll(&mut task::Context::from_waker(Waker::noop())).is_ready();
+    }
+    let socket = downstream.digest().and_then(|digest| digest.socket_digest.as_ref());
+    socket.and_then(|socket| socket.tcp_info()).is_some_and(|tcp| matches!(tcp.tcpi_state, TCP_CLOSE | TCP_CLOSE_WAIT))
 }
 
 fn session_ended() -> Box<Error> {

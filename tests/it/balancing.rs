@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, Setup};
-use crate::harness::http2::Http2Backend;
-use crate::harness::wait_until;
+use crate::harness::http2::{Http2Backend, Http2Client};
+use crate::harness::{tls, wait_until};
 
 const PUBLIC: &str = "access = \"public\"";
 
@@ -195,6 +195,71 @@ fn who_waits_in_the_queue_is_served_as_soon_as_there_is_room() {
     }
     assert_eq!(queue(), 0.0);
     assert_eq!(gateway.metric("cloakroom_queue_seconds_count{pool=\"app\",result=\"served\"}"), 2.0);
+}
+
+#[test]
+fn who_leaves_the_queue_gives_the_place_back() {
+    let only = echo_after_step();
+    let keys = "queue = 1\nqueue_timeout = \"1h\"";
+    let gateway =
+        public(&[(&only, "max_requests = 1")], keys).tls().with("[[listener]]\naddress = \"127.0.0.1:0\"").start();
+    let queue = || gateway.metric("cloakroom_queue_waiting{pool=\"app\"}");
+    let (plain, secure) = (gateway.further_address(1), gateway.address());
+    let get = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    let ask = |mut connection: Connection, request: &str| {
+        connection.write(request);
+        connection
+    };
+    let mut begun = ask(Connection::open(plain), get);
+    only.after_requests(1);
+    let http2 = Http2Client::connect(secure, &tls::trust());
+    let waits = || wait_until("it waits", || queue() == 1.0);
+    let upload = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nthe beginning";
+    let ways: [(&str, &dyn Fn()); 6] = [
+        ("closed", &|| {
+            let _leaving = ask(Connection::open(plain), get);
+            waits();
+        }),
+        ("reset", &|| {
+            let leaving = ask(Connection::open(plain), get);
+            waits();
+            leaving.reset();
+        }),
+        ("closed amid an upload", &|| {
+            let _leaving = ask(Connection::open(plain), upload);
+            waits();
+        }),
+        ("closed in TLS", &|| {
+            let _leaving = ask(Connection::open_as(secure, "localhost", &tls::trust()).unwrap(), get);
+            waits();
+        }),
+        ("taken back in HTTP/2", &|| {
+            let _leaving = http2.begin("GET", "/", &[], true).unwrap();
+            waits();
+        }),
+        ("closed in HTTP/2", &|| {
+            let http2 = Http2Client::connect(secure, &tls::trust());
+            let _leaving = http2.begin("POST", "/", &[], false).unwrap();
+            waits();
+        }),
+    ];
+    for (left, (way, leave)) in ways.iter().enumerate() {
+        leave();
+        wait_until(&format!("the place is free: {way}"), || queue() == 0.0);
+        let result = "cloakroom_queue_seconds_count{pool=\"app\",result=\"left\"}";
+        wait_until(&format!("it is counted: {way}"), || gateway.metric(result) == (left + 1) as f64);
+    }
+    let gone = "cloakroom_requests_total{outcome=\"client_gone\",route=\"/\",status=\"0\"}";
+    wait_until("each is in the log", || gateway.metric(gone) == ways.len() as f64);
+    let mut patient = ask(Connection::open(plain), "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello");
+    waits();
+    only.step();
+    assert_eq!(begun.read_response("GET").unwrap().status, 200);
+    only.after_requests(2);
+    only.step();
+    let seen = patient.read_response("POST").unwrap().seen();
+    assert_eq!((seen.method.as_str(), seen.body_bytes), ("POST", 5), "nothing was taken of who stays");
+    assert_eq!(only.requests().len(), 2, "nobody who has left met the backend");
 }
 
 #[test]

@@ -9,8 +9,9 @@ use crate::harness::backend::{Answer, Backend, WEBSOCKET_HEAD};
 use crate::harness::client::{Client, Connection};
 use crate::harness::fault::FaultProxy;
 use crate::harness::gateway::{Form, Gateway, PASSWORD, Setup, Store};
+use crate::harness::http2::Http2Client;
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
-use crate::harness::wait_until;
+use crate::harness::{tls, wait_until};
 
 const TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
 /// RFC 6455, sections 5.5.1 and 7.4.1.
@@ -331,6 +332,33 @@ fn a_long_poll_that_has_no_answer_yet_is_answered_401() {
     assert_eq!(answer.status, 401, "{}", answer.text());
     assert!(answer.text().contains("unauthenticated"), "{}", answer.text());
     connection.assert_closed("the rest of the exchange is unknown");
+}
+
+#[test]
+fn a_request_that_waits_for_a_backend_is_answered_401_too() {
+    let backend = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let gateway = Gateway::in_front_of(&[])
+        .weighted_pool("app", &[(&backend, "max_requests = 1")], "queue = 2\nqueue_timeout = \"1h\"")
+        .tls()
+        .route("/", "")
+        .start();
+    let (ann, bob) = (gateway.log_in("ann"), gateway.log_in("bob"));
+    let mut of_bob = bob.connect().unwrap();
+    of_bob.write(bob.get("/").bytes());
+    backend.after_requests(1);
+    let mut of_ann = ann.connect().unwrap();
+    of_ann.write(ann.get("/").bytes());
+    let http2 = Http2Client::connect(gateway.address(), &tls::trust());
+    let cookie = ann.cookie_field().unwrap();
+    let in_http2 = http2.begin("GET", "/", &[("cookie", &cookie)], true).unwrap();
+    wait_until("both wait", || gateway.metric("cloakroom_queue_waiting{pool=\"app\"}") == 2.0);
+    gateway.log_out(&ann);
+    let answer = of_ann.read_response("GET").unwrap();
+    assert_eq!(answer.status, 401, "{}", answer.text());
+    assert_eq!(in_http2.finish().unwrap().status, 401);
+    backend.step();
+    assert_eq!(of_bob.read_response("GET").unwrap().status, 200);
+    assert_eq!(backend.requests().len(), 1, "the backend has seen nothing of it");
 }
 
 #[test]

@@ -5,7 +5,8 @@ use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::Seen;
 use crate::harness::gateway::{Form, Gateway, PASSWORD, Setup};
 use crate::harness::http2::{
-    END_HEADERS, END_STREAM, Frames, GOAWAY, HEADERS, Http2Backend, Http2Client, Http2Response, RST_STREAM, fields, get,
+    END_HEADERS, END_STREAM, Frame, Frames, GOAWAY, HEADERS, Http2Backend, Http2Client, Http2Response, RST_STREAM,
+    fields, frame, get,
 };
 use crate::harness::{tls, wait_until};
 
@@ -454,6 +455,75 @@ fn a_web_socket_goes_to_a_backend_in_http1_whatever_the_pool_speaks() {
     let mut socket = gateway.client().web_socket("/", &[]).unwrap();
     socket.write("hello");
     assert_eq!(socket.read_exactly(5).unwrap(), b"hello");
+}
+
+/// One window for the whole connection, and each stream has a part of it.
+#[test]
+fn uploads_that_wait_hold_up_nobody_elses() {
+    const UPLOADS: usize = 12;
+    let (busy, free) = (Backend::always(Answer::AfterStep(Box::new(Answer::Echo))), Backend::echo());
+    let gateway = Gateway::in_front_of(&[&free])
+        .weighted_pool("busy", &[(&busy, "max_requests = 1")], "queue = 20\nqueue_timeout = \"1h\"")
+        .tls()
+        .route("/busy", "access = \"public\"\npool = \"busy\"")
+        .route("/", "access = \"public\"")
+        .start();
+    let http2 = client(&gateway);
+    assert_eq!(http2.get("/", &[]).status, 200, "the windows are agreed");
+    let first = http2.begin("GET", "/busy", &[], true).unwrap();
+    busy.after_requests(1);
+    let window = vec![b'x'; 64 << 10];
+    let stalled: Vec<_> = (0..UPLOADS)
+        .map(|_| {
+            let mut upload = http2.begin("POST", "/busy", &[], false).unwrap();
+            upload.write(&window, false);
+            upload
+        })
+        .collect();
+    wait_until("they wait", || gateway.metric("cloakroom_queue_waiting{pool=\"busy\"}") == UPLOADS as f64);
+    assert_eq!(http2.send("POST", "/", &[], b"hello").seen().body_bytes, 5);
+    busy.step();
+    assert_eq!(first.finish().unwrap().status, 200);
+    drop(stalled);
+}
+
+/// It is the client who says when it has ended, by answering a ping; this one does not.
+#[test]
+fn a_flood_ends_a_connection_that_is_ending_already() {
+    const ENHANCE_YOUR_CALM: u32 = 11;
+    let silent = Backend::always(Answer::AfterStep(Box::new(Answer::Echo)));
+    let gateway = Gateway::in_front_of(&[&Backend::echo()])
+        .pool("silent", &[&silent], "")
+        .tls()
+        .with("[limits]\nkeepalive_timeout = \"200ms\"")
+        .route("/silent", "access = \"public\"\npool = \"silent\"")
+        .route("/", "access = \"public\"")
+        .start();
+    let mut frames = Frames::open(gateway.address(), &tls::trust(), &[]);
+    frames.write_raw(&get(1, "/silent")).unwrap();
+    silent.after_requests(1);
+    silent.step();
+    let reason =
+        |frame: &Frame| (frame.kind == GOAWAY).then(|| u32::from_be_bytes(frame.payload[4..8].try_into().unwrap()));
+    let farewell = frames.read_until(|frame| frame.kind == GOAWAY).unwrap();
+    assert_eq!(reason(&farewell), Some(0), "nothing was asked for a while");
+    let (cancel, mut stream, mut ended) = (8_u32.to_be_bytes(), 3, None);
+    for _ in 0..40 {
+        let streams = (stream..stream + 100).step_by(2);
+        // This one is answered, so that those before it have been begun with.
+        let last = stream + 100;
+        stream = last + 2;
+        let requests: Vec<u8> = streams.clone().flat_map(|stream| get(stream, "/silent")).collect();
+        frames.write_raw(&[requests, get(last, "/")].concat()).unwrap();
+        let next = frames.read_until(|frame| frame.kind == GOAWAY || frame.stream == last).unwrap();
+        if next.kind == GOAWAY {
+            ended = reason(&next);
+            break;
+        }
+        let resets: Vec<u8> = streams.flat_map(|stream| frame(RST_STREAM, 0, stream, &cancel)).collect();
+        frames.write_raw(&resets).unwrap();
+    }
+    assert_eq!(ended, Some(ENHANCE_YOUR_CALM), "2000 requests that came to nothing are too many");
 }
 
 #[test]
