@@ -49,6 +49,7 @@ pub mod admit;
 pub mod transport;
 pub mod forward;
 pub mod probe;
+mod chunks;
 mod directives;
 mod websocket;
 pub mod reply;
@@ -292,10 +293,6 @@ impl ProxyHttp for Gateway {
             downstream.set_read_timeout(Some(pool.timeouts().websocket));
             context.frames = Some(Frames::default());
         }
-        if downstream.req_header().version == http::Version::HTTP_10 {
-            // Such a client knows no chunks (RFC 9112, section 6.1); the end of the connection ends the body.
-            response.remove_header(&header::TRANSFER_ENCODING);
-        }
         let cookies = match directives::taken_out_of(response) {
             // Boxed, because every response would carry along what only these need.
             Some(fields) => Box::pin(self.obey(fields, downstream, response, context)).await?,
@@ -479,6 +476,9 @@ impl Gateway {
         context.connection = Some(connection);
         downstream.set_read_timeout(Some(self.body_timeout));
         downstream.set_write_timeout(Some(self.write_timeout));
+        if downstream.req_header().version == http::Version::HTTP_10 {
+            downstream.downstream_modules_ctx = chunks::taken_out();
+        }
     }
 
     /// Route, session, admission: the way to a backend, or our own answer.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, Setup};
+use crate::harness::http2::Http2Backend;
 use crate::harness::wait_until;
 
 fn public(backends: &[&Backend]) -> Setup {
@@ -392,6 +393,22 @@ fn a_client_of_http_1_0_gets_a_body_without_chunks() {
     let all = String::from_utf8(connection.read_to_end().unwrap()).unwrap();
     assert!(!all.to_ascii_lowercase().contains("transfer-encoding"), "{all}");
     assert!(all.ends_with("\r\n\r\nhello"), "{all}");
+}
+
+#[test]
+fn a_client_of_http_1_0_gets_a_body_without_chunks_from_http2_as_well() {
+    let two = Http2Backend::start();
+    let gateway = Gateway::in_front_of(&[&Backend::echo()])
+        .with(&format!("[pool.two]\nbackends = [\"{}\"]\nprotocol = \"http2\"", two.address()))
+        .route("/", "access = \"public\"\npool = \"two\"")
+        .start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write("GET /bytes/100000 HTTP/1.0\r\nHost: a\r\n\r\n");
+    let all = String::from_utf8(connection.read_to_end().unwrap()).unwrap();
+    let (head, body) = all.split_once("\r\n\r\n").unwrap();
+    assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "{head}");
+    assert_eq!(body.len(), 100_000);
+    assert!(body.bytes().all(|byte| byte == b'x'));
 }
 
 #[test]
