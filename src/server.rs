@@ -328,6 +328,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         streams_max: config.limits.streams_max,
         timeout: config.limits.head_timeout.get(),
         keepalive: config.limits.keepalive_timeout.get(),
+        write_timeout: config.limits.write_timeout.get(),
     });
     let connections = Arc::new(Semaphore::new(connections_possible(config.server.connections_max)));
     let addresses = listeners.iter().map(Listener::address).collect();
@@ -656,6 +657,7 @@ const ADMIN_HEADS: HeadRules = HeadRules {
     streams_max: 0,
     timeout: Duration::from_secs(5),
     keepalive: Duration::from_secs(60),
+    write_timeout: ADMIN_WRITE_TIMEOUT,
 };
 
 /// A client connection needs a descriptor, and often one more for its backend. Out of descriptors, connections that are

@@ -70,6 +70,7 @@ pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
                     streams_max: 100,
                     timeout: Duration::from_secs(10),
                     keepalive: Duration::from_secs(60),
+                    write_timeout: Duration::from_secs(60),
                 }),
                 write_timeout: Duration::from_secs(60),
                 metrics: Metrics::new(),

@@ -18,9 +18,9 @@ use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
     UniqueIDType,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use crate::proxy::reply::LINGER;
 use crate::proxy::streams::InFlight;
@@ -35,10 +35,22 @@ pub(super) struct ClientStream {
     write_timeout: Duration,
     /// Runs while the client takes nothing.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// From the end of what we say on.
+    farewell: Option<Farewell>,
     accepted: SystemTime,
     digest: Arc<SocketDigest>,
     in_flight: Arc<InFlight>,
 }
+
+/// Why a closing connection is still here.
+#[derive(Debug)]
+struct Farewell {
+    pause: Pin<Box<Sleep>>,
+    end: Instant,
+}
+
+/// What the kernel calls a connection of which the client has not acknowledged all that we said (`net/tcp_states.h`).
+const TCP_FIN_WAIT1: u8 = 4;
 
 impl ClientStream {
     /// `in_flight`: the request that the connection is busy with, where it has one at a time. When that is cut, reads and
@@ -57,6 +69,7 @@ impl ClientStream {
             socket: BufWriter::with_capacity(WRITE_BUFFER_BYTES, socket),
             write_timeout,
             stalled: None,
+            farewell: None,
             accepted: SystemTime::now(),
             digest: Arc::new(digest),
             in_flight,
@@ -76,6 +89,30 @@ impl ClientStream {
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
         ready!(stalled.as_mut().poll(task));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Reads on, and forgets what it reads, until the client closes: for a moment, and for further ones while it has not
+    /// got everything yet, but for no longer than it may take nothing of a response.
+    fn part(&mut self, task: &mut Context<'_>) -> Poll<()> {
+        let mut rest = [0; 4096];
+        loop {
+            let mut buffer = ReadBuf::new(&mut rest);
+            match Pin::new(self.socket.get_mut()).poll_read(task, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => break,
+            }
+        }
+        let end = Instant::now() + self.write_timeout;
+        let farewell = self.farewell.get_or_insert_with(|| Farewell { pause: Box::pin(sleep(LINGER)), end });
+        loop {
+            ready!(farewell.pause.as_mut().poll(task));
+            let is_owed = self.digest.tcp_info().is_some_and(|tcp| tcp.tcpi_state == TCP_FIN_WAIT1);
+            if !is_owed || farewell.end <= Instant::now() {
+                return Poll::Ready(());
+            }
+            farewell.pause.as_mut().reset(Instant::now() + LINGER);
+        }
     }
 }
 
@@ -97,9 +134,14 @@ impl AsyncWrite for ClientStream {
         self.within_time(task, flushed)
     }
 
+    /// Says that we are done, then reads on: closing on unread bytes resets the connection, and the reset can overtake our
+    /// answer (RFC 9112, section 9.6). In HTTP/2, clients speak for as long as they read.
     fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let shut_down = Pin::new(&mut self.socket).poll_shutdown(task);
-        self.within_time(task, shut_down)
+        if self.farewell.is_none() {
+            let shut_down = Pin::new(&mut self.socket).poll_shutdown(task);
+            ready!(self.within_time(task, shut_down))?;
+        }
+        self.part(task).map(Ok)
     }
 
     fn poll_write_vectored(
@@ -118,17 +160,9 @@ impl AsyncWrite for ClientStream {
 
 #[async_trait]
 impl Shutdown for ClientStream {
-    /// Says that we are done, then reads on for a moment: closing on unread bytes resets the connection, and the
-    /// reset can overtake our answer (RFC 9112, section 9.6).
     async fn shutdown(&mut self) {
-        let farewell = async {
-            AsyncWriteExt::shutdown(&mut self.socket).await?;
-            let mut rest = [0; 4096];
-            while 0 < self.socket.get_mut().read(&mut rest).await? {}
-            io::Result::Ok(())
-        };
         // The client may be gone or stuck: either way we are done.
-        let _ = timeout(LINGER, farewell).await;
+        let _ = timeout(LINGER, AsyncWriteExt::shutdown(self)).await;
     }
 }
 

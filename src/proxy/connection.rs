@@ -52,6 +52,8 @@ pub struct HeadRules {
     pub timeout: Duration,
     /// From one response to the next request.
     pub keepalive: Duration,
+    /// How long a client may take nothing of a response.
+    pub write_timeout: Duration,
 }
 
 /// Why there is no head.

@@ -71,6 +71,12 @@ pub async fn serve<A>(
     let (mut is_ending, mut was_cut_short) = (false, false);
     let mut requests = JoinSet::new();
     let mut waste = Waste::new(Instant::now());
+    let mut answered = None;
+    // It is the client who says when it has everything, and what was answered just now may still be on its way to it.
+    let farewell = |answered: Option<Instant>| {
+        let usual = Instant::now() + LAST_REQUEST;
+        answered.map_or(usual, |answered| usual.max(answered + rules.write_timeout))
+    };
     loop {
         let mut is_over = false;
         tokio::select! {
@@ -107,8 +113,10 @@ pub async fn serve<A>(
                 } else {
                     is_over = waste.one_more(Instant::now());
                 }
-                if requests.is_empty() {
-                    idle.as_mut().reset(Instant::now() + if is_ending { LAST_REQUEST } else { rules.keepalive });
+                answered = Some(Instant::now());
+                if requests.is_empty() && !was_cut_short {
+                    let end = if is_ending { farewell(answered) } else { Instant::now() + rules.keepalive };
+                    idle.as_mut().reset(end);
                 }
             }
             () = &mut idle, if requests.is_empty() => {
@@ -117,12 +125,12 @@ pub async fn serve<A>(
                 }
                 is_ending = true;
                 client.graceful_shutdown();
-                idle.as_mut().reset(Instant::now() + LAST_REQUEST);
+                idle.as_mut().reset(farewell(answered));
             }
             _ = &mut stopping, if !is_ending => {
                 is_ending = true;
                 client.graceful_shutdown();
-                idle.as_mut().reset(Instant::now() + LAST_REQUEST);
+                idle.as_mut().reset(farewell(answered));
             }
         }
         // Also of one that is ending in order: it is the client who says when that is done.

@@ -1067,7 +1067,7 @@ fn is_stuck(error: &Error) -> bool {
 }
 
 /// Ends a WebSocket for good, and waits a moment for the client to do the same: closing on unread bytes resets the
-/// connection, and the reset can overtake the close frame. (Pingora's end of TLS does not wait for anything.)
+/// connection, and the reset can overtake the close frame.
 async fn say_goodbye(downstream: &mut HttpSession, context: &RequestContext) {
     if context.frames.as_ref().is_none_or(|frames| !frames.is_between()) {
         return;

@@ -2,11 +2,11 @@
 //! front and either behind. (invariants 1, 2, 6)
 
 use crate::harness::backend::{Answer, Backend};
-use crate::harness::client::Seen;
+use crate::harness::client::{Client, Seen};
 use crate::harness::gateway::{Form, Gateway, PASSWORD, Setup};
 use crate::harness::http2::{
-    END_HEADERS, END_STREAM, Frame, Frames, GOAWAY, HEADERS, Http2Backend, Http2Client, Http2Response, RST_STREAM,
-    fields, frame, get,
+    ACK, DATA, END_HEADERS, END_STREAM, Frame, Frames, GOAWAY, HEADERS, Http2Backend, Http2Client, Http2Response, PING,
+    RST_STREAM, WINDOW_UPDATE, fields, frame, get,
 };
 use crate::harness::{tls, wait_until};
 
@@ -538,6 +538,73 @@ fn a_stop_lets_streams_end() {
     wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
     backend.step();
     assert_eq!(request.finish().unwrap().status, 200);
+    stopping.join().unwrap();
+}
+
+const LARGE_BYTES: usize = 200_000;
+
+/// Windows in which nothing has to wait.
+fn open_narrow(gateway: &Gateway) -> Frames {
+    const INITIAL_WINDOW_SIZE: u16 = 4;
+    let mut frames = Frames::open_narrow(gateway.address(), &tls::trust(), &[(INITIAL_WINDOW_SIZE, 1 << 20)]);
+    frames.write(WINDOW_UPDATE, 0, 0, &(1_u32 << 20).to_be_bytes()).unwrap();
+    frames
+}
+
+/// The bytes of the body up to the end of the connection, from a client that announces room while it reads.
+fn read_to_end(frames: &mut Frames) -> usize {
+    let mut bytes = 0;
+    while let Ok(frame) = frames.read() {
+        // Nobody has to hear it any more.
+        let _ = match frame.kind {
+            DATA => {
+                bytes += frame.payload.len();
+                frames.write(WINDOW_UPDATE, 0, 0, &1_u32.to_be_bytes())
+            }
+            PING => frames.write(PING, ACK, 0, &frame.payload),
+            _ => Ok(()),
+        };
+    }
+    bytes
+}
+
+#[test]
+fn a_stop_waits_for_who_takes_a_response_slowly() {
+    let backend = Backend::always(Answer::response(200, &[], vec![b'x'; LARGE_BYTES]));
+    let gateway = Gateway::in_front_of(&[&backend]).tls().route("/", "access = \"public\"").start();
+    let mut frames = open_narrow(&gateway);
+    frames.write_raw(&get(1, "/")).unwrap();
+    let forwarded = "cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"}";
+    wait_until("all of it is on its way", || gateway.metric(forwarded) == 1.0);
+    let address = gateway.address();
+    let stopping = std::thread::spawn(move || gateway.stop());
+    wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
+    // The pause itself is what is tested: longer than an idle connection has for a last request.
+    std::thread::park_timeout(std::time::Duration::from_millis(1_500));
+    assert_eq!(read_to_end(&mut frames), LARGE_BYTES);
+    stopping.join().unwrap();
+}
+
+#[test]
+fn what_a_client_says_while_it_reads_destroys_no_response() {
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {LARGE_BYTES}\r\n\r\n");
+    let (first, rest) = ([head.as_bytes(), b"x"].concat(), vec![b'x'; LARGE_BYTES - 1]);
+    let backend = Backend::always(Answer::Pieces(vec![first, rest]));
+    let gateway = Gateway::in_front_of(&[&backend]).tls().route("/", "access = \"public\"").start();
+    let mut frames = open_narrow(&gateway);
+    frames.write_raw(&get(1, "/")).unwrap();
+    let first = frames.read_until(|frame| frame.kind == DATA).unwrap().payload.len();
+    let admin = Client::of(gateway.admin_address());
+    let stopping = std::thread::spawn(move || gateway.stop());
+    // The connection is over as soon as the response is.
+    let ping = frames.read_until(|frame| frame.kind == PING).unwrap();
+    frames.write(PING, ACK, 0, &ping.payload).unwrap();
+    frames.read_until(|frame| frame.kind == GOAWAY).unwrap();
+    backend.step();
+    let forwarded = "cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"} 1\n";
+    let is_on_its_way = || admin.get("/metrics").try_send().map_or(true, |metrics| metrics.text().contains(forwarded));
+    wait_until("all of it is on its way", is_on_its_way);
+    assert_eq!(first + read_to_end(&mut frames), LARGE_BYTES);
     stopping.join().unwrap();
 }
 

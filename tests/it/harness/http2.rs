@@ -13,6 +13,7 @@ use http::{HeaderMap, Request};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use tokio::runtime::Runtime;
 use tokio_rustls::TlsConnector;
 
@@ -373,15 +374,28 @@ pub(crate) const RST_STREAM: u8 = 3;
 pub(crate) const SETTINGS: u8 = 4;
 pub(crate) const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
 pub(crate) const CONTINUATION: u8 = 9;
 
 pub(crate) const END_STREAM: u8 = 1;
+pub(crate) const ACK: u8 = 1;
 pub(crate) const END_HEADERS: u8 = 4;
 
 impl Frames {
     /// With the preface and these settings.
     pub(crate) fn open(address: SocketAddr, trust: &Arc<ClientConfig>, settings: &[(u16, u32)]) -> Self {
-        let socket = TcpStream::connect(address).unwrap();
+        Self::over(TcpStream::connect(address).unwrap(), trust, settings)
+    }
+
+    /// From a client that takes little at a time, as one at the end of a long line does.
+    pub(crate) fn open_narrow(address: SocketAddr, trust: &Arc<ClientConfig>, settings: &[(u16, u32)]) -> Self {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(8 << 10).unwrap();
+        socket.connect(&address.into()).unwrap();
+        Self::over(socket.into(), trust, settings)
+    }
+
+    fn over(socket: TcpStream, trust: &Arc<ClientConfig>, settings: &[(u16, u32)]) -> Self {
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         socket.set_write_timeout(Some(DEADLINE)).unwrap();
