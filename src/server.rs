@@ -641,7 +641,7 @@ impl Background {
                 () = resolved => {}
                 () = checked => {}
                 () = events.run() => {}
-                () = streams.watch(sessions, |record| gateway.admits(record)) => {}
+                () = streams.watch(sessions, |record, place| gateway.admits(record, place)) => {}
                 _ = ended.wait_for(|ended| *ended) => {}
             }
         });

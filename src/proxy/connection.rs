@@ -131,7 +131,7 @@ pub(super) async fn outlasts_its_session(streams: &Streams, in_flight: &Arc<InFl
         match in_flight.whose() {
             Whose::Unknown => clock.begin(MOMENT),
             Whose::Nobody => std::future::pending().await,
-            Whose::Session(session) => return streams.until_cut(&session, in_flight).await,
+            Whose::Session(session, _) => return streams.until_cut(&session, in_flight).await,
         }
     }
 }

@@ -63,7 +63,7 @@ use guard::Refusal;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
-use streams::InFlight;
+use streams::{InFlight, Place, Whose};
 use trace::Trace;
 use websocket::Frames;
 
@@ -446,9 +446,16 @@ impl ProxyHttp for Gateway {
 }
 
 impl Gateway {
-    /// Whether somebody who has this session may still come in.
-    pub fn admits(&self, record: &Record) -> bool {
-        record.method == LoginMethod::Anonymous || matches!(user_of(record, &self.rules.load()), Who::User(_))
+    /// Whether somebody who has this session may still come in, and to this place. How strong and how recent a login is
+    /// was asked when the request came, and a place without a route is nobody's to refuse.
+    pub fn admits(&self, record: &Record, place: &Place) -> bool {
+        let rules = self.rules.load();
+        let who = user_of(record, &rules);
+        if record.method != LoginMethod::Anonymous && !matches!(who, Who::User(_)) {
+            return false;
+        }
+        let route = rules.routes.find(place.host.to_str().unwrap_or_default(), place.uri.path());
+        route.is_none_or(|route| matches!(admit(route.access, &route.groups, who, true), Step::Forward(_)))
     }
 
     /// The first facts: whose connection, what address, which id.
@@ -535,7 +542,13 @@ impl Gateway {
             context.pool = rules.pools.get(&branch.pool).cloned();
         }
         if let Some(in_flight) = &context.in_flight {
-            in_flight.belongs_to(context.told_session().map(|session| &session.key), route.stream_touch);
+            let whose = match (context.told_session(), &context.line) {
+                (Some(session), Some(RequestLine { host, uri, .. })) => {
+                    Whose::Session(session.key.clone(), Place { host: host.clone(), uri: uri.clone() })
+                }
+                (None, _) | (_, None) => Whose::Nobody,
+            };
+            in_flight.belongs_to(whose, route.stream_touch);
         }
         Decision::Forward
     }

@@ -4,7 +4,8 @@
 //! A request that is still under way after [`MOMENT`] is listed under the session that it came with, and in every
 //! `ROUND` the sessions of all that are listed are looked at: a copy that is known to be true will do, else the store
 //! is asked. Where the store says that a session is gone, however it ended and on whichever instance, its requests are
-//! cut. There is no message that could be lost, and a store that says nothing cuts nothing (invariant 4).
+//! cut; and so is one that would not be let in any more, where it wants to go, if it came now. There is no message that
+//! could be lost, and a store that says nothing cuts nothing (invariant 4).
 //!
 //! A request without a session is nobody's, and is never cut.
 
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use http::{HeaderValue, Uri};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -64,7 +66,15 @@ pub enum Whose {
     #[default]
     Unknown,
     Nobody,
-    Session(SessionKey),
+    Session(SessionKey, Place),
+}
+
+/// Where a request wants to go: enough to find its route, also in rules that came later.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The `Host` field.
+    pub host: HeaderValue,
+    pub uri: Uri,
 }
 
 /// It goes on.
@@ -88,8 +98,8 @@ impl Streams {
     }
 
     /// Looks at the sessions in question, round after round; `admits` says who of those who have a session may still
-    /// come in.
-    pub async fn watch(&self, sessions: &Sessions, admits: impl Fn(&Record) -> bool) {
+    /// come in, and where.
+    pub async fn watch(&self, sessions: &Sessions, admits: impl Fn(&Record, &Place) -> bool) {
         loop {
             let pause = self.look(sessions, &admits).await;
             tokio::time::sleep(pause.clamp(ROUND_MIN, ROUND)).await;
@@ -97,16 +107,17 @@ impl Streams {
     }
 
     /// One look at each session; how long until the first of them ends by its own clock.
-    async fn look(&self, sessions: &Sessions, admits: &impl Fn(&Record) -> bool) -> Duration {
+    async fn look(&self, sessions: &Sessions, admits: &impl Fn(&Record, &Place) -> bool) -> Duration {
         let mut next = ROUND;
         let mut judge = |session: &SessionKey, found: Result<Found, StoreError>| match found {
-            Ok(Found::Live(Stored { record, time_to_live })) if admits(&record) => {
+            Ok(Found::Live(Stored { record, time_to_live })) => {
+                self.cut(session, |place| !admits(&record, place));
                 if self.is_in_use(session) {
                     sessions.keep(session, record.ends, time_to_live);
                 }
                 next = next.min(time_to_live);
             }
-            Ok(Found::Live(_) | Found::Ended(_) | Found::Nothing) => self.cut(session),
+            Ok(Found::Ended(_) | Found::Nothing) => self.cut(session, |_| true),
             // Nobody knows: another instance may read it, and the store may come back.
             Err(_) => {}
         };
@@ -137,9 +148,14 @@ impl Streams {
         next
     }
 
-    /// Under the lock, so that only what is still listed is cut, and not the next request of its connection.
-    fn cut(&self, session: &SessionKey) {
+    /// Those of the session that want to go to such places. Under the lock, so that only what is still listed is cut, and
+    /// not the next request of its connection.
+    fn cut(&self, session: &SessionKey, is_out_of_bounds: impl Fn(&Place) -> bool) {
         for in_flight in self.listed.lock().get(session).into_iter().flatten() {
+            let is_admitted = matches!(&*in_flight.whose.lock(), Whose::Session(_, place) if !is_out_of_bounds(place));
+            if is_admitted {
+                continue;
+            }
             if in_flight.fate.compare_exchange(OPEN, CUT, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 self.metrics.streams_cut.inc();
                 in_flight.changed.notify_one();
@@ -149,9 +165,9 @@ impl Streams {
 
     fn is_in_use(&self, session: &SessionKey) -> bool {
         let listed = self.listed.lock();
-        listed
-            .get(session)
-            .is_some_and(|requests| requests.iter().any(|request| request.touches.load(Ordering::Relaxed)))
+        listed.get(session).is_some_and(|requests| {
+            requests.iter().any(|request| request.touches.load(Ordering::Relaxed) && !request.is_cut())
+        })
     }
 
     fn list<'s>(&'s self, session: &'s SessionKey, in_flight: &'s Arc<InFlight>) -> Listed<'s> {
@@ -191,10 +207,10 @@ impl InFlight {
         self.fate.store(OPEN, Ordering::Release);
     }
 
-    /// It goes to a backend, with this session or without any; `touches`: and is use of it for as long as it lasts.
-    pub fn belongs_to(&self, session: Option<&SessionKey>, touches: bool) {
+    /// It goes to a backend; `touches`: and is use of its session for as long as it lasts.
+    pub fn belongs_to(&self, whose: Whose, touches: bool) {
         self.touches.store(touches, Ordering::Relaxed);
-        *self.whose.lock() = session.map_or(Whose::Nobody, |session| Whose::Session(session.clone()));
+        *self.whose.lock() = whose;
     }
 
     pub fn whose(&self) -> Whose {
@@ -260,13 +276,13 @@ mod tests {
             assert!(poll(first.as_mut()).is_pending() && poll(second.as_mut()).is_pending());
             assert!(poll(other.as_mut()).is_pending());
             assert_eq!(streams.metrics.streams.get(), 3);
-            streams.cut(&ann);
+            streams.cut(&ann, |_| true);
             assert!(poll(first).is_ready() && poll(second).is_ready(), "both of the session");
             assert!(poll(other).is_pending());
         }
         assert!(streams.listed.lock().is_empty());
         assert_eq!((streams.metrics.streams.get(), streams.metrics.streams_cut.get()), (0, 2));
-        streams.cut(&bob);
+        streams.cut(&bob, |_| true);
         assert!(!requests[2].is_cut(), "what is over is not cut");
     }
 
@@ -278,7 +294,7 @@ mod tests {
             let mut first = pin!(streams.until_cut(&ann, &request));
             assert!(poll(first.as_mut()).is_pending());
             request.note_amid_frame(true);
-            streams.cut(&ann); // and the request ends before it hears of it
+            streams.cut(&ann, |_| true); // and the request ends before it hears of it
         }
         request.begin();
         assert!(matches!(request.whose(), Whose::Unknown));
@@ -296,7 +312,7 @@ mod tests {
         assert!(poll(waiting.as_mut()).is_pending());
         request.note_amid_frame(true);
         assert!(matches!(request.may_read(), Poll::Ready(Ok(()))));
-        streams.cut(&ann);
+        streams.cut(&ann, |_| true);
         assert!(request.may_read().is_pending());
         request.note_amid_frame(false);
         assert!(matches!(request.may_read(), Poll::Ready(Err(_))));
@@ -309,7 +325,7 @@ mod tests {
         let mut waiting = pin!(streams.until_cut(&ann, &request));
         assert!(poll(waiting.as_mut()).is_pending());
         request.leave();
-        streams.cut(&ann);
+        streams.cut(&ann, |_| true);
         assert!(poll(waiting).is_pending());
         assert!(matches!(request.may_read(), Poll::Ready(Ok(()))));
     }

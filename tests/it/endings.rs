@@ -124,6 +124,29 @@ fn however_a_session_ends_its_web_sockets_are_closed_and_nobody_elses() {
 }
 
 #[test]
+fn what_would_not_be_let_in_any_more_is_closed_and_the_rest_of_the_session_goes_on() {
+    let backend = Backend::echo();
+    let gateway = Gateway::in_front_of(&[&backend])
+        .user("carol", "groups = [\"staff\"]")
+        .route("/", "")
+        .route("/staff", "groups = [\"staff\"]")
+        .start();
+    let carol = gateway.log_in("carol");
+    let mut anywhere = carol.web_socket("/", &[]).unwrap();
+    let staff = carol.web_socket("/staff/room", &[]).unwrap();
+    gateway.reload(|setup| setup.without_users().user("carol", "groups = [\"guests\"]")).unwrap();
+    assert_says_goodbye(staff, "she is no longer in the group");
+    assert_goes_on(&mut anywhere, "the session is as it was");
+    assert_eq!(carol.get("/staff").send().status, 403);
+
+    let room = carol.web_socket("/room", &[]).unwrap();
+    gateway.reload(|setup| setup.route("/room", "groups = [\"staff\"]")).unwrap();
+    assert_says_goodbye(room, "there is a stricter route now");
+    assert_goes_on(&mut anywhere, "which is not for this place");
+    assert_eq!(gateway.metric("cloakroom_streams_cut_total"), 2.0);
+}
+
+#[test]
 fn whose_session_is_displaced_or_expires_is_cut() {
     let redis = RedisServer::start();
     for store in stores(&redis) {
