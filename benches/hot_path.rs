@@ -17,6 +17,7 @@ use cloakroom::login::csrf::login_cookie_name;
 use cloakroom::proxy::admit::{Who, admit};
 use cloakroom::proxy::guard::{self, HeadLimits};
 use cloakroom::proxy::route::Routes;
+use cloakroom::proxy::split::Split;
 use cloakroom::session::cache::{Beat, LeaseCache, Limits};
 use cloakroom::session::cookie::{ReservedCookies, SessionCookie};
 use cloakroom::session::id::SessionId;
@@ -33,7 +34,9 @@ const BACKENDS: usize = 16;
 /// Sessions in use, as many as a worker may well have.
 const COPIES: usize = 10_000;
 
-criterion_group!(hot_path, guarding, routing, balancing, cookies, ids, records, copies, admission, identities);
+criterion_group!(
+    hot_path, guarding, routing, splitting, balancing, cookies, ids, records, copies, admission, identities
+);
 criterion_main!(hot_path);
 
 fn guarding(criterion: &mut Criterion) {
@@ -74,6 +77,13 @@ fn routing(criterion: &mut Criterion) {
             bencher.iter(|| routes.find(black_box(host), black_box(path)));
         });
     }
+}
+
+/// Which pool is this user's? Of those who are in no group of it, and so in its share or not.
+fn splitting(criterion: &mut Criterion) {
+    let split = Split::new("next", &toml::from_str("groups = [\"beta\", \"staff\"]\npercent = 5").unwrap());
+    let ann = ann();
+    criterion.bench_function("split/takes", |bencher| bencher.iter(|| split.takes(black_box(Some(&ann)))));
 }
 
 /// From the choice of a backend to the end of the request's place there.

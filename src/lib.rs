@@ -13,6 +13,7 @@
 //! route        host + path -> Route, or 404                                 proxy/route.rs
 //! session      cookie -> SessionId -> copy -> store      (none | live | unreadable | down)   session/
 //! admit        access and groups -> forward, or: login page, 401, 403, 503  proxy/admit.rs
+//! split        this user -> the route's pool, or another                     proxy/split.rs
 //! balance      who is well, by turn, load or hash; another one where safe   backend/
 //! forward      look-alikes and our cookies out, identity in                 proxy/forward.rs
 //! backend      answers

@@ -1690,6 +1690,29 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
                 "14:10",
                 "groups on a route that lets everybody in",
             ),
+            (
+                route("/a") + "\nsplits = [{ name = \"b\", pool = \"no\" }]\n[split.b]\npercent = 0",
+                "13:32",
+                "there is no pool `no`",
+            ),
+            (route("/a") + "\nsplits = [{ name = \"b\", pool = \"app\" }]", "13:20", "there is no split `b`"),
+            (
+                route("/a")
+                    + "\nsplits = [{ name = \"b\", pool = \"app\" }, { name = \"b\", pool = \"app\" }]\n[split.b]\npercent = 5",
+                "13:50",
+                "split `b` is there twice",
+            ),
+            (
+                route("/a")
+                    + "\naccess = \"public\"\nsplits = [{ name = \"b\", pool = \"app\" }]\n[split.b]\ngroups = [\"x\"]",
+                "14:20",
+                "goes by groups, on a public route",
+            ),
+            (route("/a") + "\nsplits = [{ name = \"b\" }]", "13:11", "missing key `pool`"),
+            ("[split.b]".into(), "10:1", "split.b takes nobody"),
+            ("[split.\"a b\"]\npercent = 1".into(), "10:1", "invalid split name"),
+            ("[split.b]\npercent = 100.01".into(), "11:11", "expected 0 to 100, with two decimals at most"),
+            ("[split.b]\npercent = \"5\"".into(), "11:11", "a percentage without quotes"),
             (route("/a") + "\naccess = \"private\"", "13:10", "unknown value `private`"),
             (origin("app.example.org"), "13:22", "no scheme"),
             (origin("https://app.example.org/"), "13:22", "only a scheme, a host"),
@@ -1714,6 +1737,10 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
     #[test]
     fn what_looks_odd_but_is_right_is_accepted() {
         let cases = [
+            "[split.b]\npercent = 0",
+            "[split.b]\ngroups = [\"x\"]\npercent = 100.00",
+            "[[route]]\npath = \"/a\"\npool = \"app\"\nsplits = [{ name = \"b\", pool = \"app\" }]\n[split.b]\npercent = 33.33",
+            "[[route]]\npath = \"/a\"\npool = \"app\"\naccess = \"public\"\nsplits = [{ name = \"b\", pool = \"app\" }]\n[split.b]\npercent = 0",
             "[[listener]]\naddress = \"0.0.0.0:80\"\ninsecure = true",
             "[[listener]]\naddress = \"0.0.0.0:80\"\nscheme = \"https\"",
             "[[listener]]\naddress = \"[::1]:8080\"",
