@@ -1,11 +1,13 @@
-//! How do lines get out? In the background, many at a time; what nobody reads is dropped, never waited for.
+//! How do lines get out? In the background, many at a time; what nobody reads or nothing can hold is dropped and counted,
+//! never waited for.
 
 use std::io::{self, Write};
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use prometheus::IntCounter;
 
 /// Lines gather for this long before they are written in one system call: a write and a wake-up for each would
 /// cost more than the request that it tells of.
@@ -34,6 +36,7 @@ pub struct LineWriter {
 struct Shared {
     waiting: Mutex<Waiting>,
     something: Condvar,
+    dropped: OnceLock<IntCounter>,
 }
 
 #[derive(Debug, Default)]
@@ -84,8 +87,14 @@ impl Write for Lines {
 }
 
 impl Shared {
+    fn count_dropped(&self, lines: u64) {
+        if let Some(counter) = self.dropped.get() {
+            counter.inc_by(lines);
+        }
+    }
+
     fn drain(&self, mut output: impl Write) {
-        let mut lines = Vec::new();
+        let (mut lines, mut fails) = (Vec::new(), false);
         loop {
             let mut waiting = self.waiting.lock();
             while waiting.lines.is_empty() && !waiting.closed {
@@ -96,15 +105,30 @@ impl Shared {
             std::mem::swap(&mut lines, &mut waiting.lines);
             let (dropped, closed) = (std::mem::take(&mut waiting.dropped), waiting.closed);
             drop(waiting);
-            // A closed or full output must not touch the traffic; there is nowhere left to say so.
-            let _ = output.write_all(&lines).and_then(|()| output.flush());
             if 0 < dropped {
                 tracing::warn!(dropped, "log lines dropped: nobody reads them");
             }
+            // A closed or full output must not touch the traffic. It is told once, where perhaps another output is.
+            let written = output.write_all(&lines).and_then(|()| output.flush());
+            let lost = if written.is_ok() { 0 } else { memchr::memchr_iter(b'\n', &lines).count() as u64 };
+            if let Err(error) = &written
+                && !fails
+            {
+                tracing::error!(%error, "log lines cannot be written, and are dropped");
+            }
+            fails = written.is_err();
+            self.count_dropped(dropped + lost);
             if closed {
                 return;
             }
         }
+    }
+}
+
+impl LineWriter {
+    /// Lines that are dropped from now on are counted here.
+    pub fn count_dropped(&self, counter: IntCounter) {
+        let _ = self.shared.dropped.set(counter);
     }
 }
 
@@ -151,5 +175,36 @@ mod tests {
         assert!(0 < waiting.dropped, "and what is dropped is counted");
         drop(waiting);
         drop(writer);
+    }
+
+    /// As a disk is that is full now and then.
+    struct Full(Arc<std::sync::atomic::AtomicBool>);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let is_full = self.0.load(std::sync::atomic::Ordering::SeqCst);
+            if is_full { Err(io::ErrorKind::StorageFull.into()) } else { Ok(bytes.len()) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_an_output_does_not_take_is_counted() {
+        let is_full = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let (lines, writer) = Lines::to("test", Full(Arc::clone(&is_full))).unwrap();
+        let dropped = IntCounter::new("dropped", "lines").unwrap();
+        writer.count_dropped(dropped.clone());
+        lines.push(|line| line.extend_from_slice(b"one\ntwo\n"));
+        lines.push(|line| line.extend_from_slice(b"three\n"));
+        while dropped.get() < 3 {
+            std::thread::yield_now();
+        }
+        is_full.store(false, std::sync::atomic::Ordering::SeqCst);
+        lines.push(|line| line.extend_from_slice(b"four\n"));
+        drop(writer);
+        assert_eq!(dropped.get(), 3, "what is written is not dropped");
     }
 }

@@ -77,6 +77,8 @@ pub struct Metrics {
     pub reloads: IntCounterVec,
     /// result: sent, dropped
     pub spans: IntCounterVec,
+    /// log: access, diagnostics
+    pub log_lines_dropped: IntCounterVec,
 }
 
 impl Metrics {
@@ -269,6 +271,12 @@ impl Metrics {
             ),
             reloads,
             spans: counter(&registry, "cloakroom_spans_total", "Spans for the collector.", &["result"]),
+            log_lines_dropped: counter(
+                &registry,
+                "cloakroom_log_lines_dropped_total",
+                "Lines that nobody read in time, or that could not be written.",
+                &["log"],
+            ),
             registry,
         }
     }
@@ -379,6 +387,7 @@ mod tests {
             directives,
             reloads,
             spans,
+            log_lines_dropped,
         } = &metrics;
         let all: [&dyn Collector; _] = [
             requests,
@@ -415,6 +424,7 @@ mod tests {
             directives,
             reloads,
             spans,
+            log_lines_dropped,
         ];
         let described = all.iter().flat_map(|metric| metric.desc());
         described.map(|about| (about.fq_name.clone(), about.variable_labels.clone())).collect()

@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use toml::Spanned;
 
 use crate::admin::{Admin, Health, Quiet, ReloadApi, SessionsApi, SplitsApi, Token};
+use crate::backend::health::Probe;
 use crate::backend::{balance, discover, health};
 use crate::config::changes::Changes;
 use crate::config::error::ConfigError;
@@ -41,6 +42,7 @@ use crate::proxy::access_log::AccessLog;
 use crate::proxy::connection::HeadRules;
 use crate::proxy::context::{ListenerFacts, Observer};
 use crate::proxy::guard::HeadLimits;
+use crate::proxy::panics::survived;
 use crate::proxy::probe::PingoraProbe;
 use crate::proxy::rules::Rules;
 use crate::proxy::streams::Streams;
@@ -177,6 +179,11 @@ fn prepare_all(
 }
 
 impl Prepared {
+    /// What it will count.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// Who else may say who somebody is.
     pub fn providers(&self) -> &Providers {
         self.rules.login.providers()
@@ -292,7 +299,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         open_file(memory, &config)?;
     }
     tls.iter().flatten().for_each(|tls| tls.report(&metrics, now_seconds()));
-    let (access_log, log_writer) = open_access_log(&config.log)?;
+    let (access_log, log_writer) = open_access_log(&config.log, &metrics)?;
     let (spans, span_sender) = open_spans(&config.tracing, &metrics)?;
     let observer = Arc::new(Observer { metrics: metrics.clone(), access_log, spans });
 
@@ -627,26 +634,38 @@ impl Background {
                 tokio::spawn(worker.run(queue));
             }
             tokio::spawn(inspect(Arc::clone(sessions.store())));
-            let watched = async { health.watch(&**sessions.store(), &metrics).await };
+            let watched = async || health.watch(&**sessions.store(), &metrics).await;
             let pools = || rules.load().pools.values().cloned().collect::<Vec<_>>();
-            let checked = health::watch(pools, Arc::new(PingoraProbe::new(Arc::clone(rules))), metrics.clone());
-            let resolved = async {
+            let probe: Arc<dyn Probe> = Arc::new(PingoraProbe::new(Arc::clone(rules)));
+            let checked = async || health::watch(pools, Arc::clone(&probe), metrics.clone()).await;
+            let resolved = async || {
                 loop {
                     let _ = tokio::time::timeout(discover::INTERVAL, resolve.notified()).await;
                     discover::resolve(&pools()).await;
                 }
             };
             tokio::select! {
-                () = watched => {}
-                () = resolved => {}
-                () = checked => {}
-                () = events.run() => {}
-                () = streams.watch(sessions, |record, place| gateway.admits(record, place)) => {}
+                () = lasting("health", watched) => {}
+                () = lasting("names of backends", resolved) => {}
+                () = lasting("health checks", checked) => {}
+                () = lasting("events", || events.run()) => {}
+                () = lasting("streams", async || streams.watch(sessions, |record, place| gateway.admits(record, place)).await) => {}
                 _ = ended.wait_for(|ended| *ended) => {}
             }
         });
     }
 }
+
+/// Begins `work` again when it has panicked: nobody else does it.
+async fn lasting(what: &'static str, work: impl AsyncFn()) {
+    while survived(work()).await.is_none() {
+        tracing::error!(what, "a mistake of ours ended this; it begins again, see standard error");
+        tokio::time::sleep(AFTER_PANIC).await;
+    }
+}
+
+/// What panics each time it begins must not fill the log.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 
 const ADMIN_CONNECTIONS_MAX: usize = 64;
 const ADMIN_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -772,12 +791,13 @@ fn silent_header(config: &Config) -> Option<HeaderName> {
     config.session.silent_header.as_ref().and_then(|name| name.get_ref().parse().ok())
 }
 
-fn open_access_log(config: &model::Log) -> Result<(AccessLog, Option<LineWriter>), StartError> {
+fn open_access_log(config: &model::Log, metrics: &Metrics) -> Result<(AccessLog, Option<LineWriter>), StartError> {
     if !config.access {
         return Ok((AccessLog::silent(), None));
     }
     let (lines, writer) = Lines::to("access-log", io::stdout())
         .map_err(|cause| StartError { what: "cannot start the access log".into(), cause })?;
+    writer.count_dropped(metrics.log_lines_dropped.with_label_values(&["access"]));
     Ok((AccessLog::to(lines, config.format), Some(writer)))
 }
 

@@ -37,6 +37,7 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
         Ok(prepared) => prepared.with_log_switch(log_switch).with_sockets(inherited.sockets),
         Err(error) => return terminal.refuse(&error),
     };
+    log.count_dropped(prepared.metrics().log_lines_dropped.with_label_values(&["diagnostics"]));
     let started = Signals::install().and_then(|signals| Ok((signals, server::start(prepared)?)));
     let (mut signals, running) = match started {
         Ok(started) => started,

@@ -37,6 +37,7 @@ use crate::session::store::{Ending, StoreError};
 use crate::session::{Resumed, Session, Sessions, Source, Use, unix_now};
 
 pub mod context;
+pub mod panics;
 pub mod trace;
 pub mod streams;
 pub mod connection;
@@ -60,6 +61,7 @@ use admit::{Step, Who, admit};
 use connection::Refusals;
 use context::{Connection, Observer, Request, RequestContext, RequestId, RequestLine};
 use guard::Refusal;
+use panics::survived;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
@@ -142,7 +144,8 @@ impl ProxyHttp for Gateway {
     }
 
     async fn request_filter(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<bool> {
-        match self.decide(downstream, context).await {
+        let decided = survived(self.decide(downstream, context)).await;
+        match decided.unwrap_or_else(|| reject(downstream, context, Rejection::Internal)) {
             Decision::Forward => {
                 if is_expecting_continue(downstream.req_header()) {
                     // Pingora leaves this to the backend, and a backend that does not know it stalls the upload.
@@ -195,7 +198,8 @@ impl ProxyHttp for Gateway {
     }
 
     async fn upstream_peer(&self, downstream: &mut HttpSession, context: &mut Self::CTX) -> Result<Box<HttpPeer>> {
-        let found = self.lease(downstream, context).await?;
+        let Some(found) = survived(self.lease(downstream, context)).await else { return Err(our_mistake(context)) };
+        let found = found?;
         let transport = context.pool.as_ref().and_then(|pool| context.rules.transports.get(pool.name()));
         let (Some(pool), Some(transport), Some((lease, address))) = (&context.pool, transport, found) else {
             let why = *context.failure.get_or_insert(Rejection::NoBackend);
@@ -263,8 +267,11 @@ impl ProxyHttp for Gateway {
     ) -> Result<()> {
         // What of the body was sent to an earlier attempt comes by once more.
         context.body_bytes = 0;
-        forward::request(upstream, context, &self.cookies);
-        forward::ask_for_trailers(upstream, downstream.req_header())
+        let written = survived(async {
+            forward::request(upstream, context, &self.cookies);
+            forward::ask_for_trailers(upstream, downstream.req_header())
+        });
+        written.await.unwrap_or_else(|| Err(our_mistake(context)))
     }
 
     async fn response_filter(
@@ -295,7 +302,10 @@ impl ProxyHttp for Gateway {
         }
         let cookies = match directives::taken_out_of(response) {
             // Boxed, because every response would carry along what only these need.
-            Some(fields) => Box::pin(self.obey(fields, downstream, response, context)).await?,
+            Some(fields) => match survived(Box::pin(self.obey(fields, downstream, response, context))).await {
+                Some(obeyed) => obeyed?,
+                None => return Err(our_mistake(context)),
+            },
             None => Vec::new(),
         };
         forward::response(response, context, &self.cookies)?;
@@ -1068,6 +1078,12 @@ fn has_left(downstream: &mut HttpSession, in_flight: Option<&InFlight>) -> bool 
     }
     let socket = downstream.digest().and_then(|digest| digest.socket_digest.as_ref());
     socket.and_then(|socket| socket.tcp_info()).is_some_and(|tcp| matches!(tcp.tcpi_state, TCP_CLOSE | TCP_CLOSE_WAIT))
+}
+
+/// For what [`survived`] gave nothing: no other backend is asked, and the client gets 500.
+fn our_mistake(context: &mut RequestContext) -> Box<Error> {
+    context.failure = Some(Rejection::Internal);
+    Error::explain(ErrorType::InternalError, "a mistake of ours, see standard error")
 }
 
 fn session_ended() -> Box<Error> {
