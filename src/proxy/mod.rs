@@ -237,7 +237,14 @@ impl ProxyHttp for Gateway {
         context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        self.note_failure(context, Failure::Connect, &error);
+        if *error.etype() == ErrorType::InternalError {
+            // We have no descriptor or no port left: nobody was asked, so no backend is the worse for it.
+            if let Some(lease) = &mut context.backend {
+                lease.end();
+            }
+        } else {
+            self.note_failure(context, Failure::Connect, &error);
+        }
         if let Some(trace) = &mut context.trace {
             trace.end_attempt();
         }

@@ -12,6 +12,7 @@ mod proxying;
 mod balancing;
 mod splits;
 mod backends_fail;
+mod bad_nights;
 mod proxy_protocol;
 mod http2;
 mod http2_hostile;

@@ -33,8 +33,12 @@ impl Daemon {
 
     /// As `command` runs it.
     pub(crate) fn of(command: &mut Command) -> Self {
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        Self(child.unwrap())
+        Self::saying_to(command, Stdio::piped(), Stdio::piped())
+    }
+
+    /// As `command` runs it, with these for its outputs.
+    pub(crate) fn saying_to(command: &mut Command, out: impl Into<Stdio>, err: impl Into<Stdio>) -> Self {
+        Self(command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().unwrap())
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -77,6 +81,18 @@ impl Daemon {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it runs");
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    /// Its descriptors: files, sockets and whatever else it has open.
+    pub(crate) fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.0.id())).unwrap().count()
+    }
+
+    /// The processor time that it has taken, in ticks of a hundredth of a second (proc_pid_stat(5), fields 14 and 15).
+    pub(crate) fn ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let fields = stat.rsplit(") ").next().unwrap().split(' ');
+        fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
     }
 
     /// Waits until it has ended by itself.

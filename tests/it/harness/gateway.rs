@@ -12,6 +12,7 @@ use cloakroom::config::changes::Changes;
 use cloakroom::config::error::ConfigError;
 use cloakroom::config::model::Config;
 use cloakroom::events::Pace;
+use cloakroom::session::store::SessionStore;
 use cloakroom::{config, server};
 use rustls::ClientConfig;
 use tempfile::TempDir;
@@ -34,6 +35,17 @@ pub(crate) enum Store {
     Memory,
     /// A URL, and whatever else stands in `[store.redis]`.
     Redis(String),
+    /// One that the test brings; no reload.
+    Given(Given),
+}
+
+#[derive(Clone)]
+pub(crate) struct Given(pub(crate) Arc<dyn SessionStore>);
+
+impl std::fmt::Debug for Given {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Given")
+    }
 }
 
 impl Store {
@@ -286,7 +298,7 @@ impl Setup {
     /// What start-up says is wrong.
     pub(crate) fn try_start(self) -> Result<Gateway, String> {
         let folder = TempDir::new().unwrap();
-        let running = Running::start(&self.write(&folder), &folder, self.pace)?;
+        let running = Running::start(&self.write(&folder), &folder, &self.store, self.pace)?;
         let address = running.address();
         let trust = self.tls.then(tls::trust);
         Ok(Gateway { setup: Mutex::new(self), folder, address, running, trust })
@@ -316,7 +328,7 @@ impl Setup {
             std::fs::write(folder.path().join(name), bytes).unwrap();
         }
         match &self.store {
-            Store::Memory => text.push_str("[store.memory]\n"),
+            Store::Memory | Store::Given(_) => text.push_str("[store.memory]\n"),
             Store::Redis(keys) => {
                 let _ = writeln!(text, "[store.redis]\n{keys}");
             }
@@ -401,8 +413,12 @@ fn attribute(tag: &str, name: &str) -> Option<String> {
 struct Running(Option<server::Running>);
 
 impl Running {
-    fn start(text: &str, folder: &TempDir, pace: Pace) -> Result<Self, String> {
-        let prepared = read(text, folder).and_then(server::prepare).map_err(|problems| problems.to_string())?;
+    fn start(text: &str, folder: &TempDir, store: &Store, pace: Pace) -> Result<Self, String> {
+        let prepared = read(text, folder).and_then(|config| match store {
+            Store::Memory | Store::Redis(_) => server::prepare(config),
+            Store::Given(Given(store)) => server::prepare_with_store(config, Arc::clone(store)),
+        });
+        let prepared = prepared.map_err(|problems| problems.to_string())?;
         let running = server::start(prepared.with_pace(pace)).map_err(|error| error.to_string())?;
         Ok(Self(Some(running)))
     }

@@ -12,6 +12,7 @@ pub(crate) mod client;
 pub(crate) mod gateway;
 pub(crate) mod provider;
 pub(crate) mod wire;
+pub(crate) mod clock;
 pub(crate) mod redis;
 pub(crate) mod fault;
 pub(crate) mod tls;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use redis::{FromRedisValue, RedisResult};
 use tempfile::TempDir;
 
+use super::clock::Clock;
 use super::tls::{Authority, Party};
 use super::{DEADLINE, Port, wait_until};
 
@@ -34,8 +35,8 @@ pub(crate) struct RedisServer {
     program: Program,
     port: Port,
     tls_port: Option<Port>,
-    /// By so many seconds its clock is wrong.
-    clock_ahead: i64,
+    /// Its clock, where that is wrong.
+    clock: Option<Clock>,
     child: Option<Child>,
 }
 
@@ -96,7 +97,9 @@ impl RedisServer {
     /// Its clock is so many seconds ahead of everybody else's, or behind.
     pub(crate) fn with_clock_ahead(seconds: i64) -> Self {
         let mut server = Self::prepare(Program::Redis, "", Tls::Off);
-        server.clock_ahead = seconds;
+        let clock = Clock::new();
+        clock.set(seconds);
+        server.clock = Some(clock);
         server.begun()
     }
 
@@ -112,7 +115,7 @@ impl RedisServer {
     fn prepare(program: Program, conf: &str, tls: Tls) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let tls_port = (tls != Tls::Off).then(Port::reserve);
-        let server = Self { directory, program, port: Port::reserve(), tls_port, clock_ahead: 0, child: None };
+        let server = Self { directory, program, port: Port::reserve(), tls_port, clock: None, child: None };
         server.write_conf(conf, tls);
         server
     }
@@ -157,8 +160,8 @@ impl RedisServer {
         if self.program == Program::Sentinel {
             command.arg("--sentinel");
         }
-        if self.clock_ahead != 0 {
-            command.env("LD_PRELOAD", self.wrong_clock()).env("CLOCK_AHEAD", self.clock_ahead.to_string());
+        if let Some(clock) = &self.clock {
+            clock.given_to(&mut command);
         }
         let mut child = command.stdout(Stdio::null()).spawn().expect("redis-server is installed: see scripts/setup");
         let mut has_left = false;
@@ -168,41 +171,6 @@ impl RedisServer {
         });
         self.child = Some(child).filter(|_| !has_left);
         !has_left
-    }
-
-    /// A library that stands before the C library where a program asks for the time of day (ld.so(8), `LD_PRELOAD`).
-    fn wrong_clock(&self) -> PathBuf {
-        const SOURCE: &str = r#"
-            #include <stdlib.h>
-            #include <sys/syscall.h>
-            #include <sys/time.h>
-            #include <time.h>
-            #include <unistd.h>
-            int clock_gettime(clockid_t clock, struct timespec *now) {
-                int failed = syscall(SYS_clock_gettime, clock, now);
-                if (!failed && clock == CLOCK_REALTIME) now->tv_sec += atol(getenv("CLOCK_AHEAD"));
-                return failed;
-            }
-            int gettimeofday(struct timeval *now, void *zone) {
-                struct timespec precise;
-                int failed = clock_gettime(CLOCK_REALTIME, &precise);
-                now->tv_sec = precise.tv_sec;
-                now->tv_usec = precise.tv_nsec / 1000;
-                return failed;
-            }
-            time_t time(time_t *copy) {
-                struct timespec precise;
-                clock_gettime(CLOCK_REALTIME, &precise);
-                if (copy) *copy = precise.tv_sec;
-                return precise.tv_sec;
-            }
-        "#;
-        let (source, library) = (self.path("wrong_clock.c"), self.path("wrong_clock.so"));
-        std::fs::write(&source, SOURCE).unwrap();
-        // The compiler that links this test.
-        let compiled = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).status();
-        assert!(compiled.unwrap().success());
-        library
     }
 
     /// Any answer but that it still loads its data; a wish for a password is one.
