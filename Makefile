@@ -1,6 +1,6 @@
 # What can be done here? `make` lists it. Each target installs what it misses (scripts/setup).
 
-.PHONY: help demo test bench lint ci
+.PHONY: help demo test bench soak lint ci
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ bench: ## Measure what a session costs, beside bare pingora, nginx and HAProxy (
 	cargo bench --locked --bench uneven
 	cargo bench --locked --no-run --bench pingora_defaults
 	cargo bench --locked --bench side_by_side
+
+TIME ?= 10m
+
+soak: ## Kill everything at random under traffic for TIME=10m, and say who noticed
+	@scripts/setup cmake cc redis-server
+	cargo test --locked --test soak -- --time $(TIME) $(if $(SEED),--seed $(SEED))
 
 lint: ## Look for what the compiler lets pass
 	@scripts/setup cmake cc

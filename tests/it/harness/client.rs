@@ -302,6 +302,16 @@ impl Client {
     /// # Errors
     /// The response, when it is not 101.
     pub(crate) fn web_socket(&self, target: &str, fields: &[(&str, &str)]) -> Result<Connection, Box<Response>> {
+        self.try_web_socket(target, fields).map_err(|refused| refused.expect("an answer to the handshake"))
+    }
+
+    /// # Errors
+    /// As [`Self::web_socket`]; nothing, without an answer.
+    pub(crate) fn try_web_socket(
+        &self,
+        target: &str,
+        fields: &[(&str, &str)],
+    ) -> Result<Connection, Option<Box<Response>>> {
         let mut handshake = self.get(target);
         if !fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("origin")) {
             handshake = handshake.header("Origin", &self.origin());
@@ -317,11 +327,11 @@ impl Client {
         for (name, value) in fields {
             handshake = handshake.header(name, value);
         }
-        let mut connection = self.connect().unwrap();
-        connection.write(handshake.bytes());
-        let response = connection.read_response("GET").unwrap();
+        let mut connection = self.connect().map_err(|_| None)?;
+        connection.try_write(handshake.bytes()).map_err(|_| None)?;
+        let response = connection.read_response("GET").map_err(|_| None)?;
         self.look_at(&response);
-        if response.status == 101 { Ok(connection) } else { Err(Box::new(response)) }
+        if response.status == 101 { Ok(connection) } else { Err(Some(Box::new(response))) }
     }
 
     /// A connection of its own, for bytes that no well-behaved client sends.
