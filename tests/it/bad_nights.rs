@@ -443,21 +443,23 @@ fn lines_that_nobody_can_write_cost_no_request_and_are_counted() {
     let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let closed = || std::io::pipe().unwrap().1;
     let rest = "[log]\nlevel = \"info\"\n";
-    let disk_full = |command: &mut Command| Daemon::saying_to(command, full(), full());
-    let pipe_closed = |command: &mut Command| Daemon::saying_to(command, closed(), closed());
-    let ways: [(&str, &dyn Fn(&mut Command) -> Daemon); 2] = [("full", &disk_full), ("closed", &pipe_closed)];
-    for (name, start) in ways {
+    for way in ["full", "closed"] {
         let (_folder, file, address) = deployment(&[&backend], rest);
-        let daemon = start(Command::new(CLOAKROOM).args(["run", "--config", file.to_str().unwrap()]));
+        let mut command = Command::new(CLOAKROOM);
+        command.args(["run", "--config", file.to_str().unwrap()]);
+        let daemon = match way {
+            "full" => Daemon::saying_to(&mut command, full(), full()),
+            _ => Daemon::saying_to(&mut command, closed(), closed()),
+        };
         wait_until("the gateway listens", || is_up(address));
         let client = log_in(address);
         for _ in 0..REQUESTS {
-            assert_eq!(client.get("/private").send().status, 200, "{name}");
+            assert_eq!(client.get("/private").send().status, 200, "{way}");
         }
         let dropped = |log: &str| metric(&file, &format!("cloakroom_log_lines_dropped_total{{log=\"{log}\"}}"));
         wait_until("lines are counted", || REQUESTS as f64 <= dropped("access") && 0.0 < dropped("diagnostics"));
         daemon.signal("TERM");
-        assert_eq!(daemon.exit_code(), Some(0), "{name}: the end is in order");
+        assert_eq!(daemon.exit_code(), Some(0), "{way}: the end is in order");
     }
 }
 
@@ -723,4 +725,34 @@ fn clients_that_vanish_at_any_moment_leave_nothing_behind() {
         instance.daemon.resident_bytes().saturating_sub(memory) >> 10
     ));
     assert_eq!(ann.get("/private").send().status, 200, "and the session of all of them is well");
+}
+
+/// The rows of the matrix, and how many of each letter there are.
+const ROWS: [(char, usize); 5] = [('B', 13), ('S', 16), ('C', 13), ('X', 13), ('L', 11)];
+
+#[test]
+fn each_row_of_the_book_names_tests_that_exist() {
+    const BOOK: &str = include_str!("../../docs/bad-nights.md");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut rows = Vec::new();
+    for line in BOOK.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        let Some((row, [.., tests, ""])) = cells.get(1).zip(cells.get(2..)) else { continue };
+        if !row.ends_with(|c: char| c.is_ascii_digit()) {
+            continue;
+        }
+        rows.push((*row).to_owned());
+        let named: Vec<_> = tests.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
+        assert!(!named.is_empty() || tests.starts_with("none"), "{row}: which test shows it?");
+        for name in named {
+            let (file, function) = name.rsplit_once("::").unwrap();
+            let file = file.replace("::", "/");
+            let texts = [format!("tests/it/{file}.rs"), format!("src/{file}.rs"), format!("src/{file}/mod.rs")];
+            let text = texts.iter().find_map(|path| std::fs::read_to_string(root.join(path)).ok());
+            let text = text.unwrap_or_else(|| panic!("{row}: there is no file for {name}"));
+            assert!(text.contains(&format!("fn {function}(")), "{row}: there is no {name}");
+        }
+    }
+    let expected = ROWS.iter().flat_map(|(letter, count)| (1..=*count).map(move |number| format!("{letter}{number}")));
+    assert_eq!(rows, expected.collect::<Vec<_>>(), "each row once, in order");
 }
