@@ -61,6 +61,8 @@ pub struct Metrics {
     pub backend_weight: IntGaugeVec,
     /// pool, backend
     pub backend_in_flight: IntGaugeVec,
+    /// pool, source; 1 or 0: whether the last look brought an answer
+    pub discovery_up: IntGaugeVec,
     /// pool, backend
     pub backend_ejections: IntCounterVec,
     /// pool, backend, result: passed, failed
@@ -232,6 +234,12 @@ impl Metrics {
                 "Requests that a backend has now, with open WebSockets.",
                 &["pool", "backend"],
             ),
+            discovery_up: labelled_gauge(
+                &registry,
+                "cloakroom_discovery_up",
+                "1 when the last look for backends brought an answer; else those known before stay.",
+                &["pool", "source"],
+            ),
             backend_ejections: counter(
                 &registry,
                 "cloakroom_backend_ejections_total",
@@ -287,6 +295,19 @@ impl Metrics {
             "copy" => self.session_copy_seconds.observe(seconds),
             "store" => self.session_store_seconds.observe(seconds),
             _ => self.session_resolve_seconds.with_label_values(&[result]).observe(seconds),
+        }
+    }
+
+    /// Nothing is counted of this backend any more.
+    pub fn forget_backend(&self, pool: &str, backend: &str) {
+        for metric in [&self.backend_requests, &self.backend_ejections] {
+            let _ = metric.remove_label_values(&[pool, backend]);
+        }
+        for kind in ["connect", "response", "timeout", "status"] {
+            let _ = self.backend_failures.remove_label_values(&[pool, backend, kind]);
+        }
+        for result in ["passed", "failed"] {
+            let _ = self.backend_checks.remove_label_values(&[pool, backend, result]);
         }
     }
 
@@ -379,6 +400,7 @@ mod tests {
             backend_draining,
             backend_weight,
             backend_in_flight,
+            discovery_up,
             backend_ejections,
             backend_checks,
             retries,
@@ -416,6 +438,7 @@ mod tests {
             backend_draining,
             backend_weight,
             backend_in_flight,
+            discovery_up,
             backend_ejections,
             backend_checks,
             retries,

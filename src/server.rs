@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
@@ -57,6 +57,7 @@ use crate::spans::{Collector, SpanSender, Spans};
 
 mod reload;
 
+pub use crate::backend::discover::Discovery;
 pub use reload::LogSwitch;
 use reload::Reload;
 
@@ -66,8 +67,8 @@ const BACKEND_CONNECTIONS_KEPT: usize = 512;
 /// A store that does not answer yet is asked again after this long.
 const INSPECTION_RETRY: Duration = Duration::from_secs(1);
 
-/// Start-up waits this long for the names of backends; what is not known by then is found in the background.
-const FIRST_RESOLVE_MAX: Duration = Duration::from_secs(5);
+/// Start-up waits this long for backends to be found; what is not known by then is found in the background.
+const FIND_FIRST_MAX: Duration = Duration::from_secs(5);
 
 /// For tokens that are being renewed when all requests are answered.
 const RENEWALS_WAIT_MAX: Duration = Duration::from_secs(15);
@@ -182,6 +183,18 @@ impl Prepared {
     /// What it will count.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// What is found, at this moment, where its pools look for backends: the name of the pool, and each place.
+    pub fn discover(&self) -> Vec<(String, Discovery)> {
+        let pools: Vec<_> = self.rules.pools.values().cloned().collect();
+        discover::find_unknown(&pools, &self.rules.dns, FIND_FIRST_MAX);
+        let mut all: Vec<_> = pools
+            .iter()
+            .flat_map(|pool| pool.discoveries().into_iter().map(|discovery| (pool.name().to_owned(), discovery)))
+            .collect();
+        all.sort_by(|one, other| (&one.0, &one.1.source).cmp(&(&other.0, &other.1.source)));
+        all
     }
 
     /// Who else may say who somebody is.
@@ -311,7 +324,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     let admin_closed = watch::Sender::new(false);
     let cut = watch::Sender::new(false);
     let pools: Vec<_> = rules.pools.values().cloned().collect();
-    discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
+    discover::find_unknown(&pools, &rules.dns, FIND_FIRST_MAX);
     let rules = Arc::new(ArcSwap::from_pointee(rules));
     let gateway = Gateway {
         rules: Arc::clone(&rules),
@@ -354,7 +367,6 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         ring,
         metrics: metrics.clone(),
         log_switch,
-        resolve: Arc::new(Notify::new()),
         started: Arc::clone(&config),
         applied: Mutex::new(config),
     });
@@ -414,7 +426,6 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         reload_api,
         events,
         metrics,
-        resolve: Arc::clone(&running.reload.resolve),
         leaving: running.leaving.subscribe(),
         admin_closed: running.admin_closed.subscribe(),
         ended: running.ended.subscribe(),
@@ -583,7 +594,6 @@ struct Background {
     reload_api: Option<ReloadApi>,
     events: Events,
     metrics: Metrics,
-    resolve: Arc<Notify>,
     leaving: watch::Receiver<bool>,
     admin_closed: watch::Receiver<bool>,
     ended: watch::Receiver<bool>,
@@ -600,7 +610,6 @@ impl Background {
             reload_api,
             events,
             metrics,
-            resolve,
             leaving,
             admin_closed,
             mut ended,
@@ -638,18 +647,14 @@ impl Background {
             let pools = || rules.load().pools.values().cloned().collect::<Vec<_>>();
             let probe: Arc<dyn Probe> = Arc::new(PingoraProbe::new(Arc::clone(rules)));
             let checked = async || health::watch(pools, Arc::clone(&probe), metrics.clone()).await;
-            let resolved = async || {
-                loop {
-                    let _ = tokio::time::timeout(discover::INTERVAL, resolve.notified()).await;
-                    discover::resolve(&pools()).await;
-                }
-            };
+            let discovered = async || discover::watch(pools, || rules.load().dns.clone(), metrics.clone()).await;
+            let streamed = async || streams.watch(sessions, |record, place| gateway.admits(record, place)).await;
             tokio::select! {
                 () = lasting("health", watched) => {}
-                () = lasting("names of backends", resolved) => {}
+                () = lasting("discovery", discovered) => {}
                 () = lasting("health checks", checked) => {}
                 () = lasting("events", || events.run()) => {}
-                () = lasting("streams", async || streams.watch(sessions, |record, place| gateway.admits(record, place)).await) => {}
+                () = lasting("streams", streamed) => {}
                 _ = ended.wait_for(|ended| *ended) => {}
             }
         });

@@ -696,7 +696,7 @@ mod tests {
         kill(&pool, 3);
         let endpoints =
             config("\"127.0.0.1:2\", { address = \"127.0.0.1:3\", weight = 2 }, \"127.0.0.1:4\"", "").backends;
-        pool.replace(&endpoints.into_iter().map(toml::Spanned::into_inner).collect::<Vec<_>>());
+        pool.replace(&endpoints.into_iter().map(|entry| entry.into_inner().each).collect::<Vec<_>>());
         let now: Vec<_> =
             pool.backends().iter().map(|b| (b.in_flight(), b.health() == Health::Up, b.weight())).collect();
         assert_eq!(now, [(1, true, 1), (0, false, 2), (0, true, 1)]);

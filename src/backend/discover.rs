@@ -1,49 +1,231 @@
-//! Where are the backends now? Names are resolved in the background, so that no request waits for DNS.
+//! Where are the backends now? Names and files are looked at in the background, so that no request waits for them.
+//!
+//! An entry of `backends` is a [`Source`] of servers: itself, what DNS says, or what a file lists. A server that has a name
+//! is looked up, too. A look that fails, or that finds nothing, changes nothing: an empty answer is rather a mistake of who
+//! answers than the wish that nobody be served.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::config;
+use crate::config::error::ConfigError;
+use crate::config::model::{self, BackendSource, Place};
+use crate::metrics::Metrics;
+
+use super::names::{Found, Names};
 use super::{Backend, Pool};
 
-/// Between two looks at all names. The system's resolver keeps to the records' own time to live.
-pub const INTERVAL: Duration = Duration::from_secs(10);
+/// An answer is valid as long as it says, but not for less: a name server is asked for a name at most so often.
+const VALID_MIN: Duration = Duration::from_secs(1);
 
-/// One answer takes at most this long; the last good addresses stay meanwhile.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// And not for longer: a time to live of a day, written by mistake, must not keep us at servers that are gone.
+const VALID_MAX: Duration = Duration::from_secs(300);
 
-/// Resolves every backend of these pools that is configured by name. Failures keep the last good addresses.
-pub async fn resolve(pools: &[Arc<Pool>]) {
-    let mut lookups = tokio::task::JoinSet::new();
-    for backend in backends_of(pools).filter(|backend| backend.is_named()) {
-        lookups.spawn(async move { backend.resolve().await });
-    }
-    while lookups.join_next().await.is_some() {}
+/// Of the time, in percent: so much later is asked again, at most, so that instances do not keep step.
+const JITTER: u32 = 10;
+
+/// After a look that failed.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Files are read so often. They are small, and a look at their content misses nothing: neither a change within one tick of
+/// a file system's clock, nor one behind a symbolic link, nor one on NFS.
+const FILE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Looks under way at a time.
+const LOOKS_MAX: usize = 64;
+
+/// A reload may have brought others.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// One entry of a pool's `backends`, with what was found there.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) entry: BackendSource,
+    /// Shared with the same entry of the pool's earlier and later configurations.
+    known: Arc<Known>,
 }
 
-/// Resolves the names that have no address yet, before a start or a reload lets requests in; gives up waiting
-/// after `limit`, and leaves the rest to the background.
-pub fn resolve_unknown(pools: &[Arc<Pool>], limit: Duration) {
-    let unknown = backends_of(pools).filter(|backend| backend.addresses.load().is_empty());
-    let (done, finished) = std::sync::mpsc::channel();
-    for backend in unknown {
-        let done = done.clone();
-        let lookup = move || {
-            backend.learn(backend.name.to_socket_addrs().map(Vec::from_iter));
-            let _ = done.send(());
+#[derive(Debug, Default)]
+struct Known {
+    servers: ArcSwap<Vec<model::Backend>>,
+    schedule: Schedule,
+}
+
+/// When to look next, and how it went.
+#[derive(Debug, Default)]
+pub(super) struct Schedule(Mutex<Course>);
+
+#[derive(Debug, Default)]
+struct Course {
+    due: Option<Instant>,
+    is_under_way: bool,
+    failure: Option<String>,
+}
+
+/// What is known of one place where backends are found.
+#[derive(Clone, Debug)]
+pub struct Discovery {
+    /// `dns:host:port`, `srv:name`, `file:path`, or a backend's `host:port`.
+    pub source: String,
+    /// What it was last.
+    pub found: Vec<String>,
+    /// Why the last look brought nothing.
+    pub failure: Option<String>,
+}
+
+/// One look, which ends with this value.
+struct Look {
+    pool: Arc<Pool>,
+    subject: Subject,
+}
+
+enum Subject {
+    Source(Arc<Source>),
+    Address(Arc<Backend>),
+}
+
+impl Schedule {
+    /// Whether it is due; who is told so has to say how it went, or to drop the [`Look`].
+    fn begin(&self, now: Instant) -> bool {
+        let mut course = self.0.lock();
+        let is_due = course.due.is_none_or(|due| due <= now) && !course.is_under_way;
+        course.is_under_way |= is_due;
+        is_due
+    }
+
+    fn end(&self) {
+        self.0.lock().is_under_way = false;
+    }
+
+    /// The next look comes after this time; gives the failure of the one before.
+    fn note(&self, next: Duration, failure: Option<&str>) -> Option<String> {
+        let mut course = self.0.lock();
+        course.due = Some(Instant::now() + next);
+        std::mem::replace(&mut course.failure, failure.map(str::to_owned))
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.0.lock().failure.clone()
+    }
+}
+
+impl Source {
+    /// With what `previous` knows of the same place.
+    pub(super) fn new(entry: &BackendSource, previous: Option<&[Arc<Self>]>) -> Arc<Self> {
+        let same = previous.into_iter().flatten().find(|source| source.entry.to_string() == entry.to_string());
+        let known = same.map_or_else(Arc::default, |source| Arc::clone(&source.known));
+        Arc::new(Self { entry: entry.clone(), known })
+    }
+
+    /// Those that are known now.
+    pub(super) fn servers(&self) -> Vec<model::Backend> {
+        let each = &self.entry.each;
+        if self.entry.place == Place::Address {
+            return vec![each.clone()];
+        }
+        let with_ours = |server: &model::Backend| model::Backend {
+            // Either says more than nothing, never both.
+            weight: server.weight * each.weight,
+            max_requests: server.max_requests.max(each.max_requests),
+            backup: server.backup || each.backup,
+            drain: server.drain || each.drain,
+            ..server.clone()
         };
-        // Without a thread the background looks it up a little later.
-        let _ = std::thread::Builder::new().name("resolve".into()).spawn(lookup);
+        self.known.servers.load().iter().map(with_ours).collect()
     }
-    drop(done);
-    let deadline = std::time::Instant::now() + limit;
-    while finished.recv_timeout(deadline.saturating_duration_since(std::time::Instant::now())).is_ok() {}
+
+    async fn look(&self, pool: &Pool, names: &Names) {
+        let known = self.known.servers.load_full();
+        let (found, addresses) = match &self.entry.place {
+            Place::Address => return,
+            Place::Dns(host) => (servers_at(host, &known, names).await, Vec::new()),
+            Place::Srv(name) => match names.servers(name).await {
+                Ok((found, addresses)) => (Ok(found), addresses),
+                Err(cause) => (Err(cause), Vec::new()),
+            },
+            Place::File(path) => {
+                let path = path.get_ref().clone();
+                let read = tokio::task::spawn_blocking(move || config::load_backends(&path)).await;
+                let read = read.map_err(|error| error.to_string()).and_then(|read| read.map_err(|e| e.to_string()));
+                (read.and_then(listed_in_file), Vec::new())
+            }
+        };
+        self.note(pool, &known, found);
+        pool.place();
+        for backend in pool.backends().iter().filter(|backend| backend.addresses.load().is_empty()) {
+            // What came along need not be all; but it is what there is at once.
+            let own = addresses.iter().filter(|(name, _)| name == backend.name()).map(|(_, address)| *address);
+            backend.learn(own.collect());
+        }
+    }
+
+    fn note(&self, pool: &Pool, known: &[model::Backend], found: Result<Found<model::Backend>, String>) {
+        let (pool, source) = (pool.name(), self.entry.to_string());
+        let schedule = &self.known.schedule;
+        match found {
+            Ok(Found { all, valid, left_out }) => {
+                let is_back = schedule.note(valid, None).is_some();
+                if all != known {
+                    let backends: Vec<_> = all.iter().map(|server| server.address.as_str()).collect();
+                    tracing::info!(pool, source, ?backends, left_out, "backends found");
+                    self.known.servers.store(Arc::new(all));
+                } else if is_back {
+                    tracing::info!(pool, source, "backends are found again, and are the same");
+                }
+            }
+            Err(cause) => {
+                let before = schedule.note(RETRY, Some(&cause));
+                // What is wrong with a file changes when somebody works at it, and not by itself.
+                let is_file = matches!(self.entry.place, Place::File(_));
+                if before.is_none() || is_file && before.as_ref() != Some(&cause) {
+                    tracing::warn!(
+                        pool,
+                        source,
+                        cause,
+                        kept = known.len(),
+                        "backends are not found: those known last stay"
+                    );
+                }
+            }
+        }
+    }
 }
 
-fn backends_of(pools: &[Arc<Pool>]) -> impl Iterator<Item = Arc<Backend>> {
-    let of_pool = |pool: &Arc<Pool>| Vec::clone(&pool.backends());
-    pools.iter().flat_map(of_pool)
+async fn servers_at(host: &str, known: &[model::Backend], names: &Names) -> Result<Found<model::Backend>, String> {
+    let (host, port) = split(host)?;
+    let address = |server: &model::Backend| server.address.parse().ok().map(|address: SocketAddr| address.ip());
+    let known: Vec<_> = known.iter().filter_map(address).collect();
+    let Found { all, valid, left_out } = names.addresses(host, false, &known).await?;
+    let server = |ip| model::Backend {
+        host: Some(host.trim_end_matches('.').to_owned()),
+        ..model::Backend::at(SocketAddr::new(ip, port).to_string())
+    };
+    Ok(Found { all: all.into_iter().map(server).collect(), valid: in_time(valid), left_out })
+}
+
+fn listed_in_file(all: Vec<model::Backend>) -> Result<Found<model::Backend>, String> {
+    if all.is_empty() {
+        return Err("it lists no backend".to_owned());
+    }
+    Ok(Found { all, valid: FILE_INTERVAL, left_out: 0 })
+}
+
+/// When to ask again for what is valid so long.
+fn in_time(valid: Duration) -> Duration {
+    let valid = valid.clamp(VALID_MIN, VALID_MAX);
+    valid + valid.mul_f64(rand::random::<f64>() * f64::from(JITTER) / 100.0)
+}
+
+fn split(address: &str) -> Result<(&str, u16), String> {
+    let (host, port) = address.rsplit_once(':').ok_or("it has no port")?;
+    Ok((host, port.parse().map_err(|_| "its port is no number")?))
 }
 
 impl Backend {
@@ -51,29 +233,167 @@ impl Backend {
         self.name.parse::<SocketAddr>().is_err()
     }
 
-    async fn resolve(&self) {
-        let lookup = tokio::time::timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host(self.name.as_str())).await;
-        self.learn(match lookup {
-            Ok(found) => found.map(Vec::from_iter),
-            Err(elapsed) => Err(elapsed.into()),
-        });
-    }
-
-    fn learn(&self, found: std::io::Result<Vec<SocketAddr>>) {
-        let known = self.addresses.load();
-        match found {
-            Ok(mut addresses) if !addresses.is_empty() => {
-                addresses.sort();
-                addresses.dedup();
-                if addresses != **known {
-                    tracing::info!(backend = self.name, ?addresses, "backend resolved");
-                    self.addresses.store(Arc::new(addresses));
-                    self.has_address.store(true, Ordering::Release);
-                    self.ongoing.queue.look_again();
+    async fn look(&self, pool: &Pool, names: &Names) {
+        let known = self.addresses.load_full();
+        let found = async {
+            let (host, port) = split(&self.name)?;
+            let known: Vec<_> = known.iter().map(|address| address.ip()).collect();
+            let found = names.addresses(host, self.host.is_some(), &known).await?;
+            Ok::<_, String>((found, port))
+        };
+        let (pool, backend) = (pool.name(), &self.name);
+        match found.await {
+            Ok((Found { all, valid, .. }, port)) => {
+                let is_back = self.schedule.note(in_time(valid), None).is_some();
+                let is_new = self.learn(all.into_iter().map(|ip: IpAddr| SocketAddr::new(ip, port)).collect());
+                if is_back && !is_new {
+                    tracing::info!(pool, backend, "backend resolves again, and is where it was");
                 }
             }
-            Ok(_) => tracing::warn!(backend = self.name, ?known, "backend name has no address"),
-            Err(error) => tracing::warn!(backend = self.name, ?known, %error, "backend name does not resolve"),
+            Err(cause) => {
+                if self.schedule.note(RETRY, Some(&cause)).is_none() {
+                    tracing::warn!(pool, backend, cause, ?known, "backend does not resolve: the last addresses stay");
+                }
+            }
         }
+    }
+
+    /// It is there from now on; whether that is new. No address changes nothing.
+    fn learn(&self, addresses: Vec<SocketAddr>) -> bool {
+        let is_new = !addresses.is_empty() && addresses != **self.addresses.load();
+        if is_new {
+            tracing::info!(backend = self.name, ?addresses, "backend resolved");
+            self.addresses.store(Arc::new(addresses));
+            self.has_address.store(true, Ordering::Release);
+            self.ongoing.queue.look_again();
+        }
+        is_new
+    }
+}
+
+impl Look {
+    /// Those of this pool that are due; `is_first`: only of what was never found.
+    fn due(pool: &Arc<Pool>, is_first: bool) -> Vec<Self> {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        for source in pool.sources.iter().filter(|source| source.entry.place != Place::Address) {
+            let is_wanted = !is_first || source.known.servers.load().is_empty();
+            if is_wanted && source.known.schedule.begin(now) {
+                due.push(Subject::Source(Arc::clone(source)));
+            }
+        }
+        for backend in pool.backends().iter().filter(|backend| backend.is_named()) {
+            let is_wanted = !is_first || backend.addresses.load().is_empty();
+            if is_wanted && backend.schedule.begin(now) {
+                due.push(Subject::Address(Arc::clone(backend)));
+            }
+        }
+        due.into_iter().map(|subject| Self { pool: Arc::clone(pool), subject }).collect()
+    }
+
+    async fn run(self, names: Arc<Names>, places: Arc<Semaphore>) {
+        let Ok(_place) = places.acquire().await else { return };
+        match &self.subject {
+            Subject::Source(source) => source.look(&self.pool, &names).await,
+            Subject::Address(backend) => backend.look(&self.pool, &names).await,
+        }
+    }
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        match &self.subject {
+            Subject::Source(source) => source.known.schedule.end(),
+            Subject::Address(backend) => backend.schedule.end(),
+        }
+    }
+}
+
+impl Pool {
+    /// Reads the files that list its backends: as with every file that a configuration names, a start and a reload want
+    /// them to be there and right. Later a broken one changes nothing.
+    pub fn read_files(&self) -> Result<(), ConfigError> {
+        for source in &self.sources {
+            if let Place::File(path) = &source.entry.place {
+                let all = config::load_backends(path.get_ref())?;
+                source.note(self, &source.known.servers.load_full(), listed_in_file(all));
+            }
+        }
+        self.place();
+        Ok(())
+    }
+
+    /// Every place where its backends are found, and every one that has a name.
+    pub fn discoveries(&self) -> Vec<Discovery> {
+        let mut all = Vec::new();
+        for source in self.sources.iter().filter(|source| source.entry.place != Place::Address) {
+            all.push(Discovery {
+                source: source.entry.to_string(),
+                found: source.known.servers.load().iter().map(|server| server.address.clone()).collect(),
+                failure: source.known.schedule.failure(),
+            });
+        }
+        for backend in self.backends().iter().filter(|backend| backend.is_named()) {
+            all.push(Discovery {
+                source: backend.name.clone(),
+                found: backend.addresses.load().iter().map(SocketAddr::to_string).collect(),
+                failure: backend.schedule.failure(),
+            });
+        }
+        all
+    }
+}
+
+/// Looks at all places of all pools, each when it is due; never ends. `pools` gives those of today, `dns` who is asked.
+pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, dns: impl Fn() -> model::Dns, metrics: Metrics) {
+    let places = Arc::new(Semaphore::new(LOOKS_MAX));
+    let mut names = Arc::new(Names::new(dns()));
+    loop {
+        let dns = dns();
+        if *names.config() != dns {
+            names = Arc::new(Names::new(dns));
+        }
+        for pool in pools() {
+            // What was found for the pool before a reload counts for the one after it.
+            pool.place();
+            pool.forget_gone(&metrics);
+            for look in Look::due(&pool, false) {
+                tokio::spawn(look.run(Arc::clone(&names), Arc::clone(&places)));
+            }
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Looks at what was never found, before a start or a reload lets requests in; gives up waiting after `limit`, and leaves
+/// the rest to the background. Blocks, also within a runtime.
+pub fn find_unknown(pools: &[Arc<Pool>], dns: &model::Dns, limit: Duration) {
+    let (pools, names) = (pools.to_vec(), Arc::new(Names::new(dns.clone())));
+    let search = async move {
+        let places = Arc::new(Semaphore::new(LOOKS_MAX));
+        let mut looks = JoinSet::new();
+        loop {
+            // Who was found may have a name that is to be looked up in turn.
+            for look in pools.iter().flat_map(|pool| Look::due(pool, true)) {
+                looks.spawn(look.run(Arc::clone(&names), Arc::clone(&places)));
+            }
+            if looks.join_next().await.is_none() {
+                return;
+            }
+        }
+    };
+    let on_own_runtime = move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            if runtime.block_on(async { tokio::time::timeout(limit, search).await }).is_err() {
+                tracing::warn!(?limit, "backends are not found in time; the background looks on");
+            }
+            // A file that cannot be read must not hold up anybody.
+            runtime.shutdown_background();
+        }
+        Err(error) => tracing::error!(%error, "cannot start a runtime"),
+    };
+    // Without a thread the background finds them a little later.
+    if let Ok(thread) = std::thread::Builder::new().name("discover".into()).spawn(on_own_runtime) {
+        let _ = thread.join();
     }
 }

@@ -3,6 +3,7 @@
 //! What is configured is a [`Pool`], made anew by every reload. What has to outlive a reload is in the [`Backend`]s,
 //! which are taken over by their names (requests in flight, health, weight), and in `Ongoing` (turn, queue, budget).
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -13,7 +14,8 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
 
-use crate::config::model::{self, Balance, HashBy};
+use crate::config::model::{self, Balance, HashBy, Place};
+use crate::metrics::Metrics;
 
 pub mod balance;
 pub mod queue;
@@ -21,7 +23,9 @@ pub mod retry;
 pub mod ejection;
 pub mod health;
 pub mod discover;
+mod names;
 
+use discover::{Schedule, Source};
 use ejection::{Ejection, EjectionRules};
 use health::Checked;
 use queue::Queue;
@@ -42,7 +46,11 @@ pub struct Pool {
     ejection: EjectionRules,
     check: Option<model::Check>,
     /// As the file has them.
-    endpoints: Vec<model::Backend>,
+    sources: Vec<Arc<Source>>,
+    /// What `backends` was made of.
+    placed: Mutex<Vec<model::Backend>>,
+    /// Not in `backends` any more, but requests may still be there.
+    gone: Mutex<Vec<Arc<Backend>>>,
     ongoing: Arc<Ongoing>,
 }
 
@@ -72,12 +80,16 @@ pub struct Timeouts {
 pub struct Backend {
     id: u64,
     name: String,
+    /// Where DNS gave the address: see [`model::Backend::host`].
+    host: Option<String>,
     /// Of its name: what a key is hashed with, for this backend.
     seed: u64,
     /// Empty while the name cannot be resolved.
     addresses: ArcSwap<Vec<SocketAddr>>,
     has_address: AtomicBool,
     address_turn: AtomicUsize,
+    /// Where it has a name: when that is looked up.
+    schedule: Schedule,
     weight: AtomicU32,
     /// 0 = any number.
     requests_max: AtomicU32,
@@ -158,12 +170,16 @@ impl Pool {
     /// [`Pool::settle`].
     pub fn new(name: &str, config: &model::Pool, previous: Option<&Self>) -> Self {
         let ongoing = previous.map_or_else(Arc::default, |pool| Arc::clone(&pool.ongoing));
-        let endpoints: Vec<_> = config.backends.iter().map(|backend| backend.get_ref().clone()).collect();
+        let known_sources = previous.map(|pool| pool.sources.as_slice());
+        let sources: Vec<_> = config.backends.iter().map(|entry| Source::new(entry.get_ref(), known_sources)).collect();
+        let endpoints = servers(&sources);
         let known = previous.map(Self::backends);
         Self {
             name: name.to_owned(),
             backends: ArcSwap::from_pointee(listed(&endpoints, known.as_deref().map(Vec::as_slice), &ongoing)),
-            endpoints,
+            sources,
+            placed: Mutex::new(endpoints),
+            gone: Mutex::default(),
             timeouts: Timeouts {
                 connect: config.connect_timeout.get(),
                 read: config.read_timeout.get(),
@@ -192,23 +208,58 @@ impl Pool {
         self.backends.load_full()
     }
 
-    /// The backends are these from now on. One that stays keeps its requests, its connections and its health; one that
-    /// goes gets no new requests; one that comes begins slowly.
-    pub fn replace(&self, endpoints: &[model::Backend]) {
-        let backends = listed(endpoints, Some(&self.backends()), &self.ongoing);
-        self.backends.store(Arc::new(backends));
-        self.configure(endpoints);
+    /// The backends are those that its sources know now.
+    fn place(&self) {
+        if self.sources.iter().all(|source| source.entry.place == Place::Address) {
+            return;
+        }
+        let mut placed = self.placed.lock();
+        let endpoints = servers(&self.sources);
+        if *placed != endpoints {
+            self.replace(&endpoints);
+            *placed = endpoints;
+        }
     }
 
     /// Applies what the file says anew of backends that were taken over. What it says as before stays as it was set
     /// since then.
     pub fn settle(&self) {
-        self.configure(&self.endpoints);
+        let mut placed = self.placed.lock();
+        *placed = servers(&self.sources);
+        self.replace(&placed);
+    }
+
+    /// The backends are these from now on. One that stays keeps its requests, its connections and its health; one that
+    /// goes gets no new requests; one that comes begins slowly.
+    fn replace(&self, endpoints: &[model::Backend]) {
+        let before = self.backends();
+        let backends = listed(endpoints, Some(&before), &self.ongoing);
+        let stays = |backend: &Arc<Backend>| backends.iter().any(|other| Arc::ptr_eq(other, backend));
+        self.gone.lock().extend(before.iter().filter(|backend| !stays(backend)).cloned());
+        self.backends.store(Arc::new(backends));
+        self.configure(endpoints);
+    }
+
+    /// Of backends that have gone, and have no more requests, nothing is counted any more: else discovery could fill the
+    /// memory with their names.
+    fn forget_gone(&self, metrics: &Metrics) {
+        let mut gone = self.gone.lock();
+        if gone.is_empty() {
+            return;
+        }
+        let backends = self.backends();
+        gone.retain(|backend| {
+            let is_done = backend.in_flight() == 0;
+            if is_done && !backends.iter().any(|other| other.name == backend.name) {
+                metrics.forget_backend(&self.name, &backend.name);
+            }
+            !is_done
+        });
     }
 
     fn configure(&self, endpoints: &[model::Backend]) {
         for backend in self.backends.load().iter() {
-            if let Some(endpoint) = endpoints.iter().find(|endpoint| endpoint.address == backend.name) {
+            if let Some(endpoint) = endpoints.iter().find(|endpoint| backend.is_of(endpoint)) {
                 backend.configure(endpoint);
             }
             if self.check.is_none() {
@@ -246,11 +297,21 @@ impl Pool {
     }
 }
 
-/// The backends of these endpoints: those that are known as they are, others new; slowly, unless all are.
+/// All servers of these sources; of two at the same address the first.
+fn servers(sources: &[Arc<Source>]) -> Vec<model::Backend> {
+    let mut addresses = HashSet::new();
+    let all = sources.iter().flat_map(|source| source.servers());
+    all.filter(|server| addresses.insert(server.address.to_ascii_lowercase())).collect()
+}
+
+/// The backends of these endpoints: those that are known as they are, others new; slowly, unless there was nobody before.
 fn listed(endpoints: &[model::Backend], known: Option<&[Arc<Backend>]>, ongoing: &Arc<Ongoing>) -> Vec<Arc<Backend>> {
     let listed = endpoints.iter().map(|endpoint| {
-        let same = known.and_then(|known| known.iter().find(|backend| backend.name == endpoint.address));
-        same.map_or_else(|| Arc::new(Backend::new(endpoint, ongoing, known.is_some())), Arc::clone)
+        let same = known.and_then(|known| known.iter().find(|backend| backend.is_of(endpoint)));
+        same.map_or_else(
+            || Arc::new(Backend::new(endpoint, ongoing, known.is_some_and(|known| !known.is_empty()))),
+            Arc::clone,
+        )
     });
     listed.collect()
 }
@@ -258,15 +319,17 @@ fn listed(endpoints: &[model::Backend], known: Option<&[Arc<Backend>]>, ongoing:
 impl Backend {
     fn new(endpoint: &model::Backend, ongoing: &Arc<Ongoing>, slowly: bool) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let model::Backend { address, weight, max_requests, backup, drain } = endpoint;
+        let model::Backend { address, host, weight, max_requests, backup, drain } = endpoint;
         let known: Vec<_> = address.parse::<SocketAddr>().into_iter().collect();
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             name: address.clone(),
+            host: host.clone(),
             seed: balance::hash(address.as_bytes()),
             has_address: AtomicBool::new(!known.is_empty()),
             addresses: ArcSwap::from_pointee(known),
             address_turn: AtomicUsize::new(0),
+            schedule: Schedule::default(),
             weight: AtomicU32::new(*weight),
             requests_max: AtomicU32::new(*max_requests),
             is_backup: AtomicBool::new(*backup),
@@ -283,9 +346,18 @@ impl Backend {
         }
     }
 
-    /// `host:port` as configured; bounded, so it may be a metric label.
+    fn is_of(&self, endpoint: &model::Backend) -> bool {
+        self.name == endpoint.address && self.host == endpoint.host
+    }
+
+    /// `host:port` as configured or found; bounded, so it may be a metric label.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whom its certificate must name, where that is not the host in its name.
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
     }
 
     /// One of its addresses, in turn; none while its name cannot be resolved.

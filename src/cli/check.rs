@@ -1,10 +1,11 @@
-//! `cloakroom check FILE...`: every problem of every file; with `--online`, of the identity providers that they name.
+//! `cloakroom check FILE...`: every problem of every file; with `--online`, whether backends are found, and what is wrong
+//! with the identity providers.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::{BAD_CONFIG, FAILED, Terminal};
-use crate::server::Prepared;
+use crate::server::{Discovery, Prepared};
 use crate::{config, server};
 
 pub fn check(files: &[PathBuf], online: bool, terminal: &mut Terminal<'_>) -> ExitCode {
@@ -13,7 +14,8 @@ pub fn check(files: &[PathBuf], online: bool, terminal: &mut Terminal<'_>) -> Ex
         match config::load(file).and_then(server::prepare) {
             Ok(prepared) => {
                 terminal.say(format_args!("{}: ok", file.display()));
-                if online && !ask_providers(&prepared, terminal) && code == ExitCode::SUCCESS {
+                let is_well = !online || find_backends(&prepared, terminal) & ask_providers(&prepared, terminal);
+                if !is_well && code == ExitCode::SUCCESS {
                     code = ExitCode::from(FAILED);
                 }
             }
@@ -24,6 +26,24 @@ pub fn check(files: &[PathBuf], online: bool, terminal: &mut Terminal<'_>) -> Ex
         }
     }
     code
+}
+
+/// Whether they are found, and where.
+fn find_backends(prepared: &Prepared, terminal: &mut Terminal<'_>) -> bool {
+    let mut all_found = true;
+    for (pool, Discovery { source, found, failure }) in prepared.discover() {
+        match failure {
+            None if !found.is_empty() => {
+                terminal.say(format_args!("[pool.{pool}] {source}: {}", found.join(", ")));
+            }
+            failure => {
+                let cause = failure.as_deref().unwrap_or("no answer in time");
+                terminal.say(format_args!("[pool.{pool}] {source}: failed: {cause}"));
+                all_found = false;
+            }
+        }
+    }
+    all_found
 }
 
 /// Whether all of them are there, and what they say they are. What is only odd is told, and is no failure.

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use toml::Spanned;
 
 use super::model::{
-    Admin, BackendLogin, BasicLogin, Config, Events, Fallback, Identity, Limits, Listener, Log, Login, MemoryStore,
-    OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Split, Store, Throttle, Tracing,
+    Admin, BackendLogin, BasicLogin, Config, Dns, Events, Fallback, Identity, Limits, Listener, Log, Login,
+    MemoryStore, OidcLogin, PasswordLogin, Pool, RedisStore, Route, Server, Session, Split, Store, Throttle, Tracing,
 };
 
 /// A line for each key, each section that is new and each that is gone: `pool.app: backends`, `route /shop: added`.
@@ -58,6 +58,7 @@ impl Changes {
             identity,
             pools,
             splits,
+            dns,
             routes,
             events,
             admin,
@@ -73,6 +74,7 @@ impl Changes {
         changes.identity(identity, &new.identity);
         changes.pools(pools, &new.pools);
         changes.splits(splits, &new.splits);
+        changes.dns(dns, &new.dns);
         changes.routes(routes, &new.routes);
         changes.events(events, &new.events);
         changes.admin(admin, &new.admin);
@@ -239,6 +241,10 @@ impl Changes {
         self.sections(Effect::AtOnce, &named("split", old), &named("split", new), |changes, section, old, new| {
             keys!(changes, section, old, new, Split { AtOnce: groups, percent; });
         });
+    }
+
+    fn dns(&mut self, old: &Dns, new: &Dns) {
+        keys!(self, "dns", old, new, Dns { AtOnce: servers; });
     }
 
     /// A route is known by its host and its path; their order in the file means nothing.

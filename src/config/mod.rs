@@ -16,9 +16,15 @@ pub mod error;
 
 pub use validate::{confidential_url, is_label};
 
+/// Whether this is `host:port`, as `backends` has it.
+pub fn is_backend_address(text: &str) -> bool {
+    validate::backend_address(text).is_ok()
+}
+
 use error::{ConfigError, Problems};
 use model::{
-    Admin, BackendTls, CertificateFiles, Config, Events, Listener, Login, PasswordLogin, RedisStore, Session, Store,
+    Admin, Backend, BackendSource, BackendTls, CertificateFiles, Config, Events, Listener, Login, PasswordLogin, Place,
+    Pool, RedisStore, Session, Store,
 };
 use value::Secret;
 
@@ -69,6 +75,34 @@ pub fn load_admin(path: &Path) -> Result<Admin, ConfigError> {
     problems.into_result(admin)
 }
 
+/// The servers that a file lists for a pool: `backends`, written as in the pool itself.
+pub fn load_backends(path: &Path) -> Result<Vec<Backend>, ConfigError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        backends: Vec<Spanned<BackendSource>>,
+    }
+    let text = read(path)?;
+    let File { backends } = toml::from_str(&text).map_err(|error| ConfigError::not_toml(path, &text, &error))?;
+    let mut problems = Problems::in_file(path, &text);
+    validate::backends(&backends, &mut problems);
+    for backend in backends.iter().filter(|backend| backend.get_ref().place != Place::Address) {
+        problems
+            .add(backend.span(), format!("{} in a file of backends", backend.get_ref()))
+            .hint("such a file lists servers; other places stand in the pool");
+    }
+    match backends.get(FILE_BACKENDS_MAX) {
+        Some(backend) => problems
+            .add(backend.span(), format!("more than {FILE_BACKENDS_MAX} backends"))
+            .hint("a choice looks at each of them: make several pools of them"),
+        None => {}
+    }
+    problems.into_result(backends.into_iter().map(|backend| backend.into_inner().each).collect())
+}
+
+/// A choice looks at each backend.
+const FILE_BACKENDS_MAX: usize = 1_000;
+
 /// Room for some ten thousand routes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -118,6 +152,7 @@ fn resolve(
         identity: _,
         pools,
         splits: _,
+        dns: _,
         routes: _,
         events: Events { webhook_secret, webhook: _, audit: _ },
         admin: Admin { token, address: _, enabled: _ },
@@ -131,10 +166,15 @@ fn resolve(
         paths.extend(cert.iter_mut().chain(key).chain(client_ca));
         paths.extend(certificates.iter_mut().flat_map(|CertificateFiles { cert, key }| [cert, key]));
     }
-    for BackendTls { ca, cert, key, server_name: _, verify: _ } in
-        pools.values_mut().filter_map(|pool| pool.tls.as_mut())
-    {
-        paths.extend(ca.iter_mut().chain(cert).chain(key));
+    for Pool { backends, tls, .. } in pools.values_mut() {
+        for backend in backends {
+            if let Place::File(path) = &mut backend.get_mut().place {
+                paths.push(path);
+            }
+        }
+        if let Some(BackendTls { ca, cert, key, server_name: _, verify: _ }) = tls {
+            paths.extend(ca.iter_mut().chain(cert).chain(key));
+        }
     }
     if let Some(redis) = redis {
         let RedisStore { url, ca, cert, key, .. } = redis.get_mut();

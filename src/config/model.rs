@@ -4,6 +4,7 @@
 //! a test keeps that file and these defaults equal.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -40,6 +41,8 @@ pub struct Config {
     /// `[split.NAME]`
     #[serde(default, rename = "split")]
     pub splits: BTreeMap<String, Split>,
+    #[serde(default)]
+    pub dns: Dns,
     #[serde(default, rename = "route")]
     pub routes: Vec<Route>,
     #[serde(default)]
@@ -540,8 +543,8 @@ pub enum Preset {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pool {
-    /// Names are resolved in the background and again from time to time.
-    pub backends: Vec<Spanned<Backend>>,
+    /// Servers, and places where servers are found.
+    pub backends: Vec<Spanned<BackendSource>>,
     #[serde(default)]
     pub balance: Balance,
     /// With `balance = "hash"`: what of a request is hashed.
@@ -615,11 +618,35 @@ impl BackendTls {
     }
 }
 
-/// One of `backends`: `"host:port"`, or a table with `address` and more.
+/// One of `backends`: `"host:port"`, or a table with `address`, `dns`, `srv` or `file`, and more.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BackendSource {
+    pub place: Place,
+    /// What holds for each server of it; with its address, where that is known.
+    pub each: Backend,
+}
+
+/// Where servers are.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Place {
+    /// One server, at `host:port`.
+    Address,
+    /// A server at each address of the host: `host:port`.
+    Dns(String),
+    /// Those that the SRV records of this name are for.
+    Srv(String),
+    /// Those that this file lists.
+    File(Spanned<PathBuf>),
+}
+
+/// One server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
     /// `host:port`
     pub address: String,
+    /// Where DNS gave the address: the name that it was asked for. It is whom the server's certificate must name, because
+    /// whoever forges an answer could name a server of their own (RFC 6125, section 6.2.1).
+    pub host: Option<String>,
     /// Its share, compared with the others'.
     pub weight: u32,
     /// Requests that it gets at a time; 0 = any number.
@@ -628,6 +655,33 @@ pub struct Backend {
     pub backup: bool,
     /// It gets no new requests.
     pub drain: bool,
+}
+
+impl Backend {
+    /// With nothing said of it.
+    pub fn at(address: String) -> Self {
+        Self { address, host: None, weight: 1, max_requests: 0, backup: false, drain: false }
+    }
+}
+
+/// `dns:host:port`, `srv:name`, `file:path`; a server is its address. Short enough for a label.
+impl fmt::Display for BackendSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Place::Address => f.write_str(&self.each.address),
+            Place::Dns(host) => write!(f, "dns:{host}"),
+            Place::Srv(name) => write!(f, "srv:{name}"),
+            Place::File(path) => write!(f, "file:{}", path.get_ref().display()),
+        }
+    }
+}
+
+/// `[dns]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dns {
+    /// Asked instead of those of `/etc/resolv.conf`, and without its search list; empty = those.
+    pub servers: Vec<SocketAddr>,
 }
 
 /// Whose turn it is.

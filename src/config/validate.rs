@@ -9,8 +9,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::Problems;
 use super::model::{
-    ACR_VALUES_MAX, Access, Backend, Balance, Cache, Check as HealthCheck, Config, Directive, Eject, HashBy, Hsts,
-    Listener, OidcLogin, Pool, Protocol, RedisStore, Route, RouteSplit, Scheme, SealRecords,
+    ACR_VALUES_MAX, Access, Backend, BackendSource, Balance, Cache, Check as HealthCheck, Config, Directive, Eject,
+    HashBy, Hsts, Listener, OidcLogin, Place, Pool, Protocol, RedisStore, Route, RouteSplit, Scheme, SealRecords,
 };
 use super::redis_url::RedisUrl;
 use super::value::{Bytes, Duration, Secret, is_sample_secret};
@@ -28,6 +28,7 @@ pub(super) fn check(config: &Config, tree: &DeTable<'_>, problems: &mut Problems
     check.identity();
     check.pools();
     check.splits();
+    check.dns();
     check.routes();
     check.events();
     check.tracing();
@@ -551,30 +552,8 @@ impl Check<'_, '_> {
                     .hint("name at least one, e.g. \"127.0.0.1:9001\"");
             }
             self.backend_tls(pool);
-            for (index, backend) in pool.backends.iter().enumerate() {
-                let Backend { address, weight, max_requests, backup: _, drain: _ } = backend.get_ref();
-                if let Err(fault) = backend_address(address) {
-                    let message = format!("invalid backend {address:?}: {fault}");
-                    self.problems
-                        .add(backend.span(), message)
-                        .hint("expected host:port, e.g. \"10.0.0.7:8080\", \"app.internal:80\" or \"[fd00::7]:80\"");
-                }
-                if pool.backends[..index].iter().any(|other| other.get_ref().address.eq_ignore_ascii_case(address)) {
-                    self.problems
-                        .add(backend.span(), format!("backend {address:?} is there twice"))
-                        .hint("it would get two shares of the requests: say so with weight = 2");
-                }
-                if !(1..=WEIGHT_MAX).contains(weight) {
-                    self.problems
-                        .add(backend.span(), format!("weight is {weight}: must be between 1 and {WEIGHT_MAX}"))
-                        .hint("drain = true keeps new requests from a backend");
-                }
-                if MAX_REQUESTS_MAX < *max_requests {
-                    let message = format!("max_requests is {max_requests}: at most {MAX_REQUESTS_MAX}");
-                    self.problems.add(backend.span(), message);
-                }
-            }
-            if !pool.backends.is_empty() && pool.backends.iter().all(|backend| backend.get_ref().backup) {
+            backends(&pool.backends, self.problems);
+            if !pool.backends.is_empty() && pool.backends.iter().all(|backend| backend.get_ref().each.backup) {
                 let at = self.at_keys(&["pool", name, "backends"]);
                 self.problems
                     .add(at, format!("{key} has nothing but backups"))
@@ -585,6 +564,11 @@ impl Check<'_, '_> {
                 self.pool_check(name, check);
             }
         }
+    }
+
+    fn dns(&mut self) {
+        let servers = self.config.dns.servers.len();
+        self.number("dns.servers", servers, 0..=DNS_SERVERS_MAX);
     }
 
     fn pool_numbers(&mut self, name: &str, pool: &Pool) {
@@ -607,7 +591,11 @@ impl Check<'_, '_> {
             let at = self.at_keys(&["pool", name, "eject", "statuses"]);
             self.problems.add(at, format!("status {status} is no failure: expected 400 to 599"));
         }
-        let has_max = pool.backends.iter().any(|backend| backend.get_ref().max_requests != 0);
+        let has_max = pool.backends.iter().any(|backend| {
+            let BackendSource { place, each } = backend.get_ref();
+            // A file says it for each server of its own.
+            each.max_requests != 0 || matches!(place, Place::File(_))
+        });
         if pool.queue != 0 && !has_max {
             let at = self.at_keys(&["pool", name, "queue"]);
             self.problems
@@ -1165,6 +1153,9 @@ const WEIGHT_MAX: u32 = 1_000;
 
 const MAX_REQUESTS_MAX: u32 = 1_000_000;
 
+/// As many are asked in vain before a look-up gives up.
+const DNS_SERVERS_MAX: usize = 4;
+
 /// More often than this, checks are load.
 const CHECK_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
@@ -1176,7 +1167,63 @@ fn host_and_port(text: &str) -> Result<(), &'static str> {
     }
 }
 
-fn backend_address(text: &str) -> Result<(), &'static str> {
+/// Those of a pool, or of a file that a pool names.
+pub(super) fn backends(backends: &[Spanned<BackendSource>], problems: &mut Problems<'_>) {
+    for (index, backend) in backends.iter().enumerate() {
+        let BackendSource { place, each: Backend { address, host: _, weight, max_requests, backup: _, drain: _ } } =
+            backend.get_ref();
+        let (text, fault, expected) = match place {
+            Place::Address => (
+                address,
+                backend_address(address),
+                "expected host:port, e.g. \"10.0.0.7:8080\", \"app.internal:80\" or \"[fd00::7]:80\"",
+            ),
+            Place::Dns(host) => (host, named_backend(host), "expected host:port, e.g. \"app.internal:8080\""),
+            Place::Srv(name) => (name, service_name(name), "expected a name, e.g. \"_http._tcp.app.internal\""),
+            Place::File(_) => (address, Ok(()), ""),
+        };
+        if let Err(fault) = fault {
+            problems.add(backend.span(), format!("invalid backend {text:?}: {fault}")).hint(expected);
+        }
+        let printed = backend.get_ref().to_string();
+        if backends[..index].iter().any(|other| other.get_ref().to_string().eq_ignore_ascii_case(&printed)) {
+            problems
+                .add(backend.span(), format!("backend {printed:?} is there twice"))
+                .hint("it would get two shares of the requests: say so with weight = 2");
+        }
+        if !(1..=WEIGHT_MAX).contains(weight) {
+            problems
+                .add(backend.span(), format!("weight is {weight}: must be between 1 and {WEIGHT_MAX}"))
+                .hint("drain = true keeps new requests from a backend");
+        }
+        if MAX_REQUESTS_MAX < *max_requests {
+            let message = format!("max_requests is {max_requests}: at most {MAX_REQUESTS_MAX}");
+            problems.add(backend.span(), message);
+        }
+    }
+}
+
+fn named_backend(text: &str) -> Result<(), &'static str> {
+    backend_address(text)?;
+    let host = text.rsplit_once(':').map_or(text, |(host, _)| host);
+    if host.starts_with('[') || host.parse::<Ipv4Addr>().is_ok() {
+        return Err("an address is no name: write it without dns");
+    }
+    Ok(())
+}
+
+/// RFC 2782: `_service._proto.name`.
+fn service_name(text: &str) -> Result<(), &'static str> {
+    if text.contains(':') {
+        return Err("no port here: SRV records have their own");
+    }
+    host_name_or_address(text)?;
+    let mut labels = text.split('.');
+    let is_service = labels.by_ref().take(2).filter(|label| label.starts_with('_')).count() == 2;
+    if is_service && labels.next().is_some() { Ok(()) } else { Err("not the name of a service") }
+}
+
+pub(super) fn backend_address(text: &str) -> Result<(), &'static str> {
     if text.contains("://") {
         return Err("no scheme here");
     }

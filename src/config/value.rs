@@ -16,7 +16,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Serialize, Serializer};
 use toml::Spanned;
 
-use super::model::{Backend, HashBy};
+use super::model::{Backend, BackendSource, HashBy, Place};
 
 /// A span of time, written with its unit: `"250ms"`, `"30s"`, `"30m"`, `"12h"`, `"7d"`. Never zero, at most 400 days.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -508,7 +508,7 @@ impl Serialize for Percent {
     }
 }
 
-impl<'de> Deserialize<'de> for Backend {
+impl<'de> Deserialize<'de> for BackendSource {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(BackendVisitor)
     }
@@ -520,36 +520,55 @@ struct BackendVisitor;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BackendTable {
-    address: String,
-    #[serde(default = "one")]
-    weight: u32,
-    #[serde(default)]
-    max_requests: u32,
-    #[serde(default)]
-    backup: bool,
-    #[serde(default)]
-    drain: bool,
-}
-
-const fn one() -> u32 {
-    1
+    address: Option<String>,
+    dns: Option<String>,
+    srv: Option<String>,
+    file: Option<Spanned<PathBuf>>,
+    weight: Option<u32>,
+    max_requests: Option<u32>,
+    backup: Option<bool>,
+    drain: Option<bool>,
 }
 
 impl<'de> Visitor<'de> for BackendVisitor {
-    type Value = Backend;
+    type Value = BackendSource;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("\"host:port\" or { address = \"host:port\", weight = 2, ... }")
     }
 
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Backend, E> {
-        Ok(Backend { address: text.to_owned(), weight: one(), max_requests: 0, backup: false, drain: false })
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<BackendSource, E> {
+        Ok(BackendSource { place: Place::Address, each: Backend::at(text.to_owned()) })
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Backend, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<BackendSource, A::Error> {
         let table = BackendTable::deserialize(MapAccessDeserializer::new(map))?;
-        let BackendTable { address, weight, max_requests, backup, drain } = table;
-        Ok(Backend { address, weight, max_requests, backup, drain })
+        let BackendTable { address, dns, srv, file, weight, max_requests, backup, drain } = table;
+        let (place, address) = match (address, dns, srv, file) {
+            (Some(address), None, None, None) => (Place::Address, address),
+            (None, Some(host), None, None) => (Place::Dns(host), String::new()),
+            (None, None, Some(name), None) => (Place::Srv(name), String::new()),
+            (None, None, None, Some(path)) => (Place::File(path), String::new()),
+            (None, None, None, None) => return Err(de::Error::missing_field("address")),
+            _ => return Err(de::Error::custom("a backend is at one place: either address, dns, srv or file")),
+        };
+        match place {
+            Place::Srv(_) if weight.is_some() => {
+                return Err(de::Error::custom("SRV records have weights of their own: leave weight out"));
+            }
+            Place::File(_) if weight.is_some() || max_requests.is_some() || backup.is_some() || drain.is_some() => {
+                return Err(de::Error::custom("what is said of a backend stands in the file itself"));
+            }
+            Place::Address | Place::Dns(_) | Place::Srv(_) | Place::File(_) => {}
+        }
+        let each = Backend {
+            weight: weight.unwrap_or(1),
+            max_requests: max_requests.unwrap_or(0),
+            backup: backup.unwrap_or(false),
+            drain: drain.unwrap_or(false),
+            ..Backend::at(address)
+        };
+        Ok(BackendSource { place, each })
     }
 }
 
@@ -756,9 +775,9 @@ mod tests {
     fn a_backend_is_an_address_or_a_table() {
         #[derive(Deserialize)]
         struct Holder {
-            backend: Backend,
+            backend: BackendSource,
         }
-        let plain = Backend { address: "a:1".to_owned(), weight: 1, max_requests: 0, backup: false, drain: false };
+        let plain = Backend::at("a:1".to_owned());
         for (toml, expected) in [
             ("backend = 'a:1'", plain.clone()),
             ("backend = { address = 'a:1' }", plain.clone()),
@@ -768,12 +787,24 @@ mod tests {
                 Backend { max_requests: 9, backup: true, drain: true, ..plain },
             ),
         ] {
+            let expected = BackendSource { place: Place::Address, each: expected };
             assert_eq!(toml::from_str::<Holder>(toml).unwrap().backend, expected, "{toml}");
+        }
+        for (toml, printed, max_requests) in [
+            ("backend = { dns = 'a:1', weight = 2, max_requests = 9 }", "dns:a:1", 9),
+            ("backend = { srv = '_http._tcp.a', max_requests = 9, backup = true }", "srv:_http._tcp.a", 9),
+            ("backend = { file = 'a.toml' }", "file:a.toml", 0),
+        ] {
+            let backend = toml::from_str::<Holder>(toml).unwrap().backend;
+            assert_eq!((backend.to_string().as_str(), backend.each.max_requests), (printed, max_requests), "{toml}");
         }
         for (toml, message) in [
             ("backend = 17", "expected \"host:port\" or { address"),
             ("backend = { weight = 2 }", "missing field `address`"),
-            ("backend = { address = 'a:1', wait = 2 }", "unknown field `wait`, expected one of `address`, `weight`"),
+            ("backend = { address = 'a:1', wait = 2 }", "unknown field `wait`, expected one of `address`, `dns`"),
+            ("backend = { address = 'a:1', dns = 'b:1' }", "a backend is at one place"),
+            ("backend = { srv = '_http._tcp.a', weight = 2 }", "weights of their own"),
+            ("backend = { file = 'a.toml', drain = false }", "stands in the file itself"),
             ("backend = { address = 'a:1', weight = -1 }", "invalid value"),
         ] {
             let error = toml::from_str::<Holder>(toml).err().map(|error| error.message().to_owned());

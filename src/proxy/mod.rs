@@ -211,7 +211,7 @@ impl ProxyHttp for Gateway {
         let attempts = || metrics.backend_requests.with_label_values(&[pool.name(), lease.name()]);
         lease.attempts.get_or_init(attempts).inc();
         let timeouts = pool.timeouts();
-        let mut peer = transport.peer(lease.name(), address, context.is_upgrade);
+        let mut peer = transport.peer(&lease, address, context.is_upgrade);
         // Where a backend's word counts, it comes over no connection on which another route may have left something.
         peer.group_key ^= context.route.as_ref().map_or(0, |route| route.directives.number());
         let options = &mut peer.options;

@@ -35,9 +35,9 @@ impl PingoraProbe {
     }
 
     /// Who is asked: by the same transport as the requests, unless the check has its own.
-    fn peer(&self, pool: &str, name: &str, host: &str, address: SocketAddr, check: &Check) -> Option<HttpPeer> {
+    fn peer(&self, pool: &str, backend: &Backend, host: &str, address: SocketAddr, check: &Check) -> Option<HttpPeer> {
         let mut peer = match &check.tls {
-            None => self.rules.load().transports.get(pool)?.peer(name, address, false),
+            None => self.rules.load().transports.get(pool)?.peer(backend, address, false),
             Some(tls) => {
                 let server_name = check.server_name.as_ref().map_or_else(|| host_of(host), |name| name.get_ref());
                 let mut peer = HttpPeer::new(address, *tls.get_ref(), server_name.to_owned());
@@ -69,7 +69,7 @@ impl std::fmt::Debug for PingoraProbe {
 impl Probe for PingoraProbe {
     async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), String> {
         let host = check.host.as_ref().map_or(backend.name(), |host| host.get_ref());
-        let peer = self.peer(pool.name(), backend.name(), host, address, check).ok_or("its pool is gone")?;
+        let peer = self.peer(pool.name(), backend, host, address, check).ok_or("its pool is gone")?;
         let Some(path) = &check.path else {
             return self.transport.new_stream(&peer).await.map(drop).map_err(said);
         };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::backend::{AdminState, Health, Pool};
 use crate::config::error::ConfigError;
-use crate::config::model::Config;
+use crate::config::model::{Config, Dns};
 use crate::config::value::Percent;
 use crate::identity::headers::IdentityHeaders;
 use crate::login::Login;
@@ -21,6 +21,8 @@ pub struct Rules {
     pub routes: Routes,
     pub splits: BTreeMap<String, Arc<Split>>,
     pub pools: HashMap<String, Arc<Pool>>,
+    /// Who is asked where backends are.
+    pub dns: Dns,
     /// Of each pool.
     pub transports: HashMap<String, Transport>,
     pub identity: IdentityHeaders,
@@ -32,7 +34,9 @@ impl Rules {
     pub fn build(config: &Config, login: Login, previous: Option<&Self>) -> Result<Self, ConfigError> {
         let pools = config.pools.iter().map(|(name, pool)| {
             let previous = previous.and_then(|rules| rules.pools.get(name));
-            (name.clone(), Arc::new(Pool::new(name, pool, previous.map(Arc::as_ref))))
+            let pool = Pool::new(name, pool, previous.map(Arc::as_ref));
+            pool.read_files()?;
+            Ok((name.clone(), Arc::new(pool)))
         });
         let transports = config.pools.iter().map(|(name, pool)| Ok((name.clone(), Transport::load(pool)?)));
         let splits = config.splits.iter().map(|(name, split)| (name.clone(), Arc::new(Split::new(name, split))));
@@ -40,7 +44,8 @@ impl Rules {
         Ok(Self {
             routes: Routes::build(&config.routes, &splits, config.limits.body_bytes),
             splits,
-            pools: pools.collect(),
+            pools: pools.collect::<Result<_, ConfigError>>()?,
+            dns: config.dns.clone(),
             transports: transports.collect::<Result<_, ConfigError>>()?,
             identity: IdentityHeaders::compile(&config.identity).reserving(access_token_fields(config)),
             login,
@@ -69,7 +74,12 @@ impl Rules {
             let ratio = f64::from(split.percent().basis_points()) / f64::from(Percent::ALL.basis_points());
             metrics.split_ratio.with_label_values(&[split.name()]).set(ratio);
         }
+        metrics.discovery_up.reset();
         for pool in self.pools.values() {
+            for discovery in pool.discoveries() {
+                let is_up = discovery.failure.is_none() && !discovery.found.is_empty();
+                metrics.discovery_up.with_label_values(&[pool.name(), &discovery.source]).set(is_up.into());
+            }
             metrics.queue_waiting.with_label_values(&[pool.name()]).set(pool.waiting() as i64);
             for backend in pool.backends().iter() {
                 let values = [

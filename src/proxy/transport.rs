@@ -9,6 +9,7 @@ use std::sync::Arc;
 use pingora::upstreams::peer::HttpPeer;
 use pingora::utils::tls::{CertKey, WrappedX509, parse_x509};
 
+use crate::backend::Backend;
 use crate::config::error::ConfigError;
 use crate::config::model::{self, Protocol};
 use crate::pem;
@@ -68,13 +69,17 @@ impl Transport {
         Ok(Self { protocol, tls, fingerprint: hasher.finish() })
     }
 
-    /// The backend `name` (`host:port`, as configured), which is at `address`. `is_upgrade`: a WebSocket, which begins in
-    /// HTTP/1 whatever the protocol.
-    pub fn peer(&self, name: &str, address: SocketAddr, is_upgrade: bool) -> HttpPeer {
+    /// This backend, which is at `address`. `is_upgrade`: a WebSocket, which begins in HTTP/1 whatever the protocol.
+    pub fn peer(&self, backend: &Backend, address: SocketAddr, is_upgrade: bool) -> HttpPeer {
+        self.peer_of(backend.host().unwrap_or_else(|| host_of(backend.name())), address, is_upgrade)
+    }
+
+    /// The one whose certificate must be for `host`, unless the pool has a `server_name`.
+    fn peer_of(&self, host: &str, address: SocketAddr, is_upgrade: bool) -> HttpPeer {
         let mut peer = match &self.tls {
             None => HttpPeer::new(address, false, String::new()),
             Some(tls) => {
-                let server_name = tls.server_name.clone().unwrap_or_else(|| host_of(name).to_owned());
+                let server_name = tls.server_name.clone().unwrap_or_else(|| host.to_owned());
                 let mut peer = HttpPeer::new(address, true, server_name);
                 peer.client_cert_key = tls.own.clone();
                 peer.options.ca = tls.authorities.clone();
@@ -125,9 +130,9 @@ mod tests {
         let named = transport("backends = []\ntls = { server_name = \"other.internal\" }");
         let address = SocketAddr::from(([127, 0, 0, 1], 443));
         for (name, expected) in cases {
-            let peer = usual.peer(name, address, false);
+            let peer = usual.peer_of(host_of(name), address, false);
             assert_eq!((peer.sni.as_str(), peer.options.verify_cert), (expected, true), "never empty: verified");
-            assert_eq!(named.peer(name, address, false).sni, "other.internal");
+            assert_eq!(named.peer_of(host_of(name), address, false).sni, "other.internal");
         }
     }
 

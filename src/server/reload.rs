@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
-use super::{FIRST_RESOLVE_MAX, build_login, now_seconds};
+use super::{FIND_FIRST_MAX, build_login, now_seconds};
 use crate::backend::discover;
 use crate::config;
 use crate::config::changes::Changes;
@@ -28,8 +27,6 @@ pub(super) struct Reload {
     pub(super) ring: Option<Arc<KeyRing>>,
     pub(super) metrics: Metrics,
     pub(super) log_switch: LogSwitch,
-    /// Names of backends are to be looked up again.
-    pub(super) resolve: Arc<Notify>,
     /// What only a restart applies is as it was then.
     pub(super) started: Arc<Config>,
     /// The last one that was applied. Whoever reloads holds it: reloads take turns.
@@ -91,7 +88,7 @@ impl Reload {
         let previous = self.rules.load_full();
         let rules = Rules::build(&config, login.taking_over(&previous.login), Some(&previous))?;
         let pools: Vec<_> = rules.pools.values().cloned().collect();
-        discover::resolve_unknown(&pools, FIRST_RESOLVE_MAX);
+        discover::find_unknown(&pools, &rules.dns, FIND_FIRST_MAX);
 
         // From here on nothing fails.
         let mut changes = Changes {
@@ -121,7 +118,6 @@ impl Reload {
         let LogSwitch(set_level) = &self.log_switch;
         set_level(config.log.level);
         *applied = Arc::new(config);
-        self.resolve.notify_one();
         Ok(changes)
     }
 

@@ -13,6 +13,7 @@ mod balancing;
 mod splits;
 mod backends_fail;
 mod bad_nights;
+mod discovery;
 mod proxy_protocol;
 mod http2;
 mod http2_hostile;

@@ -1,7 +1,7 @@
 //! What reaches a web server behind the gateway? A real one that keeps every byte and answers as it is told.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -100,12 +100,32 @@ impl Backend {
         Self::answering(move |_| answer.clone())
     }
 
+    /// As many that answer alike, at `127.0.0.2`, `127.0.0.3` and so on, at the same port: as the addresses of one name.
+    pub(crate) fn at_one_port(count: u8, answer: &Answer) -> Vec<Self> {
+        for _ in 0..100 {
+            let first = TcpListener::bind("127.0.0.2:0").unwrap();
+            let port = first.local_addr().unwrap().port();
+            let others = (3..2 + count).map(|last| TcpListener::bind((Ipv4Addr::new(127, 0, 0, last), port)));
+            // Somebody else may have the port at one of the addresses.
+            let Ok(others) = others.collect::<io::Result<Vec<_>>>() else { continue };
+            let serve = |listener| {
+                let answer = answer.clone();
+                Self::serving(listener, move |_| answer.clone())
+            };
+            return std::iter::once(first).chain(others).map(serve).collect();
+        }
+        panic!("no port is free at {count} addresses");
+    }
+
     /// Answers each request as `answer` says.
     pub(crate) fn answering(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::serving(TcpListener::bind("127.0.0.1:0").unwrap(), answer)
+    }
+
+    fn serving(listener: TcpListener, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
-            name: format!("backend-{}", address.port()),
+            name: format!("backend-{address}"),
             answer: Mutex::new(Arc::new(answer)),
             connections: Mutex::default(),
             bytes: AtomicU64::new(0),

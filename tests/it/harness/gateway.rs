@@ -215,6 +215,11 @@ impl Setup {
         self
     }
 
+    /// As `pool`, with `backends` as they stand in the file.
+    pub(crate) fn pool_found(self, name: &str, backends: &[&str], keys: &str) -> Self {
+        self.pool_of(name, &backends.iter().map(|&backend| backend.to_owned()).collect::<Vec<_>>(), keys)
+    }
+
     /// For a pool `app` that is written by hand.
     pub(crate) fn without_pools(mut self) -> Self {
         self.pools.clear();

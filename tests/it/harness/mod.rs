@@ -10,6 +10,7 @@
 pub(crate) mod backend;
 pub(crate) mod client;
 pub(crate) mod gateway;
+pub(crate) mod dns;
 pub(crate) mod provider;
 pub(crate) mod wire;
 pub(crate) mod clock;
