@@ -147,7 +147,7 @@ impl Source {
             Place::Address => return,
             Place::Dns(host) => (servers_at(host, &known, names).await, Vec::new()),
             Place::Srv(name) => match names.servers(name).await {
-                Ok((found, addresses)) => (Ok(found), addresses),
+                Ok((found, addresses)) => (Ok(Found { valid: in_time(found.valid), ..found }), addresses),
                 Err(cause) => (Err(cause), Vec::new()),
             },
             Place::File(path) => {
@@ -395,5 +395,78 @@ pub fn find_unknown(pools: &[Arc<Pool>], dns: &model::Dns, limit: Duration) {
     // Without a thread the background finds them a little later.
     if let Ok(thread) = std::thread::Builder::new().name("discover".into()).spawn(on_own_runtime) {
         let _ = thread.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_counts_as_long_as_it_says_within_bounds_and_nobody_keeps_step() {
+        for (valid, least) in [(0, 1), (1, 1), (60, 60), (300, 300), (86_400, 300)] {
+            let times: Vec<_> = (0..100).map(|_| in_time(Duration::from_secs(valid))).collect();
+            let least = Duration::from_secs(least);
+            assert!(times.iter().all(|time| (least..=least.mul_f64(1.1)).contains(time)), "{valid}: {times:?}");
+            assert!(times.iter().any(|time| *time != times[0]), "{valid}");
+        }
+    }
+
+    #[test]
+    fn one_looks_at_a_time_and_who_gives_up_leaves_it_to_the_next() {
+        let pool = Arc::new(Pool::new("app", &toml::from_str("backends = [\"app.test:1\"]").unwrap(), None));
+        let first = Look::due(&pool, true);
+        assert_eq!((first.len(), Look::due(&pool, true).len()), (1, 0));
+        drop(first);
+        let again = Look::due(&pool, false);
+        assert_eq!(again.len(), 1);
+        pool.backends()[0].schedule.note(RETRY, Some("away"));
+        drop(again);
+        assert!(Look::due(&pool, false).is_empty(), "not before its time");
+    }
+
+    fn found(pool: &Pool, addresses: &[&str]) {
+        let all = addresses.iter().map(|address| model::Backend::at((*address).to_owned())).collect();
+        let source = &pool.sources[0];
+        source.note(pool, &source.known.servers.load_full(), Ok(Found { all, valid: VALID_MAX, left_out: 0 }));
+        pool.place();
+    }
+
+    fn config(keys: &str) -> model::Pool {
+        toml::from_str(&format!("backends = [{{ dns = \"api.test:1\"{keys} }}, \"10.0.0.9:1\"]\nslow_start = \"1h\""))
+            .unwrap()
+    }
+
+    fn names(pool: &Pool) -> Vec<String> {
+        pool.backends().iter().map(|backend| backend.name().to_owned()).collect()
+    }
+
+    #[test]
+    fn what_was_found_outlives_a_reload_and_is_what_the_new_file_says() {
+        let old = Pool::new("app", &config(""), None);
+        found(&old, &["10.0.0.1:1", "10.0.0.2:1"]);
+        assert_eq!(names(&old), ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]);
+        let kept = old.backends()[0].id;
+        let new = Pool::new("app", &config(", weight = 3"), Some(&old));
+        // For the old one, while the new one is being made.
+        found(&old, &["10.0.0.1:1", "10.0.0.9:1"]);
+        new.settle();
+        assert_eq!(names(&new), ["10.0.0.1:1", "10.0.0.9:1"], "what is there twice counts once");
+        assert_eq!((new.backends()[0].id, new.backends()[0].weight()), (kept, 3));
+    }
+
+    #[test]
+    fn a_name_that_goes_leaves_no_trace_when_its_requests_have_ended() {
+        let (pool, metrics) = (Pool::new("app", &config(""), None), Metrics::new());
+        found(&pool, &["10.0.0.1:1"]);
+        let lease = pool.backends()[0].try_lease(false).unwrap();
+        metrics.backend_requests.with_label_values(&["app", "10.0.0.1:1"]).inc();
+        let is_told = || String::from_utf8(metrics.render()).unwrap().contains("10.0.0.1:1");
+        found(&pool, &["10.0.0.2:1"]);
+        pool.forget_gone(&metrics);
+        assert!(is_told(), "it has a request");
+        drop(lease);
+        pool.forget_gone(&metrics);
+        assert!(!is_told());
     }
 }

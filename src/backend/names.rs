@@ -315,3 +315,89 @@ fn additional_addresses(lookup: &Lookup, servers: &[Backend]) -> Vec<(String, So
     }
     addresses
 }
+
+#[cfg(test)]
+mod tests {
+    use hickory_resolver::proto::rr::Record;
+    use hickory_resolver::proto::rr::rdata::{A, SRV};
+
+    use super::*;
+
+    const SERVICE: &str = "_http._tcp.api.test";
+
+    fn name(text: &str) -> Name {
+        Name::from_utf8(text).unwrap()
+    }
+
+    fn srv(priority: u16, weight: u16, port: u16, target: &str) -> Record {
+        // Also what no resolver of ours would write.
+        let target = Name::from_labels(target.split('.').filter(|label| !label.is_empty()).map(str::as_bytes)).unwrap();
+        Record::from_rdata(name(SERVICE), 60, RData::SRV(SRV::new(priority, weight, port, target)))
+    }
+
+    fn answer(records: impl IntoIterator<Item = Record>) -> Lookup {
+        Lookup::new_with_max_ttl(Query::query(name(SERVICE), RecordType::SRV), records)
+    }
+
+    #[test]
+    fn a_service_is_its_servers_with_their_weights_and_its_name_is_whom_they_must_prove_to_be() {
+        let records = [
+            srv(20, 7, 1, "far.test."),
+            srv(10, 0, 3, "Near.test."),
+            srv(10, 65535, 2, "near.test."),
+            srv(10, 5, 4, "."),
+            srv(10, 5, 0, "port.test."),
+            srv(10, 5, 5, "a b.test."),
+        ];
+        let found = servers_in(&answer(records), SERVICE);
+        let seen: Vec<_> = found.iter().map(|server| (server.address.as_str(), server.weight, server.backup)).collect();
+        assert_eq!(seen, [("near.test:2", 65535, false), ("near.test:3", 1, false), ("far.test:1", 7, true)]);
+        assert!(found.iter().all(|server| server.host.as_deref() == Some("api.test")));
+        assert!(servers_in(&answer([srv(0, 0, 80, ".")]), SERVICE).is_empty(), "decidedly not available (RFC 2782)");
+    }
+
+    #[test]
+    fn addresses_that_come_along_are_those_of_the_servers() {
+        let mut lookup = answer([srv(0, 0, 80, "one.test."), srv(0, 0, 81, "two.test.")]);
+        let address = |owner: &str, last| Record::from_rdata(name(owner), 60, RData::A(A::new(10, 0, 0, last)));
+        lookup.extend_additionals([address("one.test.", 1), address("one.test.", 2), address("three.test.", 3)]);
+        let servers = servers_in(&lookup, SERVICE);
+        let one = |text: &str| ("one.test:80".to_owned(), text.parse().unwrap());
+        assert_eq!(additional_addresses(&lookup, &servers), [one("10.0.0.1:80"), one("10.0.0.2:80")]);
+    }
+
+    #[test]
+    fn no_answer_makes_a_pool_without_end() {
+        let many: Vec<IpAddr> = (0..=u8::MAX).flat_map(|a| [[10, 0, 0, a].into(), [10, 0, 1, a].into()]).collect();
+        let found = Found::new(many, Duration::ZERO);
+        assert_eq!((found.all.len(), found.left_out), (FOUND_MAX, 512 - FOUND_MAX));
+    }
+
+    #[tokio::test]
+    async fn short_names_are_looked_for_as_resolv_conf_says() {
+        let asker = |search: &[&str], dots| {
+            let search = search.iter().map(|domain| name(domain)).collect();
+            let config = ResolverConfig::from_parts(None, search, vec![name_server(([127, 0, 0, 1], 9).into())]);
+            let mut options = ResolverOpts::default();
+            options.ndots = dots;
+            Asker::new(config, options).unwrap()
+        };
+        let candidates = |asker: &Asker, text: &str, is_whole| {
+            asker.candidates(name(text), is_whole).iter().map(Name::to_utf8).collect::<Vec<_>>()
+        };
+        let usual = asker(&["a.test", "b.test"], 1);
+        assert_eq!(candidates(&usual, "app", false), ["app.a.test.", "app.b.test.", "app."]);
+        assert_eq!(candidates(&usual, "app.c", false), ["app.c.", "app.c.a.test.", "app.c.b.test."]);
+        assert_eq!(candidates(&usual, "app.c.", false), ["app.c."]);
+        assert_eq!(candidates(&usual, "app", true), ["app."], "as names in answers are");
+        let kubernetes = asker(&["svc.cluster.local"], 5);
+        assert_eq!(candidates(&kubernetes, "app.shop", false), ["app.shop.svc.cluster.local.", "app.shop."]);
+    }
+
+    #[test]
+    fn an_address_without_a_route_is_left_out_unless_it_is_all_there_is() {
+        let (near, nowhere): (IpAddr, IpAddr) = ([127, 0, 0, 1].into(), [255, 255, 255, 255].into());
+        assert_eq!(with_a_route(vec![near, nowhere]), [near]);
+        assert_eq!(with_a_route(vec![nowhere]), [nowhere]);
+    }
+}

@@ -47,7 +47,7 @@ pub enum Command {
     Check {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Ask the identity providers, too, what they are.
+        /// Ask where backends are, too, and the identity providers what they are.
         #[arg(long)]
         online: bool,
     },

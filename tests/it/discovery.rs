@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::dns::{Kind, NameServer, Record, Trouble};
-use crate::harness::gateway::{Gateway, Setup};
+use crate::harness::gateway::{Gateway, Setup, Store};
 use crate::harness::wait_until;
 
 const PUBLIC: &str = "access = \"public\"";
@@ -369,4 +369,30 @@ fn the_check_says_where_backends_are_when_it_may_ask() {
     let output = check(&[]);
     assert!(!String::from_utf8_lossy(&output.stdout).contains("dns:"), "it asks nobody by itself");
     assert_eq!(output.status.code(), Some(0));
+}
+
+/// Redis and providers are found by the system, and not as backends are; but a name that is nowhere is no worse there.
+#[test]
+fn a_store_and_a_provider_whose_names_lead_nowhere_are_an_outage_and_no_more() {
+    let backend = Backend::echo();
+    let provider = "[login]\norigins = [\"https://app.test\"]\n\
+                    [login.oidc.any]\nissuer = \"https://login.nowhere.invalid\"\nclient_id = \"us\"\n\
+                    client_secret = \"Zk3-a-secret-of-nobody-91Qp\"\n";
+    let gateway = Gateway::in_front_of(&[&backend])
+        .without_passwords()
+        .store(Store::Redis("url = \"redis://redis.nowhere.invalid:6379\"".to_owned()))
+        .route("/", "")
+        .route("/public", PUBLIC)
+        .with(provider)
+        .start();
+    let client = gateway.client().with_host("app.test").allowing("refresh");
+    for round in 0..3 {
+        assert_eq!(client.get("/public").send().status, 200, "round {round}: who needs neither is served");
+        let known = client.get("/").header("cookie", &format!("session={}", "A".repeat(46))).send();
+        assert_eq!(known.status, 503, "round {round}: nobody is logged out: {}", known.text());
+        assert!(known.headers("set-cookie").is_empty());
+        let refused = client.navigate("/.cloakroom/login").send();
+        assert_eq!(refused.status, 503, "round {round}: {}", refused.text());
+    }
+    // The end of the test is the end of the gateway: nobody who still waits for a name holds it up.
 }
