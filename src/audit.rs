@@ -25,6 +25,15 @@ pub enum Event<'a> {
     Ended { session: &'a str, user: &'a str, ending: &'a str, at: &'a str },
     /// An operator has given a split another percentage, at run time.
     SplitSet { client: Option<IpAddr>, split: &'a str, before: &'a str, after: &'a str },
+    /// An operator has set something of a backend, a `key` of the file, at run time.
+    BackendSet {
+        client: Option<IpAddr>,
+        pool: &'a str,
+        backend: &'a str,
+        key: &'a str,
+        before: &'a str,
+        after: &'a str,
+    },
     /// A backend asked for what its route does not allow, or what is malformed; nothing of it was done. `directive` names
     /// the fields.
     DirectiveRefused { request_id: &'a str, route: &'a str, backend: &'a str, directive: &'a str, reason: &'a str },
@@ -92,6 +101,10 @@ pub fn tell(event: Event<'_>) {
         Event::SplitSet { client, split, before, after } => {
             let client = client.map(display);
             info!(target: "audit", client, split, before, after, "split set");
+        }
+        Event::BackendSet { client, pool, backend, key, before, after } => {
+            let client = client.map(display);
+            info!(target: "audit", client, pool, backend, key, before, after, "backend set");
         }
         Event::DirectiveRefused { request_id, route, backend, directive, reason } => {
             info!(target: "audit", request_id, route, backend, directive, reason, "directive refused");
@@ -210,6 +223,14 @@ pub(crate) mod tests {
             Event::Revoked { by: Revoker::Operator, client: None, user: None, what: "everyone", ended: 7 },
             Event::Ended { session, user: "ann", ending: "expired", at: "2027-01-15T08:00:00Z" },
             Event::SplitSet { client: Some(client), split: "next", before: "5", after: "12.5" },
+            Event::BackendSet {
+                client: Some(client),
+                pool: "app",
+                backend: "b:1",
+                key: "weight",
+                before: "1",
+                after: "5",
+            },
             Event::DirectiveRefused {
                 request_id: "4f1a",
                 route: "/",
@@ -232,6 +253,8 @@ pub(crate) mod tests {
             json!({ "message": "session ended", "session": session, "user": "ann", "ending": "expired",
                     "at": "2027-01-15T08:00:00Z" }),
             json!({ "message": "split set", "client": "192.0.2.7", "split": "next", "before": "5", "after": "12.5" }),
+            json!({ "message": "backend set", "client": "192.0.2.7", "pool": "app", "backend": "b:1", "key": "weight",
+                    "before": "1", "after": "5" }),
             json!({ "message": "directive refused", "request_id": "4f1a", "route": "/", "backend": "b:1",
                     "directive": "session-login", "reason": "its route does not allow it" }),
         ];

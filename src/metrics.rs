@@ -1,5 +1,8 @@
 //! Every metric, named and helped once. Labels come from closed sets and from the configuration, never from a client.
 
+use std::collections::HashMap;
+
+use prometheus::core::Collector;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -81,6 +84,13 @@ pub struct Metrics {
     pub spans: IntCounterVec,
     /// log: access, diagnostics
     pub log_lines_dropped: IntCounterVec,
+}
+
+/// At one backend, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attempts {
+    pub all: u64,
+    pub failed: u64,
 }
 
 impl Metrics {
@@ -311,6 +321,23 @@ impl Metrics {
         }
     }
 
+    /// Attempts at each backend, by pool and backend, and how many of them failed.
+    pub fn attempts(&self) -> HashMap<(String, String), Attempts> {
+        let mut attempts = HashMap::<_, Attempts>::new();
+        for (counters, is_failure) in [(&self.backend_requests, false), (&self.backend_failures, true)] {
+            for counter in counters.collect().iter().flat_map(|family| family.get_metric()) {
+                let label = |name: &str| {
+                    let label = counter.get_label().iter().find(|label| label.name() == name);
+                    label.map(|label| label.value().to_owned()).unwrap_or_default()
+                };
+                let of_backend = attempts.entry((label("pool"), label("backend"))).or_default();
+                let count = if is_failure { &mut of_backend.failed } else { &mut of_backend.all };
+                *count += counter.get_counter().get_value() as u64;
+            }
+        }
+        attempts
+    }
+
     /// The Prometheus text format, version 0.0.4.
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
@@ -355,7 +382,6 @@ fn histogram(registry: &Registry, name: &str, help: &str, labels: &[&str], bucke
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use prometheus::core::Collector;
     use serde_json::Value;
 
     use super::*;

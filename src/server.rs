@@ -22,7 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
-use crate::admin::{Admin, Health, Quiet, ReloadApi, SessionsApi, SplitsApi, Token};
+use crate::admin::{About, Admin, Health, PoolsApi, Quiet, ReloadApi, SessionsApi, SplitsApi, StatusPage, Token};
 use crate::backend::health::Probe;
 use crate::backend::{balance, discover, health};
 use crate::config::changes::Changes;
@@ -351,7 +351,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         write_timeout: config.limits.write_timeout.get(),
     });
     let connections = Arc::new(Semaphore::new(connections_possible(config.server.connections_max)));
-    let addresses = listeners.iter().map(Listener::address).collect();
+    let addresses: Vec<_> = listeners.iter().map(Listener::address).collect();
     let threads = match config.server.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
@@ -369,10 +369,20 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         log_switch,
         started: Arc::clone(&config),
         applied: Mutex::new(config),
+        last: watch::Sender::new(None),
     });
     let token = reload.started.admin.token.as_ref().map(|token| Token::new(token.get_ref().expose()));
     let sessions_api = token.clone().map(|token| SessionsApi::new(sessions.clone(), token));
     let splits_api = token.clone().map(|token| SplitsApi::new(Arc::clone(&rules), token));
+    let pools_api = token.clone().map(|token| PoolsApi::new(Arc::clone(&rules), metrics.clone(), token));
+    let status = token.clone().map(|token| StatusPage {
+        token,
+        about: about(&reload.started, &addresses, admin_address),
+        rules: Arc::clone(&rules),
+        sessions: sessions.clone(),
+        metrics: metrics.clone(),
+        last_reload: reload.last.subscribe(),
+    });
     let reload_api = token.map(|token| {
         let (file, reload) = (reload.started.file.clone(), Arc::clone(&reload));
         ReloadApi::new(token, file, move || reload.reload())
@@ -423,6 +433,8 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         admin,
         sessions_api,
         splits_api,
+        pools_api,
+        status,
         reload_api,
         events,
         metrics,
@@ -591,6 +603,8 @@ struct Background {
     admin: Option<Listener>,
     sessions_api: Option<SessionsApi>,
     splits_api: Option<SplitsApi>,
+    pools_api: Option<PoolsApi>,
+    status: Option<StatusPage>,
     reload_api: Option<ReloadApi>,
     events: Events,
     metrics: Metrics,
@@ -607,6 +621,8 @@ impl Background {
             admin,
             sessions_api,
             splits_api,
+            pools_api,
+            status,
             reload_api,
             events,
             metrics,
@@ -625,6 +641,8 @@ impl Background {
                         health: Arc::clone(&health),
                         sessions: sessions_api,
                         splits: splits_api,
+                        pools: pools_api,
+                        status,
                         rules: Arc::clone(rules),
                         reload: reload_api,
                         leaving,
@@ -758,6 +776,23 @@ fn hsts_value(hsts: &model::Hsts) -> Option<HeaderValue> {
     let subdomains = if hsts.subdomains { "; includeSubDomains" } else { "" };
     let preload = if hsts.preload { "; preload" } else { "" };
     HeaderValue::try_from(format!("max-age={}{subdomains}{preload}", hsts.max_age.get().as_secs())).ok()
+}
+
+/// What the status page says of this instance. `addresses` are those of the listeners, in their order.
+fn about(config: &Config, addresses: &[SocketAddr], admin: Option<SocketAddr>) -> About {
+    let spoken = |listener: &model::Listener| match (listener.has_certificate(), &listener.scheme) {
+        (true, _) => "HTTPS",
+        (false, Some(scheme)) if *scheme.get_ref() == Scheme::Https => "HTTP, behind what terminates TLS",
+        (false, _) => "HTTP",
+    };
+    let listeners = addresses.iter().zip(&config.listeners).map(|(address, listener)| (*address, spoken(listener)));
+    About {
+        started: std::time::Instant::now(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        listeners: listeners.chain(admin.map(|address| (address, "admin"))).collect(),
+        is_store: config.store.redis.is_none(),
+        grace: config.store.grace.as_ref().map(|grace| grace.get_ref().get()),
+    }
 }
 
 fn now_seconds() -> i64 {

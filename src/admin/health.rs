@@ -47,15 +47,38 @@ impl Health {
 
     /// Ready: not shutting down, and the store has answered since the start. A store that fails later leaves us
     /// ready, because public routes go on working, and because all instances would turn unready at once.
-    pub(super) fn ready(&self, leaving: bool) -> Response<Vec<u8>> {
-        let seen = self.store_seen.load(Ordering::Relaxed);
-        let store = if self.store_up.load(Ordering::Relaxed) { "up" } else { "down" };
-        let (status, state) = match (leaving, seen) {
-            (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
-            (false, false) => (StatusCode::SERVICE_UNAVAILABLE, "starting"),
-            (false, true) => (StatusCode::OK, "ready"),
-        };
-        let body = serde_json::json!({ "state": state, "store": store });
+    pub(super) fn readiness(&self, is_leaving: bool) -> Readiness {
+        Readiness {
+            is_leaving,
+            is_store_seen: self.store_seen.load(Ordering::Relaxed),
+            is_store_up: self.store_up.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What readiness is made of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Readiness {
+    pub(super) is_leaving: bool,
+    /// It has answered since the start.
+    pub(super) is_store_seen: bool,
+    pub(super) is_store_up: bool,
+}
+
+impl Readiness {
+    pub(super) fn label(self) -> &'static str {
+        match (self.is_leaving, self.is_store_seen) {
+            (true, _) => "draining",
+            (false, false) => "starting",
+            (false, true) => "ready",
+        }
+    }
+
+    pub(super) fn reply(self) -> Response<Vec<u8>> {
+        let is_ready = !self.is_leaving && self.is_store_seen;
+        let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let store = if self.is_store_up { "up" } else { "down" };
+        let body = serde_json::json!({ "state": self.label(), "store": store });
         reply(status, JSON, body.to_string().into_bytes())
     }
 }

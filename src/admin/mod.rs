@@ -1,5 +1,5 @@
-//! What does the operator see, and do? Health, metrics, reloads and the sessions API, on a listener of their own, loopback
-//! by default.
+//! What does the operator see, and do? Health, metrics, reloads, the APIs of sessions, pools and splits, and a page about it
+//! all, on a listener of their own, loopback by default.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -17,21 +17,28 @@ use crate::proxy::connection::Refusals;
 use crate::proxy::context::{Connection, Request};
 use crate::proxy::guard::Refusal;
 use crate::proxy::rules::Rules;
+use health::Readiness;
 use problem::Problem;
 use reload::RELOAD;
+use status::STATUS;
 
 mod health;
 mod token;
 mod problem;
 mod reload;
 mod sessions;
+mod pools;
 mod splits;
+mod view;
+mod status;
 mod query;
 
 pub use health::Health;
+pub use pools::PoolsApi;
 pub use reload::ReloadApi;
 pub use sessions::SessionsApi;
 pub use splits::SplitsApi;
+pub use status::{About, LastReload, StatusPage};
 pub use token::Token;
 
 /// The endpoints of the admin listener.
@@ -42,7 +49,9 @@ pub struct Admin {
     /// None without a token: then there is nothing under `/api/`.
     pub sessions: Option<SessionsApi>,
     pub rules: Arc<ArcSwap<Rules>>,
+    pub pools: Option<PoolsApi>,
     pub splits: Option<SplitsApi>,
+    pub status: Option<StatusPage>,
     /// None without a token, too: then there is no `/reload`.
     pub reload: Option<ReloadApi>,
     /// Whether this instance is about to end.
@@ -64,7 +73,7 @@ fn peer(downstream: &mut ServerSession) -> Option<IpAddr> {
     Some(request.connection.peer)
 }
 
-/// A body of JSON, whole, capped in size and in time.
+/// A body of JSON, whole, capped in size and in time. After one that is not whole, the connection closes.
 async fn read_body(downstream: &mut ServerSession) -> Result<Vec<u8>, Problem> {
     let read = async {
         let mut body = Vec::new();
@@ -76,7 +85,11 @@ async fn read_body(downstream: &mut ServerSession) -> Result<Vec<u8>, Problem> {
         }
         Ok(body)
     };
-    tokio::time::timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::BodyTooSlow))
+    let body = tokio::time::timeout(BODY_TIMEOUT, read).await.unwrap_or(Err(Problem::BodyTooSlow));
+    if body.is_err() {
+        downstream.set_keepalive(None);
+    }
+    body
 }
 
 const BODY_BYTES_MAX: usize = 4 << 10;
@@ -90,16 +103,22 @@ impl Admin {
         body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
     ) -> Response<Vec<u8>> {
         let path = request.uri.path();
-        let mut response = match (&self.sessions, &self.splits, &self.reload) {
-            (_, Some(splits), _) if SplitsApi::has(path) => splits.answer(request, peer, body).await,
-            (Some(sessions), ..) if path.starts_with("/api/") => sessions.answer(request, peer).await,
-            (.., Some(reload)) if path == RELOAD => reload.answer(request).await,
-            _ => self.look(request),
+        let mut response = match self {
+            Self { pools: Some(pools), .. } if PoolsApi::has(path) => pools.answer(request, peer, body).await,
+            Self { splits: Some(splits), .. } if SplitsApi::has(path) => splits.answer(request, peer, body).await,
+            Self { sessions: Some(sessions), .. } if path.starts_with("/api/") => sessions.answer(request, peer).await,
+            Self { reload: Some(reload), .. } if path == RELOAD => reload.answer(request).await,
+            Self { status: Some(status), .. } if path == STATUS => status.answer(request, self.readiness()),
+            Self { .. } => self.look(request),
         };
         if request.method == Method::HEAD {
             response.body_mut().clear();
         }
         response
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.health.readiness(*self.leaving.borrow())
     }
 
     fn look(&self, request: &http::request::Parts) -> Response<Vec<u8>> {
@@ -115,7 +134,7 @@ impl Admin {
                 reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics.render())
             }
             LIVE => reply(StatusCode::OK, JSON, b"{\"state\":\"live\"}".to_vec()),
-            READY => self.health.ready(*self.leaving.borrow()),
+            READY => self.readiness().reply(),
             _ => reply(StatusCode::NOT_FOUND, TEXT, format!("try {}\n", LOOKS.join(", ")).into_bytes()),
         }
     }

@@ -49,8 +49,9 @@ impl ReloadApi {
         // Beside the runtime, which also tells health and metrics.
         let reload = Arc::clone(&self.reload);
         let outcome = tokio::task::spawn_blocking(move || reload()).await.map_err(|_| Problem::Failed)?;
-        let Changes { at_once, at_restart } = outcome.map_err(Problem::Refused)?;
-        Ok(json!({ "file": self.file, "applied": at_once, "restart": at_restart }))
+        let Changes { at_once, at_restart, kept, dropped } = outcome.map_err(Problem::Refused)?;
+        let file = &self.file;
+        Ok(json!({ "file": file, "applied": at_once, "restart": at_restart, "kept": kept, "dropped": dropped }))
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use crate::config::model::Balance;
 
-use super::{Backend, Lease, Pool, Unavailable};
+use super::{AdminState, Backend, Lease, Pool, Unavailable};
 
 /// A request is offered to at most this many backends: the later failures are more likely ours than theirs.
 pub const ATTEMPTS_MAX: usize = 8;
@@ -46,7 +46,7 @@ enum Class {
 }
 
 /// A full share, in the unit that slow starts are counted in.
-const WHOLE: u64 = 1_000;
+pub const WHOLE: u64 = 1_000;
 /// What a backend begins with that comes back.
 const FIRST_SHARE: u64 = WHOLE / 10;
 
@@ -115,7 +115,7 @@ impl Pool {
                 tried.add(&lease);
                 return Ok(lease);
             }
-            if class == Class::Out {
+            if class == Class::Out && backend.admin_state() == AdminState::Active {
                 return Err(Unavailable::Full);
             }
         }
@@ -360,8 +360,8 @@ impl Backend {
         u64::from(self.weight()) * self.warmth(pool)
     }
 
-    /// How much of its share it has, in thousandths.
-    fn warmth(&self, pool: &Pool) -> u64 {
+    /// How much of its share it has, in thousandths: not all of it while it starts slowly.
+    pub fn warmth(&self, pool: &Pool) -> u64 {
         let since = self.warm_since.load(Ordering::Relaxed);
         if since == 0 || pool.slow_start.is_zero() {
             return WHOLE;
@@ -396,11 +396,12 @@ fn mix(number: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::atomic::AtomicBool;
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::backend::Health;
     use crate::backend::ejection::Failure;
-    use crate::backend::{AdminState, Health};
     use crate::config::model;
 
     fn config(backends: &str, keys: &str) -> model::Pool {
@@ -548,6 +549,39 @@ mod tests {
         assert_eq!(next(&pool), Some(2));
     }
 
+    /// Whoever waits for that switches it off.
+    #[test]
+    fn who_is_drained_and_has_nothing_in_flight_gets_nothing_any_more() {
+        let pool = pool(&backends(&["", ""]), "");
+        let (is_idle, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
+        let met = std::thread::scope(|scope| {
+            let asking = || {
+                let mut met = 0;
+                while !is_over.load(Ordering::SeqCst) {
+                    // None where it was drained and undrained several times meanwhile.
+                    let Ok(lease) = pool.pick(0, &mut Tried::default()) else { continue };
+                    met += usize::from(number(&lease) == 1 && is_idle.load(Ordering::SeqCst));
+                }
+                met
+            };
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(asking)).collect();
+            let leaving = &pool.backends()[0];
+            for _ in 0..5_000 {
+                leaving.drain();
+                while leaving.in_flight() != 0 {
+                    std::hint::spin_loop();
+                }
+                is_idle.store(true, Ordering::SeqCst);
+                std::thread::yield_now();
+                is_idle.store(false, Ordering::SeqCst);
+                leaving.undrain();
+            }
+            is_over.store(true, Ordering::SeqCst);
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum::<usize>()
+        });
+        assert_eq!(met, 0);
+    }
+
     #[test]
     fn a_drained_or_unresolved_backend_gets_no_request() {
         let pool = pool("\"nowhere.invalid:80\", \"127.0.0.1:2\", { address = \"127.0.0.1:3\", drain = true }", "");
@@ -675,6 +709,7 @@ mod tests {
             std::hint::spin_loop();
         }
         assert_eq!(turns(&pool, 3), [1, 1, 1]);
+        let mut begun: Vec<_> = (0..5).map(|_| pool.backends()[0].try_lease(false).unwrap()).collect();
         pool.backends()[0].drain();
         assert_eq!(next(&pool), Some(2));
         kill(&pool, 2);
@@ -682,10 +717,7 @@ mod tests {
         while !is_up() {
             std::hint::spin_loop();
         }
-        let failures = (0..5).filter_map(|_| {
-            let mut lease = pool.backends()[0].try_lease(false).unwrap();
-            pool.note_failure(&mut lease, Failure::Timeout)
-        });
+        let failures = begun.iter_mut().filter_map(|lease| pool.note_failure(lease, Failure::Timeout));
         assert_eq!(failures.count(), 1, "it takes nobody's share while nobody tries it");
     }
 

@@ -269,6 +269,23 @@ impl Pool {
         self.ongoing.queue.look_again();
     }
 
+    /// What an operator has set otherwise than the file has it, a line each: `pool.app: weight of 10.0.0.7:8080`.
+    pub fn set_by_hand(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for backend in self.backends().iter() {
+            let configured = backend.configured();
+            for (key, is_other) in [
+                ("weight", backend.weight() != configured.weight),
+                ("drain", (backend.admin_state() == AdminState::Draining) != configured.drain),
+            ] {
+                if is_other {
+                    lines.push(format!("pool.{}: {key} of {}", self.name, backend.name));
+                }
+            }
+        }
+        lines
+    }
+
     pub fn timeouts(&self) -> &Timeouts {
         &self.timeouts
     }
@@ -284,6 +301,11 @@ impl Pool {
     /// How its backends are checked; none = they are not.
     pub fn check(&self) -> Option<&model::Check> {
         self.check.as_ref()
+    }
+
+    /// So many may wait for a backend.
+    pub fn queue_max(&self) -> usize {
+        self.queue_max
     }
 
     /// Requests that wait for a backend now.
@@ -394,9 +416,10 @@ impl Backend {
         self.is_backup.load(Ordering::Relaxed)
     }
 
-    /// Requests that it has now, with open WebSockets.
+    /// Requests that it has now, with open WebSockets. Once it is drained and has none, none will come.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.0.load(Ordering::Relaxed)
+        // Ordered after the look at who drains: see `try_lease`.
+        self.in_flight.0.load(Ordering::SeqCst)
     }
 
     pub fn admin_state(&self) -> AdminState {
@@ -405,7 +428,7 @@ impl Backend {
 
     /// It gets no new requests; those that it has go on.
     pub fn drain(&self) {
-        self.is_draining.store(true, Ordering::Relaxed);
+        self.is_draining.store(true, Ordering::SeqCst);
     }
 
     /// It gets requests again, slowly at first.
@@ -413,6 +436,16 @@ impl Backend {
         if self.is_draining.swap(false, Ordering::Relaxed) {
             self.begin_slowly();
         }
+    }
+
+    /// What the file says of it.
+    pub fn configured(&self) -> model::Backend {
+        self.configured.lock().clone()
+    }
+
+    /// Whether it is known where it is.
+    pub fn has_address(&self) -> bool {
+        self.has_address.load(Ordering::Relaxed)
     }
 
     pub fn health(&self) -> Health {
@@ -452,7 +485,7 @@ impl Backend {
         self.is_backup.store(endpoint.backup, Ordering::Relaxed);
     }
 
-    /// Counts one more request, unless it has all that it may have.
+    /// Counts one more request, unless it has all that it may have, or is drained.
     fn try_lease(self: &Arc<Self>, is_trial: bool) -> Option<Lease> {
         let most = self.max_requests();
         let in_flight = &self.in_flight.0;
@@ -463,7 +496,10 @@ impl Backend {
             in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
         }
         let ejection = self.ejection.until();
-        Some(Lease { backend: Arc::clone(self), has_ended: false, is_trial, ejection, waited: Duration::ZERO })
+        let lease = Lease { backend: Arc::clone(self), has_ended: false, is_trial, ejection, waited: Duration::ZERO };
+        // Who drains it writes that down and then counts what is in flight; here it is the other way around. So one of both
+        // sees the other, and what was counted as idle stays so.
+        (!self.is_draining.load(Ordering::SeqCst)).then_some(lease)
     }
 }
 

@@ -13,6 +13,7 @@ pub mod reload;
 pub mod check;
 pub mod sessions;
 pub mod splits;
+pub mod pools;
 pub mod demo;
 pub mod demo_backend;
 pub mod hash_password;
@@ -55,6 +56,8 @@ pub enum Command {
     Sessions(sessions::Arguments),
     /// See and move the shares of users that meet another pool.
     Splits(splits::Arguments),
+    /// See the running gateway's backends; drain one, undrain it, set its weight.
+    Pools(pools::Arguments),
     /// Show it: two backends and a gateway with a user, on loopback.
     Demo {
         /// Keep the sessions in this Redis; a restart then keeps you logged in.
@@ -149,6 +152,16 @@ impl std::error::Error for Unsaid {
     }
 }
 
+/// What came from elsewhere must not steer the terminal.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() || is_bidirectional_control(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// These turn a line around (Unicode Standard Annex 9, section 2).
+fn is_bidirectional_control(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
     match command {
         Command::Run { config } => run::run(&config, terminal),
@@ -156,6 +169,7 @@ fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
         Command::Check { files, online } => check::check(&files, online, terminal),
         Command::Sessions(arguments) => sessions::run(&arguments, terminal),
         Command::Splits(arguments) => splits::run(&arguments, terminal),
+        Command::Pools(arguments) => pools::run(&arguments, terminal),
         Command::Demo { redis, port } => demo::demo(redis.as_deref(), port, terminal),
         Command::DemoBackend { name } => demo_backend::run(&name, terminal),
         Command::HashPassword => match hash_password::hash_password() {

@@ -14,6 +14,11 @@ struct Report {
     file: String,
     applied: Vec<String>,
     restart: Vec<String>,
+    /// What was set at run time; a gateway of an older version says nothing of it.
+    #[serde(default)]
+    kept: Vec<String>,
+    #[serde(default)]
+    dropped: Vec<String>,
 }
 
 pub fn reload(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
@@ -43,15 +48,20 @@ pub fn reload(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
     }
 }
 
-fn tell(Report { file, applied, restart }: &Report, terminal: &mut Terminal<'_>) {
+fn tell(Report { file, applied, restart, kept, dropped }: &Report, terminal: &mut Terminal<'_>) {
     terminal.say(format_args!("{file}: reloaded"));
     if applied.is_empty() && restart.is_empty() {
         terminal.say("  nothing has changed");
     }
-    for line in applied {
-        terminal.say(format_args!("  applied          {line}"));
-    }
-    for line in restart {
-        terminal.say(format_args!("  needs a restart  {line}"));
+    for (what, lines) in [
+        ("applied", applied),
+        ("needs a restart", restart),
+        // Set at run time, by `cloakroom pools`.
+        ("stays set", kept),
+        ("no longer set", dropped),
+    ] {
+        for line in lines {
+            terminal.say(format_args!("  {what:<15}  {line}"));
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::json;
 
-use super::{FAILED, Terminal};
+use super::{FAILED, Terminal, plain};
 use crate::config::model::Config;
 use crate::session::control::{Control, Details, Handle, Interrupted, Shown, Timestamp};
 use crate::session::store::StoreError;
@@ -326,16 +326,6 @@ fn span(seconds: u64) -> String {
         7_200..=172_799 => format!("{} h", seconds / 3_600),
         _ => format!("{} days", seconds / 86_400),
     }
-}
-
-/// What came from a client must not steer the terminal.
-fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() || is_bidirectional_control(c) { '\u{fffd}' } else { c }).collect()
-}
-
-/// These turn a line around (Unicode Standard Annex 9, section 2).
-fn is_bidirectional_control(c: char) -> bool {
-    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn shortened(text: &str) -> String {

@@ -18,6 +18,10 @@ pub struct Changes {
     /// A reload applies these.
     pub at_once: Vec<String>,
     pub at_restart: Vec<String>,
+    /// What an operator had set at run time and is still so, because the file has not changed there.
+    pub kept: Vec<String>,
+    /// What an operator had set, and is as the file has it now, or gone.
+    pub dropped: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +48,10 @@ macro_rules! keys {
 }
 
 impl Changes {
+    pub fn needs_restart(&self) -> bool {
+        !self.at_restart.is_empty()
+    }
+
     pub fn between(old: &Config, new: &Config) -> Self {
         let mut changes = Self::default();
         // Asks here for the place of a new section.
@@ -325,7 +333,7 @@ mod tests {
 
     fn changes(new: &str) -> (Vec<String>, Vec<String>) {
         let parse = |text: &str| config::parse(text, Path::new("a.toml")).unwrap_or_else(|error| panic!("{error}"));
-        let Changes { at_once, at_restart } = Changes::between(&parse(BASE), &parse(new));
+        let Changes { at_once, at_restart, .. } = Changes::between(&parse(BASE), &parse(new));
         (at_once, at_restart)
     }
 

@@ -658,6 +658,9 @@ pub struct Backend {
 }
 
 impl Backend {
+    /// The largest weight; the smallest is 1. Finer shares than this need no load balancer.
+    pub const WEIGHT_MAX: u32 = 1_000;
+
     /// With nothing said of it.
     pub fn at(address: String) -> Self {
         Self { address, host: None, weight: 1, max_requests: 0, backup: false, drain: false }

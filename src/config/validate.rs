@@ -1148,9 +1148,6 @@ fn header_name(name: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Finer shares than this need no load balancer.
-const WEIGHT_MAX: u32 = 1_000;
-
 const MAX_REQUESTS_MAX: u32 = 1_000_000;
 
 /// As many are asked in vain before a look-up gives up.
@@ -1191,10 +1188,9 @@ pub(super) fn backends(backends: &[Spanned<BackendSource>], problems: &mut Probl
                 .add(backend.span(), format!("backend {printed:?} is there twice"))
                 .hint("it would get two shares of the requests: say so with weight = 2");
         }
-        if !(1..=WEIGHT_MAX).contains(weight) {
-            problems
-                .add(backend.span(), format!("weight is {weight}: must be between 1 and {WEIGHT_MAX}"))
-                .hint("drain = true keeps new requests from a backend");
+        if !(1..=Backend::WEIGHT_MAX).contains(weight) {
+            let message = format!("weight is {weight}: must be between 1 and {}", Backend::WEIGHT_MAX);
+            problems.add(backend.span(), message).hint("drain = true keeps new requests from a backend");
         }
         if MAX_REQUESTS_MAX < *max_requests {
             let message = format!("max_requests is {max_requests}: at most {MAX_REQUESTS_MAX}");

@@ -123,7 +123,17 @@ fn request_in_http2(scheme: &str, host: &str, path: &str) -> Result<RequestHeade
     Ok(request)
 }
 
+/// What it is, and what it comes from; what stands between says the same again.
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn said(error: Box<pingora::Error>) -> String {
-    error.to_string()
+    let mut innermost = &error;
+    while let Some(cause) = innermost.cause.as_ref().and_then(|cause| cause.downcast_ref::<Box<pingora::Error>>()) {
+        innermost = cause;
+    }
+    let kind = error.etype.as_str();
+    match (&innermost.cause, &innermost.context) {
+        (Some(cause), _) => format!("{kind}: {cause}"),
+        (None, Some(context)) => format!("{kind}: {}", context.as_str()),
+        (None, None) => kind.to_owned(),
+    }
 }

@@ -145,6 +145,15 @@ impl Routes {
         let paths = self.exact.get(&*host).or_else(below).unwrap_or(&self.any);
         paths.find(path)
     }
+
+    /// The names of the routes that lead to this pool, all or some of their users, in order.
+    pub fn to_pool(&self, pool: &str) -> Vec<&str> {
+        let leads_there =
+            |route: &&Route| route.pool == pool || route.branches.iter().any(|branch| branch.pool == pool);
+        let mut names: Vec<_> = self.all().filter(leads_there).map(|route| route.name.as_str()).collect();
+        names.sort_unstable();
+        names
+    }
 }
 
 impl Route {

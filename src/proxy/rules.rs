@@ -63,6 +63,13 @@ impl Rules {
         self.pools.values().for_each(|pool| pool.settle());
     }
 
+    /// What an operator has set otherwise than the file has it; see [`Pool::set_by_hand`].
+    pub fn set_by_hand(&self) -> Vec<String> {
+        let mut lines: Vec<_> = self.pools.values().flat_map(|pool| pool.set_by_hand()).collect();
+        lines.sort_unstable();
+        lines
+    }
+
     /// How the backends and the splits do at this moment, for who looks at the metrics now. Those that are gone leave no trace.
     pub fn tell(&self, metrics: &Metrics) {
         let gauges =
@@ -93,6 +100,20 @@ impl Rules {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+impl Rules {
+    /// Of a file with this text; nobody can log in.
+    pub(crate) fn of_file(text: &str) -> Self {
+        use crate::session::store::memory::MemoryStore;
+        use crate::session::{Lifetime, Sessions};
+
+        let config = crate::config::parse(text, std::path::Path::new("a.toml")).unwrap();
+        let sessions = Sessions::new(Arc::new(MemoryStore::new(1)), Lifetime::of(&config.session));
+        let login = Login::new(&config.login, Arc::default(), sessions, Metrics::new()).unwrap();
+        Self::build(&config, login, None).unwrap()
     }
 }
 

@@ -69,6 +69,14 @@ impl Transport {
         Ok(Self { protocol, tls, fingerprint: hasher.finish() })
     }
 
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    pub fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// This backend, which is at `address`. `is_upgrade`: a WebSocket, which begins in HTTP/1 whatever the protocol.
     pub fn peer(&self, backend: &Backend, address: SocketAddr, is_upgrade: bool) -> HttpPeer {
         self.peer_of(backend.host().unwrap_or_else(|| host_of(backend.name())), address, is_upgrade)

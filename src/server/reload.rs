@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::{FIND_FIRST_MAX, build_login, now_seconds};
+use crate::admin::LastReload;
 use crate::backend::discover;
 use crate::config;
 use crate::config::changes::Changes;
@@ -31,6 +33,8 @@ pub(super) struct Reload {
     pub(super) started: Arc<Config>,
     /// The last one that was applied. Whoever reloads holds it: reloads take turns.
     pub(super) applied: Mutex<Arc<Config>>,
+    /// For the status page.
+    pub(super) last: watch::Sender<Option<LastReload>>,
 }
 
 /// Says from now on which of our own lines are logged.
@@ -67,15 +71,20 @@ impl Reload {
         drop(applied);
         let result = if outcome.is_ok() { "applied" } else { "refused" };
         self.metrics.reloads.with_label_values(&[result]).inc();
+        self.last.send_replace(Some(LastReload::now(result, outcome.as_ref().is_ok_and(Changes::needs_restart))));
         match &outcome {
-            Ok(Changes { at_once, at_restart }) if at_restart.is_empty() => {
-                tracing::info!(applied = at_once.join(", "), "configuration reloaded");
+            Ok(changes) => {
+                let Changes { at_once, at_restart, kept, dropped } = changes;
+                let listed = |lines: &[String]| (!lines.is_empty()).then(|| lines.join(", "));
+                let (applied, kept, dropped) = (at_once.join(", "), listed(kept), listed(dropped));
+                if changes.needs_restart() {
+                    let restart = at_restart.join(", ");
+                    let what = "configuration reloaded; some of what has changed needs a restart";
+                    tracing::warn!(applied, restart, kept, dropped, "{what}");
+                } else {
+                    tracing::info!(applied, kept, dropped, "configuration reloaded");
+                }
             }
-            Ok(Changes { at_once, at_restart }) => tracing::warn!(
-                applied = at_once.join(", "),
-                restart = at_restart.join(", "),
-                "configuration reloaded; some of what has changed needs a restart"
-            ),
             Err(error) => tracing::error!("configuration not reloaded, the old one stays: {error}"),
         }
         outcome
@@ -94,12 +103,16 @@ impl Reload {
         let mut changes = Changes {
             at_once: Changes::between(applied, &config).at_once,
             at_restart: Changes::between(&self.started, &config).at_restart,
+            ..Changes::default()
         };
         changes.at_once.extend(rules.login.changed_files(&previous.login));
         changes.at_once.extend(previous.moved_splits());
         let rules = Arc::new(rules);
+        let set_by_hand = previous.set_by_hand();
         self.rules.store(Arc::clone(&rules));
         rules.settle();
+        changes.kept = rules.set_by_hand();
+        changes.dropped = set_by_hand.into_iter().filter(|line| !changes.kept.contains(line)).collect();
         if let Some((ring, keys)) = keys {
             if !ring.is_of(&keys) {
                 changes.at_once.push("session keys: content".to_owned());

@@ -21,8 +21,12 @@ export const looks = [
 const wrong = [];
 export const expect = (fact, what) => fact || wrong.push(what);
 
-/** `journey(page, see, options)` goes through pages, and calls `see(name, title)` on each. `hosts` are Chromium's rules. */
-export async function walk(journey, { before, hosts } = {}) {
+/**
+ * `journey(page, see, options)` goes through pages, and calls `see(name, title)` on each. `hosts` are Chromium's rules,
+ * `credentials` what its user types where it asks for them. `viewport` is the one that axe looks through: it does not judge
+ * what one must scroll to within a page.
+ */
+export async function walk(journey, { before, hosts, credentials: httpCredentials, viewport } = {}) {
   const browser = await chromium.launch({
     executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
     // In a container there is no other sandbox for root; nothing but our own pages is opened.
@@ -31,13 +35,14 @@ export async function walk(journey, { before, hosts } = {}) {
   try {
     await before?.(browser);
     for (const look of looks) {
-      await once(browser, journey, { ...look, javaScriptEnabled: false }, async (page, name) => {
+      await once(browser, journey, { ...look, httpCredentials, javaScriptEnabled: false }, async (page, name) => {
         if (screenshots) {
           await page.screenshot({ path: `${screenshots}/${look.name}-${name.replaceAll(" ", "-")}.png` });
         }
       });
       // The policy of the pages forbids every script, that of axe among them.
-      await once(browser, journey, { ...look, bypassCSP: true }, (page, name) => inspect(page, name, look.name));
+      const inspected = { ...look, viewport: viewport ?? look.viewport, httpCredentials, bypassCSP: true };
+      await once(browser, journey, inspected, (page, name) => inspect(page, name, look.name));
     }
   } catch (error) {
     wrong.push(String(error?.stack ?? error));

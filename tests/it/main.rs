@@ -11,6 +11,7 @@ mod guard;
 mod proxying;
 mod balancing;
 mod splits;
+mod pools_admin;
 mod backends_fail;
 mod bad_nights;
 mod discovery;

@@ -13,7 +13,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("supervisor", &[]),
     ("listener", &["proxy", "config", "pem", "metrics"]),
-    ("admin", &["proxy", "session", "config", "audit", "metrics"]),
+    ("admin", &["proxy", "session", "backend", "config", "audit", "metrics"]),
     ("events", &["session", "config", "audit", "outgoing", "metrics"]),
     ("proxy", &["login", "session", "identity", "backend", "config", "pem", "audit", "log", "spans", "metrics"]),
     ("login", &["session", "identity", "config", "audit", "outgoing", "metrics"]),

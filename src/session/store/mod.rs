@@ -167,6 +167,11 @@ pub trait SessionStore: Send + Sync + 'static {
         None
     }
 
+    /// Sessions of which something is kept here, about: copies, or all where this process is the store.
+    fn kept(&self) -> usize {
+        0
+    }
+
     /// Whether the place of this session cannot be reached, as was found before this request came.
     fn is_down(&self, _key: &SessionKey) -> bool {
         false

@@ -515,6 +515,10 @@ fn all_of(user: &UserKey) -> RangeInclusive<(UserKey, u64)> {
 
 #[async_trait]
 impl SessionStore for MemoryStore {
+    fn kept(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+
     fn recall(&self, key: &SessionKey) -> Option<Stored> {
         let now = (self.clock)();
         self.shard(key).lock().live(key, now)

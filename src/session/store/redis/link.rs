@@ -176,6 +176,12 @@ impl Links {
         });
     }
 
+    /// Copies that this process keeps.
+    pub(super) fn kept(&self) -> usize {
+        let kept_on = |link: &Arc<Link>| link.copies.as_ref().map_or(0, |copies| copies.cache.sessions());
+        self.runtimes.load().iter().map(|(_, links)| links.load().iter().map(kept_on).sum::<usize>()).sum()
+    }
+
     /// What this runtime keeps, with the reads that are under way; begins to connect where there is no link yet. Who comes
     /// while the server is known to be down is told so at once.
     pub(super) async fn copies(&self, slot: u16) -> Result<Option<Arc<Copies>>, StoreError> {

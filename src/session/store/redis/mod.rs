@@ -99,6 +99,10 @@ impl RedisStore {
 
 #[async_trait]
 impl SessionStore for RedisStore {
+    fn kept(&self) -> usize {
+        self.links.kept()
+    }
+
     fn recall(&self, key: &SessionKey) -> Option<Stored> {
         self.search(key, |copies| copies.get(key))
     }

@@ -1,0 +1,183 @@
+//! How do pools and backends look to an operator? The same in the API and on the status page.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::backend::{AdminState, Backend, Health, LastFailure, Pool, balance};
+use crate::config::model::{Balance, Protocol};
+use crate::metrics::{Attempts, Metrics};
+use crate::proxy::rules::Rules;
+use crate::session::control::Timestamp;
+
+/// A pool at this moment. The names of the fields are a contract, here and below.
+#[derive(Debug, Serialize)]
+pub(super) struct PoolView {
+    pub(super) pool: String,
+    /// `http1`, `http2` or `auto`.
+    pub(super) protocol: &'static str,
+    pub(super) tls: bool,
+    pub(super) balance: &'static str,
+    /// Requests that wait for a backend now, and how many may.
+    pub(super) waiting: usize,
+    pub(super) queue: usize,
+    /// The routes whose requests come here.
+    pub(super) routes: Vec<String>,
+    pub(super) backends: Vec<BackendView>,
+    /// What users notice of how things are.
+    pub(super) warnings: Vec<String>,
+}
+
+/// A backend at this moment.
+#[derive(Debug, Serialize)]
+pub(super) struct BackendView {
+    /// As the file has it.
+    pub(super) address: String,
+    /// In one word: what matters most.
+    pub(super) state: State,
+    /// How it does, whether it is drained or not.
+    pub(super) health: State,
+    pub(super) ejected_until: Option<Timestamp>,
+    pub(super) last_failure: Option<FailureView>,
+    pub(super) backup: bool,
+    pub(super) drain: Setting<bool>,
+    pub(super) weight: Setting<u32>,
+    /// What it gets of its weight; less than 100 while it starts slowly.
+    pub(super) share_percent: u64,
+    /// With open WebSockets.
+    pub(super) in_flight: u32,
+    /// So many at a time; 0 = any number.
+    pub(super) max_requests: u32,
+    /// Attempts since the start of the process, and how many of them failed.
+    pub(super) requests: u64,
+    pub(super) failures: u64,
+}
+
+/// As the file has it, and as it is.
+#[derive(Debug, Serialize)]
+pub(super) struct Setting<T> {
+    pub(super) configured: T,
+    pub(super) current: T,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct FailureView {
+    pub(super) at: Timestamp,
+    pub(super) what: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum State {
+    Up,
+    /// It is back, and gets requests slowly.
+    SlowStart,
+    /// It is well, and gets requests when no other can.
+    Backup,
+    /// Its name has never had an address.
+    Unresolved,
+    /// Its checks fail.
+    Down,
+    /// Its requests failed.
+    Ejected,
+    Draining,
+}
+
+impl PoolView {
+    /// In the order of their names.
+    pub(super) fn all(rules: &Rules, metrics: &Metrics) -> Vec<Self> {
+        let attempts = metrics.attempts();
+        let mut views: Vec<_> = rules.pools.values().map(|pool| Self::of(pool, rules, &attempts)).collect();
+        views.sort_unstable_by(|one, other| one.pool.cmp(&other.pool));
+        views
+    }
+
+    pub(super) fn of(pool: &Pool, rules: &Rules, attempts: &HashMap<(String, String), Attempts>) -> Self {
+        let transport = rules.transports.get(pool.name());
+        Self {
+            pool: pool.name().to_owned(),
+            protocol: match transport.map(|transport| transport.protocol()) {
+                Some(Protocol::Http1) | None => "http1",
+                Some(Protocol::Http2) => "http2",
+                Some(Protocol::Auto) => "auto",
+            },
+            tls: transport.is_some_and(|transport| transport.is_tls()),
+            balance: match pool.balance() {
+                Balance::RoundRobin => "round_robin",
+                Balance::LeastRequests => "least_requests",
+                Balance::PowerOfTwo => "power_of_two",
+                Balance::Hash => "hash",
+            },
+            waiting: pool.waiting(),
+            queue: pool.queue_max(),
+            routes: rules.routes.to_pool(pool.name()).into_iter().map(str::to_owned).collect(),
+            backends: pool.backends().iter().map(|backend| BackendView::of(backend, pool, attempts)).collect(),
+            warnings: warnings(pool, rules),
+        }
+    }
+}
+
+impl BackendView {
+    pub(super) fn of(backend: &Backend, pool: &Pool, attempts: &HashMap<(String, String), Attempts>) -> Self {
+        let (configured, share) = (backend.configured(), backend.warmth(pool));
+        let is_drained = backend.admin_state() == AdminState::Draining;
+        let (health, rest) = match backend.health() {
+            _ if !backend.has_address() => (State::Unresolved, None),
+            Health::Up => (State::Up, None),
+            Health::Down => (State::Down, None),
+            Health::Ejected(rest) => (State::Ejected, Some(rest)),
+        };
+        let state = match health {
+            _ if is_drained => State::Draining,
+            State::Up if backend.is_backup() => State::Backup,
+            State::Up if share < balance::WHOLE => State::SlowStart,
+            other => other,
+        };
+        let Attempts { all, failed } =
+            attempts.get(&(pool.name().to_owned(), backend.name().to_owned())).copied().unwrap_or_default();
+        let failure = |LastFailure { at, what }| FailureView { at: timestamp_of(at), what };
+        Self {
+            address: backend.name().to_owned(),
+            state,
+            health,
+            ejected_until: rest.map(|rest| Timestamp(Timestamp::now().0.saturating_add(millis(rest)))),
+            last_failure: backend.last_failure().map(failure),
+            backup: backend.is_backup(),
+            drain: Setting { configured: configured.drain, current: is_drained },
+            weight: Setting { configured: configured.weight, current: backend.weight() },
+            share_percent: share * 100 / balance::WHOLE,
+            in_flight: backend.in_flight(),
+            max_requests: backend.max_requests(),
+            requests: all,
+            failures: failed,
+        }
+    }
+}
+
+/// What users notice of how the backends of this pool are.
+pub(super) fn warnings(pool: &Pool, rules: &Rules) -> Vec<String> {
+    let (backends, name) = (pool.backends(), pool.name());
+    let mut left = backends
+        .iter()
+        .filter(|backend| backend.admin_state() == AdminState::Active && backend.has_address())
+        .peekable();
+    if left.peek().is_none() {
+        let routes = rules.routes.to_pool(name);
+        let who =
+            if routes.is_empty() { "no route goes there".into() } else { format!("{} get 503", routes.join(", ")) };
+        return vec![format!("no backend of pool {name} takes requests: {who}")];
+    }
+    if left.all(|backend| backend.health() != Health::Up) {
+        return vec![format!("no backend of pool {name} is well: those that are not drained are tried in turn")];
+    }
+    Vec::new()
+}
+
+fn timestamp_of(at: Instant) -> Timestamp {
+    Timestamp(Timestamp::now().0.saturating_sub(millis(at.elapsed())))
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
