@@ -53,6 +53,15 @@ fn expected(basis_points: u64) -> Vec<bool> {
     (0..USERS).map(|number| is_in("next", &user(number), basis_points)).collect()
 }
 
+/// Says only of whom it is not so: there are many.
+#[track_caller]
+fn assert_taken(found: &[bool], expected: &[bool], why: &str) {
+    assert_eq!(found.len(), expected.len());
+    let differ = (0..found.len()).filter(|&number| found[number] != expected[number]);
+    let differ: Vec<_> = differ.map(|number| (user(number), found[number])).collect();
+    assert!(differ.is_empty(), "{why}: otherwise for {} users, among them {:?}", differ.len(), differ.first());
+}
+
 /// All on one connection: what is asked for is who answers, and not how many can be answered at a time.
 struct Asking(Connection);
 
@@ -107,21 +116,21 @@ fn a_user_stays_in_their_share_across_requests_instances_and_restarts() {
     let cookies: Vec<_> = (0..USERS).map(|number| asking.log_in(&user(number))).collect();
 
     let tenth = expected(1_000);
-    assert_eq!(asking.green(&cookies), tenth, "exactly those whose place is below ten percent");
-    assert_eq!(asking.green(&cookies[..200]), tenth[..200], "again and again");
-    assert_eq!(Asking::of(&other).green(&cookies[..500]), tenth[..500], "on every instance");
+    assert_taken(&asking.green(&cookies), &tenth, "exactly those whose place is below ten percent");
+    assert_taken(&asking.green(&cookies[..200]), &tenth[..200], "again and again");
+    assert_taken(&Asking::of(&other).green(&cookies[..500]), &tenth[..500], "on every instance");
     let again = Asking::of(&other).log_in(&user(0));
-    assert_eq!(Asking::of(&other).green(&[again]), tenth[..1], "and with another session");
+    assert_taken(&Asking::of(&other).green(&[again]), &tenth[..1], "and with another session");
 
     drop(asking);
     one.stop();
     other.stop();
     let restarted = setup.start();
-    assert_eq!(Asking::of(&restarted).green(&cookies[..500]), tenth[..500], "and after a restart");
+    assert_taken(&Asking::of(&restarted).green(&cookies[..500]), &tenth[..500], "and after a restart");
 
     set(&restarted, "25.5");
     let more = Asking::of(&restarted).green(&cookies);
-    assert_eq!(more, expected(2_550));
+    assert_taken(&more, &expected(2_550), "exactly those whose place is below 25.5 percent");
     assert!(tenth.iter().zip(&more).all(|(before, now)| *now || !*before), "who was in stays in");
     let count = |taken: &[bool]| taken.iter().filter(|taken| **taken).count() as f64;
     let counted = |label| restarted.metric(&format!("cloakroom_split_requests_total{{{label},status=\"200\"}}"));
