@@ -228,11 +228,11 @@ impl<'w> Visitor<'w> {
     fn is_out(&mut self, kind: &'static str) {
         let Some(Live { cookie, since }) = self.forget() else { return self.tally.failed(kind, "not logged in") };
         let redis_has = self.visits.redis_has(&cookie);
-        if redis_has == Some(false) && self.visits.may_be_forgotten(since) {
+        if !redis_has && self.visits.may_be_forgotten(since) {
             return self.tally.lost_by_redis();
         }
         let age = since.elapsed();
-        self.tally.wrong(&format!("{}: a session of {age:?} is lost; Redis has it: {redis_has:?}", self.user));
+        self.tally.wrong(&format!("{}: a session of {age:?} is lost; Redis has it: {redis_has}", self.user));
     }
 
     fn forget(&mut self) -> Option<Live> {

@@ -8,6 +8,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use cloakroom::session::id::SessionId;
 use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{Found, SessionStore, StoreOptions};
 use rand::RngExt;
@@ -193,15 +194,16 @@ impl Visits {
         self.redis_kills.lock().unwrap().iter().any(is_near)
     }
 
-    /// Whether Redis has the session of this cookie; nothing, when it does not say.
-    pub(crate) fn redis_has(&self, cookie: &str) -> Option<bool> {
-        let key = cloakroom::session::id::SessionId::parse(cookie)?.key();
+    /// Whether Redis has the session of this cookie, as soon as it says.
+    pub(crate) fn redis_has(&self, cookie: &str) -> bool {
+        let key = SessionId::parse(cookie).expect("it was given by a gateway").key();
         let desk = self.desk.lock().unwrap();
-        match desk.0.block_on(desk.1.load(&key)) {
-            Ok(Found::Live(_)) => Some(true),
-            Ok(Found::Ended(_) | Found::Nothing) => Some(false),
-            Err(_) => None,
-        }
+        let mut found = None;
+        wait_until("Redis is back, and says what it has", || {
+            found = desk.0.block_on(desk.1.load(&key)).ok();
+            found.is_some()
+        });
+        matches!(found, Some(Found::Live(_)))
     }
 }
 
