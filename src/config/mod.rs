@@ -91,11 +91,10 @@ pub fn load_backends(path: &Path) -> Result<Vec<Backend>, ConfigError> {
             .add(backend.span(), format!("{} in a file of backends", backend.get_ref()))
             .hint("such a file lists servers; other places stand in the pool");
     }
-    match backends.get(FILE_BACKENDS_MAX) {
-        Some(backend) => problems
+    if let Some(backend) = backends.get(FILE_BACKENDS_MAX) {
+        problems
             .add(backend.span(), format!("more than {FILE_BACKENDS_MAX} backends"))
-            .hint("a choice looks at each of them: make several pools of them"),
-        None => {}
+            .hint("a choice looks at each of them: make several pools of them");
     }
     problems.into_result(backends.into_iter().map(|backend| backend.into_inner().each).collect())
 }

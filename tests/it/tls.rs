@@ -8,6 +8,7 @@ use rustls::ClientConfig;
 
 use crate::harness::backend::Backend;
 use crate::harness::client::{Client, Connection, Response};
+use crate::harness::dns::{NameServer, Record};
 use crate::harness::gateway::{Gateway, Setup};
 use crate::harness::http2::{Http2Backend, Http2Client};
 use crate::harness::tls::{Authority, Party};
@@ -219,6 +220,33 @@ fn a_backend_proves_who_it_is() {
     }
     let broken = chain.first("tls = { ca = \"ca.pem\" }", &[("ca.pem", "noise".into())]);
     assert!(broken.is_err_and(|error| error.contains("is not a PEM certificate chain")));
+}
+
+#[test]
+fn a_backend_that_dns_found_proves_to_be_whom_the_operator_named() {
+    let chain = Chain::new("");
+    let server = NameServer::start();
+    let port = chain.second.address().port();
+    for name in ["app.internal", "forged.test", "other.internal"] {
+        server.set_addresses(name, 60, &[chain.second.address()]);
+    }
+    server.set("_https._tcp.app.internal", 60, &[Record::Srv(0, 0, port, "forged.test".to_owned())]);
+    server.set("_https._tcp.other.internal", 60, &[Record::Srv(0, 0, port, "app.internal".to_owned())]);
+    for (place, expected, why) in [
+        (format!("{{ dns = \"app.internal:{port}\" }}"), 200, "it is for the name, and not for the address"),
+        (format!("{{ dns = \"other.internal:{port}\" }}"), 503, "it is not for this one"),
+        (format!("\"app.internal:{port}\""), 200, "as where it is one backend"),
+        ("{ srv = \"_https._tcp.app.internal\" }".to_owned(), 200, "it is for the service, whatever the answer named"),
+        ("{ srv = \"_https._tcp.other.internal\" }".to_owned(), 503, "an answer's name proves nothing"),
+    ] {
+        let gateway = Gateway::in_front_of(&[])
+            .pool_found("app", &[&place], "tls = { ca = \"ca.pem\" }")
+            .file("ca.pem", chain.authority.pem())
+            .route("/", "access = \"public\"")
+            .with(&server.table())
+            .start();
+        assert_eq!(gateway.client().get("/").send().status, expected, "{place}: {why}");
+    }
 }
 
 #[test]
