@@ -1,6 +1,7 @@
 //! The splits API: how large a share of the users each split takes, and another share from now on. For whoever has the token.
 //!
-//! What is set here counts on this instance alone, until the next reload or restart: what is meant to last is in the file.
+//! What is set here counts on this instance alone, until a restart, or until the file says something new: what is meant to last is in the
+//! file.
 
 use std::fmt;
 use std::net::IpAddr;

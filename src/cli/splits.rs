@@ -30,7 +30,7 @@ pub struct Arguments {
 enum What {
     /// All splits, with their percentage now and in the file.
     List,
-    /// Give a split another percentage, on this instance and until its next reload or restart.
+    /// Give a split another percentage, on this instance, until a restart or until its file says something new.
     Set {
         #[arg(value_name = "SPLIT", value_parser = name)]
         name: String,

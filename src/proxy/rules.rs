@@ -30,7 +30,8 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// What pools of `previous` know of their backends, and whose turn it is, is taken over by those of the same name.
+    /// What pools of `previous` know of their backends, and whose turn it is, is taken over by those of the same name; so is
+    /// what was set at run time.
     pub fn build(config: &Config, login: Login, previous: Option<&Self>) -> Result<Self, ConfigError> {
         let pools = config.pools.iter().map(|(name, pool)| {
             let previous = previous.and_then(|rules| rules.pools.get(name));
@@ -39,7 +40,10 @@ impl Rules {
             Ok((name.clone(), Arc::new(pool)))
         });
         let transports = config.pools.iter().map(|(name, pool)| Ok((name.clone(), Transport::load(pool)?)));
-        let splits = config.splits.iter().map(|(name, split)| (name.clone(), Arc::new(Split::new(name, split))));
+        let splits = config.splits.iter().map(|(name, split)| {
+            let previous = previous.and_then(|rules| rules.splits.get(name));
+            (name.clone(), Arc::new(Split::new(name, split, previous.map(Arc::as_ref))))
+        });
         let splits = splits.collect();
         Ok(Self {
             routes: Routes::build(&config.routes, &splits, config.limits.body_bytes),
@@ -52,12 +56,6 @@ impl Rules {
         })
     }
 
-    /// The splits that are not as the file said, a line each: what comes after these rules begins with its own file.
-    pub fn moved_splits(&self) -> impl Iterator<Item = String> {
-        let moved = self.splits.values().filter(|split| split.percent() != split.configured());
-        moved.map(|split| format!("split.{}: no longer as set at run time", split.name()))
-    }
-
     /// These rules count from now on.
     pub fn settle(&self) {
         self.pools.values().for_each(|pool| pool.settle());
@@ -65,7 +63,9 @@ impl Rules {
 
     /// What an operator has set otherwise than the file has it; see [`Pool::set_by_hand`].
     pub fn set_by_hand(&self) -> Vec<String> {
-        let mut lines: Vec<_> = self.pools.values().flat_map(|pool| pool.set_by_hand()).collect();
+        let moved = self.splits.values().filter(|split| split.percent() != split.configured());
+        let moved = moved.map(|split| format!("split.{}: percent", split.name()));
+        let mut lines: Vec<_> = self.pools.values().flat_map(|pool| pool.set_by_hand()).chain(moved).collect();
         lines.sort_unstable();
         lines
     }

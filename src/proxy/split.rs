@@ -3,6 +3,7 @@
 //! A user's place in a split is a function of the two names and of nothing else (see [`place`]): so all instances agree,
 //! before and after a restart, and nothing has to be kept. Who raises the percentage keeps who is in.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use sha2::{Digest, Sha256};
@@ -17,14 +18,16 @@ pub struct Split {
     name: String,
     groups: Vec<String>,
     configured: Percent,
-    /// In hundredths of a percent.
-    current: AtomicU16,
+    /// In hundredths of a percent. The same across reloads, as long as the file says the same.
+    current: Arc<AtomicU16>,
 }
 
 impl Split {
-    pub fn new(name: &str, config: &model::Split) -> Self {
+    /// What was set at run time stays, unless the file says something else than it did for `previous`.
+    pub fn new(name: &str, config: &model::Split, previous: Option<&Self>) -> Self {
         let configured = config.percent.unwrap_or_default();
-        let current = AtomicU16::new(configured.basis_points());
+        let kept = previous.filter(|split| split.configured == configured).map(|split| Arc::clone(&split.current));
+        let current = kept.unwrap_or_else(|| Arc::new(AtomicU16::new(configured.basis_points())));
         Self { name: name.to_owned(), groups: config.groups.clone(), configured, current }
     }
 
@@ -46,7 +49,7 @@ impl Split {
         Percent::of_basis_points(self.current.load(Ordering::Relaxed))
     }
 
-    /// From now on, until the next reload. Gives what it was before.
+    /// From now on, until the file says something new. Gives what it was before.
     pub fn set(&self, percent: Percent) -> Percent {
         Percent::of_basis_points(self.current.swap(percent.basis_points(), Ordering::Relaxed))
     }
@@ -92,7 +95,7 @@ mod tests {
     const USERS: usize = 2_000;
 
     fn split(name: &str, keys: &str) -> Split {
-        Split::new(name, &toml::from_str(keys).unwrap())
+        Split::new(name, &toml::from_str(keys).unwrap(), None)
     }
 
     fn users() -> impl Iterator<Item = Identity> {

@@ -106,7 +106,6 @@ impl Reload {
             ..Changes::default()
         };
         changes.at_once.extend(rules.login.changed_files(&previous.login));
-        changes.at_once.extend(previous.moved_splits());
         let rules = Arc::new(rules);
         let set_by_hand = previous.set_by_hand();
         self.rules.store(Arc::clone(&rules));

@@ -111,7 +111,7 @@ pub struct ClientHints {
 }
 
 impl ClientHints {
-    /// `User-Agent` is kept up to [`USER_AGENT_BYTES_MAX`].
+    /// `User-Agent` is kept up to 256 bytes.
     pub fn of(headers: &HeaderMap, address: IpAddr) -> Self {
         // `to_str` gives what is ASCII, and nothing else.
         let user_agent = headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();

@@ -235,7 +235,7 @@ fn a_second_attempt_stays_within_the_pool() {
 }
 
 #[test]
-fn what_is_set_at_run_time_counts_at_once_and_until_a_reload() {
+fn what_is_set_at_run_time_counts_at_once_and_until_the_file_says_something_new() {
     let (blue, green) = (version("blue"), version("green"));
     let gateway = setup(&blue, &green, "percent = 0").start();
     let ann = gateway.log_in("ann");
@@ -254,12 +254,20 @@ fn what_is_set_at_run_time_counts_at_once_and_until_a_reload() {
     gateway.reload(|setup| setup.with("[split.broken]")).unwrap_err();
     assert_eq!(meets(), "green", "a broken file changes nothing");
     let changes = gateway.reload(|setup| setup).unwrap();
-    assert_eq!(changes.at_once, ["split.next: no longer as set at run time"]);
-    assert_eq!(meets(), "blue", "the file counts again");
-    assert_eq!(gateway.metric("cloakroom_split_ratio{split=\"next\"}"), 0.0);
+    assert_eq!((changes.kept, changes.dropped), (vec!["split.next: percent".to_owned()], vec![]));
+    assert_eq!(meets(), "green", "who renews a certificate takes nothing back");
+    set(&gateway, "0");
+    assert_eq!(meets(), "blue", "and it can be set on");
+    set(&gateway, "100");
 
-    let moved = |_: Setup| setup(&blue, &green, "percent = 100");
-    assert_eq!(gateway.reload(moved).unwrap().at_once, ["split.next: percent"]);
+    let moved = |percent: &'static str| move |_: Setup| setup(&blue, &green, percent);
+    let changes = gateway.reload(moved("percent = 0.5")).unwrap();
+    assert_eq!(
+        (changes.at_once, changes.dropped),
+        (vec!["split.next: percent".to_owned()], vec!["split.next: percent".to_owned()])
+    );
+    assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1["percent"], 0.5, "the file counts again");
+    gateway.reload(moved("percent = 100")).unwrap();
     assert_eq!(meets(), "green", "a reload moves it, too");
     assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1, told(100, 100));
 }
