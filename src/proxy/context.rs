@@ -246,7 +246,8 @@ impl RequestContext {
         }
         if let (Some(trace), Some(spans), Some(line)) = (self.trace.take(), spans, &self.line) {
             let pool = self.pool.as_ref().map(|pool| pool.name());
-            let end = End { at: now, method: &line.method, route, pool, status, outcome: outcome.label() };
+            let (method, outcome) = (Some(&line.method), outcome.label());
+            let end = End { at: now, method, route, pool, status, outcome, reason: None };
             if let Some(recorded) = trace.finish(&end) {
                 spans.push(recorded);
             }

@@ -66,7 +66,7 @@ use reply::{Outcome, Reader, Rejection};
 use route::Route;
 use rules::Rules;
 use streams::{InFlight, Place, Whose};
-use trace::Trace;
+use trace::{End, Trace};
 use websocket::Frames;
 
 /// Pingora's contract of `request_filter`: we have answered.
@@ -863,11 +863,20 @@ impl Gateway {
 
 impl Refusals for Gateway {
     fn refused(&self, connection: &Connection, refusal: &Refusal) -> String {
-        let request_id = RequestId::next();
+        let (request_id, now) = (RequestId::next(), Instant::now());
         let outcome = Outcome::Refused.label();
+        if let Some(spans) = &self.observer.spans {
+            // What it says of its trace is no more to be relied on than the rest of it.
+            let trace = Trace::begin(&http::HeaderMap::new(), now, spans);
+            let (status, reason) = (refusal.status.as_u16(), Some(refusal.reason));
+            let end = End { at: now, method: None, route: None, pool: None, status, outcome, reason };
+            if let Some(recorded) = trace.and_then(|trace| trace.finish(&end)) {
+                spans.push(recorded);
+            }
+        }
         self.observer.metrics.requests.with_label_values(&["-", refusal.status.as_str(), outcome]).inc();
         self.observer.access_log.write(&Entry {
-            time: Timestamp::at(Instant::now()),
+            time: Timestamp::at(now),
             request_id: request_id.as_str(),
             client: connection.forwarded_for.to_str().unwrap_or("-"),
             method: "-",

@@ -49,11 +49,14 @@ struct Attempt {
 #[derive(Debug)]
 pub struct End<'a> {
     pub at: Instant,
-    pub method: &'a Method,
+    /// None when the request was not understood.
+    pub method: Option<&'a Method>,
     pub route: Option<&'a str>,
     pub pool: Option<&'a str>,
     pub status: u16,
     pub outcome: &'static str,
+    /// Why the guard has refused it.
+    pub reason: Option<&'static str>,
 }
 
 impl Parent {
@@ -170,13 +173,14 @@ impl Trace {
         }
         let (began, wall) = self.started;
         let time = |at: Instant| wall + at.saturating_duration_since(began);
-        let method = method_label(end.method);
+        let method = end.method.map_or(OTHER_METHOD, method_label);
         let mut attributes = vec![
             ("http.request.method", Attribute::from(method)),
             ("http.response.status_code", end.status.into()),
             ("cloakroom.outcome", end.outcome.into()),
         ];
         attributes.extend(end.route.map(|route| ("http.route", route.to_owned().into())));
+        attributes.extend(end.reason.map(|reason| ("cloakroom.reason", reason.into())));
         let name = end.route.map_or_else(|| method.into(), |route| format!("{method} {route}").into());
         let request = Span {
             trace: self.id,
@@ -232,8 +236,11 @@ fn new_span() -> u64 {
 /// Those that everybody knows; a client may send any.
 fn method_label(method: &Method) -> &'static str {
     const KNOWN: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"];
-    KNOWN.into_iter().find(|known| method == known).unwrap_or("_OTHER")
+    KNOWN.into_iter().find(|known| method == known).unwrap_or(OTHER_METHOD)
 }
+
+/// As the conventions of OpenTelemetry have it.
+const OTHER_METHOD: &str = "_OTHER";
 
 #[cfg(test)]
 mod tests {

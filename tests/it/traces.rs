@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::harness::backend::{Answer, Backend};
+use crate::harness::client::Connection;
 use crate::harness::gateway::{Gateway, Setup};
 use crate::harness::wait_until;
 
@@ -153,6 +154,22 @@ fn each_attempt_is_a_span_of_its_own_and_a_failure_shows() {
     let second: Vec<_> = attempts.iter().filter_map(|span| attribute(span, "http.request.resend_count")).collect();
     assert_eq!(second, ["1"]);
     assert_eq!(to(alive.address().to_string())["status"], serde_json::json!({}));
+}
+
+#[test]
+fn what_the_guard_refuses_is_a_span_of_its_own() {
+    let (backend, collector) = (Backend::echo(), collector());
+    let gateway = traced(&[&backend], &collector, "").start();
+    let mut connection = Connection::open(gateway.address());
+    connection.write(format!("GET /open HTTP/1.1\r\nHost: a\r\nHost: b\r\ntraceparent: {}\r\n\r\n", traceparent("01")));
+    assert_eq!(connection.read_response("GET").unwrap().status, 400);
+    wait_until("the collector has it", || !spans(&collector).is_empty());
+    let spans = spans(&collector);
+    let refused = named(&spans, "_OTHER");
+    assert_eq!(attribute(refused, "cloakroom.outcome"), Some("refused".into()));
+    assert_eq!(attribute(refused, "http.response.status_code"), Some("400".into()));
+    assert!(attribute(refused, "cloakroom.reason").is_some(), "{refused}");
+    assert_ne!(refused["traceId"], TRACE, "what it says is not believed");
 }
 
 #[test]
