@@ -58,8 +58,8 @@ use crate::spans::{Collector, SpanSender, Spans};
 mod reload;
 
 pub use crate::backend::discover::Discovery;
-pub use reload::LogSwitch;
 use reload::Reload;
+pub use reload::{LogSwitch, ReloadStage, ReloadWitness};
 
 /// Idle connections to backends that one worker keeps.
 const BACKEND_CONNECTIONS_KEPT: usize = 512;
@@ -86,6 +86,7 @@ pub struct Prepared {
     metrics: Metrics,
     pace: Pace,
     log_switch: LogSwitch,
+    witness: ReloadWitness,
     inherited: Vec<TcpListener>,
 }
 
@@ -175,6 +176,7 @@ fn prepare_all(
         metrics,
         pace: Pace::default(),
         log_switch: LogSwitch::default(),
+        witness: ReloadWitness::default(),
         inherited: Vec::new(),
     })
 }
@@ -217,6 +219,12 @@ impl Prepared {
     /// A reload sets the level of the log by this.
     pub fn with_log_switch(mut self, log_switch: LogSwitch) -> Self {
         self.log_switch = log_switch;
+        self
+    }
+
+    /// Every reload is told to it.
+    pub fn with_reload_witness(mut self, witness: ReloadWitness) -> Self {
+        self.witness = witness;
         self
     }
 }
@@ -301,7 +309,8 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch, mut inherited } = prepared;
+    let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch, witness, mut inherited } =
+        prepared;
     let bound = config.listeners.iter().zip(&tls).map(|(listener, tls)| bind(listener, tls, &config, &mut inherited));
     let listeners = bound.collect::<Result<Vec<_>, _>>()?;
     let admin = config.admin.enabled.then(|| bind_admin(&config, &mut inherited)).transpose()?;
@@ -367,6 +376,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         ring,
         metrics: metrics.clone(),
         log_switch,
+        witness,
         started: Arc::clone(&config),
         applied: Mutex::new(config),
         last: watch::Sender::new(None),

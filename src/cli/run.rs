@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Interval;
@@ -12,7 +13,7 @@ use tracing_subscriber::{EnvFilter, reload};
 use super::{FAILED, Terminal};
 use crate::config::model::{Log, LogFormat, LogLevel};
 use crate::log::{LineWriter, Lines};
-use crate::server::{LogSwitch, Running};
+use crate::server::{LogSwitch, ReloadStage, ReloadWitness, Running};
 use crate::supervisor::notify::Notify;
 use crate::supervisor::sockets::Inherited;
 use crate::supervisor::successor::{NotReady, Successor, tell_ready};
@@ -24,7 +25,7 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
         Ok(inherited) => inherited,
         Err(error) => return terminal.fail(&error, FAILED),
     };
-    let notify = Notify::from_env();
+    let notify = Arc::new(Notify::from_env());
     let config = match config::load(file) {
         Ok(config) => config,
         Err(error) => return terminal.refuse(&error),
@@ -34,7 +35,10 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
         Err(error) => return terminal.fail(&error, FAILED),
     };
     let prepared = match server::prepare(config) {
-        Ok(prepared) => prepared.with_log_switch(log_switch).with_sockets(inherited.sockets),
+        Ok(prepared) => prepared
+            .with_log_switch(log_switch)
+            .with_reload_witness(told_to(Arc::clone(&notify)))
+            .with_sockets(inherited.sockets),
         Err(error) => return terminal.refuse(&error),
     };
     log.count_dropped(prepared.metrics().log_lines_dropped.with_label_values(&["diagnostics"]));
@@ -60,13 +64,12 @@ pub fn run(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A broken file changes nothing (invariant 10); the log says how it went.
-fn reload(running: &Running, notify: &Notify) {
-    notify.reloading();
-    match running.reload() {
-        Ok(_) => notify.ready(),
-        Err(_) => notify.not_reloaded(),
-    }
+fn told_to(notify: Arc<Notify>) -> ReloadWitness {
+    ReloadWitness::new(move |stage| match stage {
+        ReloadStage::Begun => notify.reloading(),
+        ReloadStage::Applied => notify.ready(),
+        ReloadStage::Refused => notify.not_reloaded(),
+    })
 }
 
 /// The signals that we answer, and the runtime that hears them.
@@ -167,7 +170,8 @@ async fn reign(running: &Running, ears: &mut Ears, notify: &Notify) -> End {
             }
         };
         match heard {
-            Heard::Reload => reload(running, notify),
+            // A broken file changes nothing (invariant 10); the log says how it went.
+            Heard::Reload => drop(running.reload()),
             Heard::End => return End::Asked,
             Heard::Upgrade => upgrade.begin(running),
             Heard::GiveWay => {

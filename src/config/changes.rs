@@ -128,7 +128,11 @@ impl Changes {
         }
         self.sections(Effect::AtRestart, &by_address(old), &by_address(new), |changes, section, old, new| {
             if old.has_certificate() != new.has_certificate() {
-                changes.note(Effect::AtRestart, format!("{section}: cert"));
+                // Another kind of socket: nothing of it is applied before.
+                keys!(changes, section, old, new, Listener {
+                    AtRestart: cert, key, certificates, http2, client_ca, client_certificates, insecure, scheme,
+                        proxy_protocol, hsts, redirect_to_port;
+                } besides { address });
                 return;
             }
             keys!(changes, section, old, new, Listener {
@@ -370,6 +374,17 @@ mod tests {
             ("[session]", "[admin]\ntoken = \"q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2\"", &[], &["admin: token"]),
             ("[session]", "[tracing]\nratio = 0.5", &[], &["tracing: ratio"]),
             ("[session]", "[events]\naudit = true", &[], &["events: audit"]),
+            (
+                "127.0.0.1:1\"",
+                "127.0.0.1:1\"\ncert = \"a.pem\"\nkey = \"b.pem\"\nhttp2 = false\nhsts = { max_age = \"30d\" }",
+                &[],
+                &[
+                    "listener 127.0.0.1:1: cert",
+                    "listener 127.0.0.1:1: key",
+                    "listener 127.0.0.1:1: http2",
+                    "listener 127.0.0.1:1: hsts",
+                ],
+            ),
             ("127.0.0.1:1", "127.0.0.1:8", &[], &["listener 127.0.0.1:1: removed", "listener 127.0.0.1:8: added"]),
             ("[store.memory]", "[store.memory]\nsessions_max = 5", &[], &["store.memory: sessions_max"]),
             (

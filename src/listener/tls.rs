@@ -12,6 +12,7 @@ use pingora::listeners::tls::Acceptor;
 use pingora::protocols::IO;
 use pingora::protocols::tls::TlsStream;
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use x509_parser::extensions::GeneralName;
@@ -33,6 +34,8 @@ pub struct Tls {
 struct Terms {
     acceptor: Acceptor,
     certificates: Vec<Expiring>,
+    /// Those of clients: the file and what it holds.
+    authorities: Option<(PathBuf, Vec<CertificateDer<'static>>)>,
 }
 
 /// A certificate of ours, and how long it is good for.
@@ -60,9 +63,11 @@ impl Tls {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| unusable(cert.get_ref(), &error))?;
+        let mut authorities = None;
         let builder = match &listener.client_ca {
             None => builder.with_no_client_auth(),
             Some(file) => {
+                authorities = Some((file.get_ref().clone(), pem::certificates(file.get_ref())?));
                 let roots = Arc::new(pem::authorities(file.get_ref())?);
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
                 let verifier = match listener.client_certificates {
@@ -78,7 +83,7 @@ impl Tls {
             config.alpn_protocols.insert(0, b"h2".to_vec());
         }
         let acceptor = Acceptor::from_server_config(Arc::new(config));
-        let current = ArcSwap::from_pointee(Terms { acceptor, certificates });
+        let current = ArcSwap::from_pointee(Terms { acceptor, certificates, authorities });
         Ok(Some(Arc::new(Self { address: *listener.address.get_ref(), current })))
     }
 
@@ -101,12 +106,18 @@ impl Tls {
         }
     }
 
-    /// The files of certificates that hold another one than in `previous`.
-    pub fn renewed_since(&self, previous: &Self) -> Vec<PathBuf> {
+    /// The files that hold something else than in `previous`, a line each.
+    pub fn renewed_since(&self, previous: &Self) -> Vec<String> {
         let (current, previous) = (self.current.load(), previous.current.load());
         let is_renewed =
             |new: &&Expiring| previous.certificates.iter().any(|old| old.file == new.file && old.der != new.der);
-        current.certificates.iter().filter(is_renewed).map(|new| new.file.clone()).collect()
+        let certificates = current.certificates.iter().filter(is_renewed).map(|new| ("certificate", &new.file));
+        let authorities = match (&current.authorities, &previous.authorities) {
+            (Some((file, now)), Some((same, before))) if file == same && now != before => Some(("client_ca", file)),
+            (Some(_) | None, _) => None,
+        };
+        let files = certificates.chain(authorities);
+        files.map(|(what, file)| format!("{what} {}: content", file.display())).collect()
     }
 
     /// From the next handshake on, this is `other`.

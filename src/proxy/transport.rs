@@ -77,6 +77,11 @@ impl Transport {
         self.tls.is_some()
     }
 
+    /// Whether connections are made alike.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.fingerprint == other.fingerprint
+    }
+
     /// This backend, which is at `address`. `is_upgrade`: a WebSocket, which begins in HTTP/1 whatever the protocol.
     pub fn peer(&self, backend: &Backend, address: SocketAddr, is_upgrade: bool) -> HttpPeer {
         self.peer_of(backend.host().unwrap_or_else(|| host_of(backend.name())), address, is_upgrade)

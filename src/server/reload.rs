@@ -13,7 +13,7 @@ use crate::backend::discover;
 use crate::config;
 use crate::config::changes::Changes;
 use crate::config::error::ConfigError;
-use crate::config::model::{Config, LogLevel};
+use crate::config::model::{Config, LogLevel, Pool};
 use crate::listener::tls::Tls;
 use crate::metrics::Metrics;
 use crate::proxy::rules::Rules;
@@ -29,6 +29,7 @@ pub(super) struct Reload {
     pub(super) ring: Option<Arc<KeyRing>>,
     pub(super) metrics: Metrics,
     pub(super) log_switch: LogSwitch,
+    pub(super) witness: ReloadWitness,
     /// What only a restart applies is as it was then.
     pub(super) started: Arc<Config>,
     /// The last one that was applied. Whoever reloads holds it: reloads take turns.
@@ -60,6 +61,38 @@ impl fmt::Debug for LogSwitch {
     }
 }
 
+/// How far a reload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReloadStage {
+    Begun,
+    Applied,
+    /// The old configuration stays.
+    Refused,
+}
+
+/// Hears of every reload, whoever asked for it.
+#[derive(Clone)]
+pub struct ReloadWitness(Arc<dyn Fn(ReloadStage) + Send + Sync>);
+
+impl ReloadWitness {
+    pub fn new(hear: impl Fn(ReloadStage) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(hear))
+    }
+}
+
+impl Default for ReloadWitness {
+    /// Nobody.
+    fn default() -> Self {
+        Self::new(|_| {})
+    }
+}
+
+impl fmt::Debug for ReloadWitness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReloadWitness")
+    }
+}
+
 impl Reload {
     /// Reads the file again with all that it names, and applies it all or nothing. What needs a restart is told until
     /// there has been one. Logs how it went.
@@ -67,7 +100,10 @@ impl Reload {
     /// Reads files, and may wait for names to be resolved.
     pub(super) fn reload(&self) -> Result<Changes, ConfigError> {
         let mut applied = self.applied.lock();
+        let ReloadWitness(hear) = &self.witness;
+        hear(ReloadStage::Begun);
         let outcome = config::load(&self.started.file).and_then(|config| self.apply(config, &mut applied));
+        hear(if outcome.is_ok() { ReloadStage::Applied } else { ReloadStage::Refused });
         drop(applied);
         let result = if outcome.is_ok() { "applied" } else { "refused" };
         self.metrics.reloads.with_label_values(&[result]).inc();
@@ -106,6 +142,7 @@ impl Reload {
             ..Changes::default()
         };
         changes.at_once.extend(rules.login.changed_files(&previous.login));
+        changes.at_once.extend(renewed_pools(&config, applied, &rules, &previous));
         let rules = Arc::new(rules);
         let set_by_hand = previous.set_by_hand();
         self.rules.store(Arc::clone(&rules));
@@ -121,8 +158,7 @@ impl Reload {
         self.metrics.certificate_expires.reset();
         for (current, new) in tls {
             if let Some(new) = new {
-                let renewed = new.renewed_since(current).into_iter();
-                changes.at_once.extend(renewed.map(|file| format!("certificate {}: content", file.display())));
+                changes.at_once.extend(new.renewed_since(current));
                 current.replace(&new);
             }
             current.report(&self.metrics, now_seconds());
@@ -144,4 +180,16 @@ impl Reload {
         });
         pairs.collect()
     }
+}
+
+/// The pools whose files of `tls` are the same, and hold something else, a line each.
+fn renewed_pools(config: &Config, applied: &Config, rules: &Rules, previous: &Rules) -> Vec<String> {
+    let is_renewed = |name: &str, pool: &Pool| {
+        let is_configured_alike =
+            applied.pools.get(name).is_some_and(|old| old.tls == pool.tls && old.protocol == pool.protocol);
+        let transports = rules.transports.get(name).zip(previous.transports.get(name));
+        is_configured_alike && transports.is_some_and(|(new, old)| !new.is_same(old))
+    };
+    let renewed = config.pools.iter().filter(|(name, pool)| is_renewed(name, pool));
+    renewed.map(|(name, _)| format!("pool.{name}.tls: content")).collect()
 }

@@ -11,7 +11,7 @@ use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, PASSWORD};
 use crate::harness::{free_port, wait_until};
 
-const ADMIN_TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
+pub(crate) const ADMIN_TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
 
 /// Keys of a ring, made at random as is asked for.
 const KEYS: [&str; 2] =

@@ -11,7 +11,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use crate::harness::DEADLINE;
 use crate::harness::backend::Backend;
 use crate::harness::client::Client;
-use crate::operation::{CLOAKROOM, Daemon, admin_of, deployment};
+use crate::operation::{ADMIN_TOKEN, CLOAKROOM, Daemon, admin_of, cloakroom, deployment};
 
 /// What the service says, one state per line.
 struct Ear {
@@ -99,6 +99,8 @@ fn a_socket_that_nobody_asked_for_is_named_and_ends_the_start() {
 #[test]
 fn systemd_is_told_of_start_reload_life_and_end() {
     let (folder, file, _) = deployment(&[&Backend::echo()], "");
+    let config = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, config.replace("[admin]", &format!("[admin]\ntoken = \"{ADMIN_TOKEN}\""))).unwrap();
     let ear = Ear::in_folder(folder.path());
     let environment = [("NOTIFY_SOCKET", ear.path.to_str().unwrap()), ("WATCHDOG_USEC", "200000")];
     let daemon = activate(&file, Vec::new(), &environment);
@@ -110,6 +112,10 @@ fn systemd_is_told_of_start_reload_life_and_end() {
     assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
     let micros = reloading.lines().nth(1).and_then(|line| line.split_once('=')).unwrap().1;
     assert!(0 < micros.parse::<u64>().unwrap());
+    assert_eq!(ear.next(), "READY=1\nSTATUS=Serving");
+
+    assert!(cloakroom(&["reload", "--config", file.to_str().unwrap()]).status.success());
+    assert!(ear.next().starts_with("RELOADING=1\n"), "also when it is asked for over the admin listener");
     assert_eq!(ear.next(), "READY=1\nSTATUS=Serving");
 
     std::fs::write(&file, "broken").unwrap();

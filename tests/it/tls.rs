@@ -128,7 +128,10 @@ fn clients_show_who_they_are_and_backends_are_told() {
             Err(error) => assert!(!lets_in_without, "{demand}: {error}"),
         }
         // Another authority counts from the next handshake on, also for who has been here before.
-        assert!(gateway.reload(|setup| setup.file("clients.pem", strangers.pem())).unwrap().at_restart.is_empty());
+        let changes = gateway.reload(|setup| setup.file("clients.pem", strangers.pem())).unwrap();
+        assert!(changes.at_restart.is_empty());
+        let [line] = &changes.at_once[..] else { panic!("{changes:?}") };
+        assert!(line.starts_with("client_ca ") && line.ends_with("clients.pem: content"), "{line}");
         assert!(ask(Some(&ann)).is_err(), "{demand}");
         assert!(ask(Some(&strangers.client("ann"))).is_ok(), "{demand}");
     }
@@ -255,7 +258,8 @@ fn a_changed_authority_counts_from_the_reload_on() {
     let keys = "tls = { ca = \"ca.pem\", server_name = \"app.internal\" }";
     let gateway = chain.first(keys, &[("ca.pem", chain.authority.pem())]).unwrap();
     assert_eq!(gateway.client().get("/").send().status, 200);
-    gateway.reload(|setup| setup.file("ca.pem", Authority::new().pem())).unwrap();
+    let changes = gateway.reload(|setup| setup.file("ca.pem", Authority::new().pem())).unwrap();
+    assert_eq!(changes.at_once, ["pool.app.tls: content"]);
     assert_eq!(gateway.client().get("/").send().status, 503, "also not on a connection that was kept");
     gateway.reload(|setup| setup.file("ca.pem", "noise")).expect_err("the other one stays");
     gateway.reload(|setup| setup.file("ca.pem", chain.authority.pem())).unwrap();
