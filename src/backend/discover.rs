@@ -1,6 +1,6 @@
 //! Where are the backends now? Names and files are looked at in the background, so that no request waits for them.
 //!
-//! An entry of `backends` is a [`Source`] of servers: itself, what DNS says, or what a file lists. A server that has a name
+//! An entry of `backends` is a source of servers: itself, what DNS says, or what a file lists. A server that has a name
 //! is looked up, too. A look that fails, or that finds nothing, changes nothing: an empty answer is rather a mistake of who
 //! answers than the wish that nobody be served.
 

@@ -375,7 +375,7 @@ fn the_check_says_where_backends_are_when_it_may_ask() {
 #[test]
 fn a_store_and_a_provider_whose_names_lead_nowhere_are_an_outage_and_no_more() {
     let backend = Backend::echo();
-    let provider = "[login]\norigins = [\"https://app.test\"]\n\
+    let provider = "[login]\norigins = [\"http://app.test\"]\n\
                     [login.oidc.any]\nissuer = \"https://login.nowhere.invalid\"\nclient_id = \"us\"\n\
                     client_secret = \"Zk3-a-secret-of-nobody-91Qp\"\n";
     let gateway = Gateway::in_front_of(&[&backend])
@@ -388,10 +388,10 @@ fn a_store_and_a_provider_whose_names_lead_nowhere_are_an_outage_and_no_more() {
     let client = gateway.client().with_host("app.test").allowing("refresh");
     for round in 0..3 {
         assert_eq!(client.get("/public").send().status, 200, "round {round}: who needs neither is served");
-        let known = client.get("/").header("cookie", &format!("session={}", "A".repeat(46))).send();
+        let known = client.get("/").header("cookie", &format!("session={}", "A".repeat(45))).send();
         assert_eq!(known.status, 503, "round {round}: nobody is logged out: {}", known.text());
         assert!(known.headers("set-cookie").is_empty());
-        let refused = client.navigate("/.cloakroom/login").send();
+        let refused = client.navigate("/.cloakroom/oidc/any/login").send();
         assert_eq!(refused.status, 503, "round {round}: {}", refused.text());
     }
     // The end of the test is the end of the gateway: nobody who still waits for a name holds it up.
