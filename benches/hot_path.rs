@@ -81,7 +81,7 @@ fn routing(criterion: &mut Criterion) {
 
 /// Which pool is this user's? Of those who are in no group of it, and so in its share or not.
 fn splitting(criterion: &mut Criterion) {
-    let split = Split::new("next", &toml::from_str("groups = [\"beta\", \"staff\"]\npercent = 5").unwrap());
+    let split = Split::new("next", &toml::from_str("groups = [\"beta\", \"staff\"]\npercent = 5").unwrap(), None);
     let ann = ann();
     criterion.bench_function("split/takes", |bencher| bencher.iter(|| split.takes(black_box(Some(&ann)))));
 }

@@ -391,8 +391,9 @@ mod tests {
     #[test]
     fn the_first_split_that_takes_a_user_counts_and_else_the_pool_of_the_route() {
         let spanned = |text: &str| Spanned::new(0..0, text.to_owned());
-        let split =
-            |name: &str, keys: &str| (name.to_owned(), Arc::new(Split::new(name, &toml::from_str(keys).unwrap())));
+        let split = |name: &str, keys: &str| {
+            (name.to_owned(), Arc::new(Split::new(name, &toml::from_str(keys).unwrap(), None)))
+        };
         let splits = BTreeMap::from([split("staff", "groups = [\"staff\"]"), split("next", "percent = 0")]);
         let to = |name: &str, pool: &str| model::RouteSplit { name: spanned(name), pool: spanned(pool) };
         let mut route = route(None, "/app");

@@ -260,7 +260,8 @@ fn what_is_set_at_run_time_counts_at_once_and_until_the_file_says_something_new(
     assert_eq!(meets(), "blue", "and it can be set on");
     set(&gateway, "100");
 
-    let moved = |percent: &'static str| move |_: Setup| setup(&blue, &green, percent);
+    let (blue, green) = (&blue, &green);
+    let moved = |percent: &'static str| move |_: Setup| setup(blue, green, percent);
     let changes = gateway.reload(moved("percent = 0.5")).unwrap();
     assert_eq!(
         (changes.at_once, changes.dropped),
