@@ -111,7 +111,7 @@ impl Pool {
             let are_equal = !seen.is_mixed;
             let among = Candidates { pool: self, backends: &backends, tried, class, are_all, are_equal };
             let Some(backend) = among.choose(key) else { continue };
-            if let Some(lease) = backend.try_lease(false) {
+            if let Some(lease) = backend.try_lease() {
                 tried.add(&lease);
                 return Ok(lease);
             }
@@ -147,18 +147,16 @@ impl Pool {
             // A backup is tried when it is needed, and not before.
             backend.ejection.is_out() && !backend.checked.is_down() && !backend.is_backup()
         };
-        let now = self.ongoing.now();
+        let (now, patience) = (self.ongoing.now(), self.trial_patience());
         let nothing = Tried::default();
         let candidates = backends.iter().filter(is_candidate);
         candidates.filter(|backend| backend.is_fit(&nothing)).find_map(|backend| {
-            if !backend.ejection.claim_trial(now) {
+            if !backend.ejection.may_be_tried(now, patience) {
                 return None;
             }
-            let lease = backend.try_lease(true);
-            if lease.is_none() {
-                backend.ejection.release_trial();
-            }
-            lease
+            let mut lease = backend.try_lease()?;
+            lease.trial = backend.ejection.claim_trial(now, patience);
+            lease.trial.is_some().then_some(lease)
         })
     }
 }
@@ -443,12 +441,12 @@ mod tests {
 
     /// A request to this backend fails without a connection.
     fn kill(pool: &Pool, number: usize) {
-        let mut lease = pool.backends()[number - 1].try_lease(false).unwrap();
+        let mut lease = pool.backends()[number - 1].try_lease().unwrap();
         pool.note_failure(&mut lease, Failure::Connect);
     }
 
     fn succeed(pool: &Pool, number: usize) {
-        let mut lease = pool.backends()[number - 1].try_lease(false).unwrap();
+        let mut lease = pool.backends()[number - 1].try_lease().unwrap();
         pool.note_success(&mut lease);
     }
 
@@ -626,7 +624,7 @@ mod tests {
     #[test]
     fn power_of_two_keeps_the_busy_one_quiet() {
         let pool = pool(&backends(&["", "", "", ""]), "balance = \"power_of_two\"");
-        let busy: Vec<_> = (0..100).map(|_| pool.backends()[1].try_lease(false).unwrap()).collect();
+        let busy: Vec<_> = (0..100).map(|_| pool.backends()[1].try_lease().unwrap()).collect();
         let shares = shares(&turns(&pool, 3_000));
         assert!(!shares.contains_key(&2), "there is always a better one of two: {shares:?}");
         assert!(shares.values().all(|share| (800..1_200).contains(share)), "{shares:?}");
@@ -694,7 +692,7 @@ mod tests {
             std::hint::spin_loop();
         }
         let mut trial = pool.pick(0, &mut Tried::default()).unwrap();
-        assert_eq!((number(&trial), trial.is_trial), (1, true));
+        assert_eq!((number(&trial), trial.trial.is_some()), (1, true));
         pool.note_success(&mut trial);
         assert_eq!(pool.note_failure(&mut trial, Failure::Timeout), None, "from then on it is like any other request");
         assert_eq!(shares(&turns(&pool, 4)), [(1, 2), (2, 2)].into());
@@ -709,7 +707,7 @@ mod tests {
             std::hint::spin_loop();
         }
         assert_eq!(turns(&pool, 3), [1, 1, 1]);
-        let mut begun: Vec<_> = (0..5).map(|_| pool.backends()[0].try_lease(false).unwrap()).collect();
+        let mut begun: Vec<_> = (0..5).map(|_| pool.backends()[0].try_lease().unwrap()).collect();
         pool.backends()[0].drain();
         assert_eq!(next(&pool), Some(2));
         kill(&pool, 2);
@@ -724,11 +722,12 @@ mod tests {
     #[test]
     fn replaced_backends_keep_what_they_know_when_they_stay() {
         let pool = three();
-        let held = pool.backends()[1].try_lease(false).unwrap();
+        let held = pool.backends()[1].try_lease().unwrap();
         kill(&pool, 3);
         let endpoints =
             config("\"127.0.0.1:2\", { address = \"127.0.0.1:3\", weight = 2 }, \"127.0.0.1:4\"", "").backends;
-        pool.replace(&endpoints.into_iter().map(|entry| entry.into_inner().each).collect::<Vec<_>>());
+        let endpoints: Vec<_> = endpoints.into_iter().map(|entry| entry.into_inner().each).collect();
+        pool.replace(&endpoints, &mut pool.ongoing.placing.lock());
         let now: Vec<_> =
             pool.backends().iter().map(|b| (b.in_flight(), b.health() == Health::Up, b.weight())).collect();
         assert_eq!(now, [(1, true, 1), (0, false, 2), (0, true, 1)]);
@@ -741,7 +740,7 @@ mod tests {
         let old = pool(&backends(&["", "", ", weight = 3"]), "");
         old.backends()[0].set_weight(9);
         old.backends()[1].drain();
-        let held = old.backends()[2].try_lease(false).unwrap();
+        let held = old.backends()[2].try_lease().unwrap();
         let new = Pool::new("app", &config(&backends(&["", "", ", weight = 4"]), ""), Some(&old));
         assert_eq!(new.backends()[2].weight(), 3, "not before the new rules count");
         new.settle();

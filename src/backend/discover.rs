@@ -455,11 +455,54 @@ mod tests {
         assert_eq!((new.backends()[0].id, new.backends()[0].weight()), (kept, 3));
     }
 
+    /// With the server 10.0.0.9 as these keys say.
+    fn named(keys: &str) -> model::Pool {
+        toml::from_str(&format!("backends = [{{ dns = \"api.test:1\" }}, {{ address = \"10.0.0.9:1\"{keys} }}]"))
+            .unwrap()
+    }
+
+    #[test]
+    fn only_the_pool_that_counts_says_what_its_backends_do() {
+        use crate::backend::AdminState::{Active, Draining};
+        let old = Pool::new("app", &named(""), None);
+        found(&old, &["10.0.0.1:1"]);
+        let server = Arc::clone(&old.backends()[1]);
+        let as_is = || (server.admin_state(), server.weight());
+        let new = Pool::new("app", &named(", drain = true, weight = 7"), Some(&old));
+        found(&new, &["10.0.0.2:1"]);
+        assert_eq!(names(&new), ["10.0.0.2:1", "10.0.0.9:1"]);
+        assert_eq!(as_is(), (Active, 1), "a reload that waits for names, or is refused in the end, changes nothing");
+        found(&old, &["10.0.0.3:1"]);
+        assert_eq!(names(&old), ["10.0.0.3:1", "10.0.0.9:1"], "and the old pool goes on");
+        new.settle();
+        assert_eq!((names(&new), as_is()), (names(&old), (Draining, 7)), "found for one is found for the other");
+        found(&old, &["10.0.0.4:1"]);
+        assert_eq!(as_is(), (Draining, 7), "a look that ends late says nothing any more");
+        new.place();
+        assert_eq!(names(&new), ["10.0.0.4:1", "10.0.0.9:1"], "but what it found counts");
+    }
+
+    #[test]
+    fn who_comes_back_has_the_requests_that_it_had_and_is_still_drained() {
+        let (old, metrics) = (Pool::new("app", &config(""), None), Metrics::new());
+        found(&old, &["10.0.0.1:1", "10.0.0.2:1"]);
+        let _lease = old.backends()[0].try_lease().unwrap();
+        old.backends()[0].drain();
+        found(&old, &["10.0.0.2:1"]);
+        let new = Pool::new("app", &config(""), Some(&old));
+        new.settle();
+        new.forget_gone(&metrics);
+        found(&new, &["10.0.0.1:1", "10.0.0.2:1"]);
+        let back = &new.backends()[0];
+        assert_eq!((back.name(), back.in_flight()), ("10.0.0.1:1", 1), "who waits for its end waits on");
+        assert_eq!(back.admin_state(), crate::backend::AdminState::Draining);
+    }
+
     #[test]
     fn a_name_that_goes_leaves_no_trace_when_its_requests_have_ended() {
         let (pool, metrics) = (Pool::new("app", &config(""), None), Metrics::new());
         found(&pool, &["10.0.0.1:1"]);
-        let lease = pool.backends()[0].try_lease(false).unwrap();
+        let lease = pool.backends()[0].try_lease().unwrap();
         metrics.backend_requests.with_label_values(&["app", "10.0.0.1:1"]).inc();
         let is_told = || String::from_utf8(metrics.render()).unwrap().contains("10.0.0.1:1");
         found(&pool, &["10.0.0.2:1"]);

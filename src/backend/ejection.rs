@@ -2,7 +2,7 @@
 //!
 //! When the while is over, one request tries it, and the others wait for what becomes of that one.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -28,8 +28,8 @@ pub(super) struct Ejection {
     failures: AtomicU32,
     /// It is out until then, and until one request has succeeded.
     until: AtomicU64,
-    /// A request is finding out, and nobody else shall wait for a backend that may hang.
-    is_on_trial: AtomicBool,
+    /// Since when a request is finding out, and nobody else shall wait for a backend that may hang; 0 = none is.
+    on_trial_since: AtomicU64,
     history: Mutex<History>,
 }
 
@@ -73,6 +73,13 @@ impl EjectionRules {
     }
 }
 
+/// The claim of the request that finds out whether a backend is back.
+#[derive(Debug)]
+pub(super) struct Trial {
+    /// On the pool's clock, in milliseconds.
+    since: u64,
+}
+
 impl Ejection {
     pub(super) fn is_out(&self) -> bool {
         self.until() != 0
@@ -94,18 +101,35 @@ impl Ejection {
         (until != 0).then(|| Duration::from_millis(until.saturating_sub(now)))
     }
 
-    /// Whether this request shall try it: one at a time, when its time is over.
-    pub(super) fn claim_trial(&self, now: u64) -> bool {
-        self.is_over(now) && !self.is_on_trial.swap(true, Ordering::Relaxed)
+    /// Whether a request may try it: its time is over, and none is finding out, or has been for longer than `patience`
+    /// (both in milliseconds). A slow upload can take days, and says nothing until then.
+    pub(super) fn may_be_tried(&self, now: u64, patience: u64) -> bool {
+        let since = self.on_trial_since.load(Ordering::Relaxed);
+        self.is_over(now) && (since == 0 || since.saturating_add(patience) <= now)
     }
 
-    /// The next request may.
-    pub(super) fn release_trial(&self) {
-        self.is_on_trial.store(false, Ordering::Relaxed);
+    /// Whether this request shall try it: see [`Self::may_be_tried`].
+    pub(super) fn claim_trial(&self, now: u64, patience: u64) -> Option<Trial> {
+        let since = self.on_trial_since.load(Ordering::Relaxed);
+        let may = || self.may_be_tried(now, patience);
+        let claim = || self.on_trial_since.compare_exchange(since, now, Ordering::Relaxed, Ordering::Relaxed);
+        (may() && claim().is_ok()).then_some(())?;
+        let trial = Trial { since: now };
+        if self.is_over(now) {
+            return Some(trial);
+        }
+        // The trial before has succeeded between the two looks.
+        self.release(trial);
+        None
+    }
+
+    /// The next request may, unless it does already.
+    pub(super) fn release(&self, trial: Trial) {
+        let _ = self.on_trial_since.compare_exchange(trial.since, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     fn is_on_trial(&self) -> bool {
-        self.is_on_trial.load(Ordering::Relaxed)
+        self.on_trial_since.load(Ordering::Relaxed) != 0
     }
 
     /// Passed over from now on. None when it is already, and this was not the trial.
@@ -144,14 +168,14 @@ impl Pool {
         let (ejection, rules) = (&lease.backend.ejection, &self.ejection);
         let failures = ejection.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let ejects = match failure {
-            _ if lease.is_trial => true,
+            _ if lease.trial.is_some() => true,
             // There is no doubt about it, so the share does not matter, and nobody else need find out.
             Failure::Connect => true,
             Failure::Timeout | Failure::Response | Failure::Status(_) => {
                 rules.failures != 0 && rules.failures <= failures && self.may_eject()
             }
         };
-        let time = if ejects { ejection.eject(self.ongoing.now(), lease.is_trial, rules) } else { None };
+        let time = if ejects { ejection.eject(self.ongoing.now(), lease.trial.is_some(), rules) } else { None };
         lease.end_trial();
         time
     }
@@ -171,6 +195,12 @@ impl Pool {
     /// Whether a response with this status is a failure of the backend.
     pub fn is_failure(&self, status: u16) -> bool {
         self.ejection.statuses.contains(&status)
+    }
+
+    /// A trial that has not said anything after so many milliseconds is not the only one any more: a backend that answers
+    /// has done so by then.
+    pub(super) fn trial_patience(&self) -> u64 {
+        u64::try_from((self.timeouts.connect + self.timeouts.read).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// At most a share of the pool is out for failures, but one of several always may be.
@@ -214,6 +244,7 @@ mod tests {
     use super::*;
     use crate::backend::balance::Tried;
 
+    const PATIENCE: u64 = 60_000;
     const RULES: EjectionRules =
         EjectionRules { failures: 5, time: 2_000, time_max: 30_000, share: 50, statuses: Vec::new() };
 
@@ -224,10 +255,10 @@ mod tests {
         let mut times = vec![ejection.eject(now, false, &RULES).unwrap().as_secs()];
         for _ in 0..6 {
             now += 100_000;
-            assert!(ejection.claim_trial(now), "its time is over");
-            assert!(!ejection.claim_trial(now), "one request finds out");
+            let trial = ejection.claim_trial(now, PATIENCE).expect("its time is over");
+            assert!(ejection.claim_trial(now, PATIENCE).is_none(), "one request finds out");
             times.push(ejection.eject(now, true, &RULES).unwrap().as_secs());
-            ejection.release_trial();
+            ejection.release(trial);
         }
         assert_eq!(times, [2, 4, 8, 16, 30, 30, 30]);
     }
@@ -259,15 +290,20 @@ mod tests {
     }
 
     #[test]
-    fn a_trial_that_hangs_is_the_only_one_until_it_has_ended() {
+    fn a_trial_that_hangs_is_the_only_one_for_as_long_as_an_answer_may_take() {
         let ejection = Ejection::default();
         ejection.eject(1_000, false, &RULES).unwrap();
-        let (over, much_later) = (3_000, 1_000_000);
-        assert!(ejection.claim_trial(over));
-        assert!(!ejection.claim_trial(much_later), "it hangs, and so would the next one");
-        assert!(ejection.eject(much_later, false, &RULES).is_none(), "begun before: the trial says how it is");
-        ejection.release_trial();
-        assert!(ejection.claim_trial(much_later));
+        let (over, later) = (3_000, 3_000 + PATIENCE);
+        let hangs = ejection.claim_trial(over, PATIENCE).unwrap();
+        assert!(ejection.claim_trial(later - 1, PATIENCE).is_none(), "it hangs, and so would the next one");
+        assert!(ejection.eject(later - 1, false, &RULES).is_none(), "begun before: the trial says how it is");
+        let next = ejection.claim_trial(later, PATIENCE).expect("it may be a slow upload");
+        ejection.release(hangs);
+        assert!(ejection.claim_trial(later + 1, PATIENCE).is_none(), "who ends late gives back no other's claim");
+        ejection.release(next);
+        assert!(ejection.claim_trial(later + 1, PATIENCE).is_some());
+        ejection.end(later + 2);
+        assert!(ejection.claim_trial(later + 2 * PATIENCE, PATIENCE).is_none(), "it is back");
     }
 
     #[test]
@@ -284,7 +320,7 @@ mod tests {
         assert!(fail(&pool, 0, Failure::Connect));
         for (number, end) in ends.iter().enumerate() {
             let mut lease = trial(&pool);
-            let other = (0..8).map(|_| pool.pick(0, &mut Tried::default()).unwrap()).all(|lease| !lease.is_trial);
+            let other = (0..8).map(|_| pool.pick(0, &mut Tried::default()).unwrap()).all(|lease| lease.trial.is_none());
             assert!(other, "{number}: one at a time");
             end(&pool, &mut lease);
             drop(trial(&pool));
@@ -296,7 +332,7 @@ mod tests {
         let end = Instant::now() + Duration::from_secs(30);
         while Instant::now() < end {
             let lease = pool.pick(0, &mut Tried::default()).unwrap();
-            if lease.is_trial {
+            if lease.trial.is_some() {
                 return lease;
             }
             std::thread::yield_now();
@@ -307,16 +343,16 @@ mod tests {
     #[test]
     fn what_succeeds_late_says_nothing_of_how_a_backend_is_now() {
         let pool = pool(2, "");
-        let mut early = pool.backends()[0].try_lease(false).unwrap();
+        let mut early = pool.backends()[0].try_lease().unwrap();
         assert!(fail(&pool, 0, Failure::Connect));
         assert!(!pool.note_success(&mut early), "it had begun before");
         assert!(matches!(pool.backends()[0].health(), crate::backend::Health::Ejected(_)));
-        let mut later = pool.backends()[0].try_lease(false).unwrap();
+        let mut later = pool.backends()[0].try_lease().unwrap();
         assert!(pool.note_success(&mut later));
     }
 
     fn fail(pool: &Pool, number: usize, failure: Failure) -> bool {
-        let mut lease = pool.backends()[number].try_lease(false).unwrap();
+        let mut lease = pool.backends()[number].try_lease().unwrap();
         pool.note_failure(&mut lease, failure).is_some()
     }
 
@@ -330,7 +366,7 @@ mod tests {
         let pool = pool(2, "eject.failures = 3");
         let fails = |times: usize| (0..times).map(|_| fail(&pool, 0, Failure::Timeout)).collect::<Vec<_>>();
         assert_eq!(fails(2), [false, false]);
-        let mut lease = pool.backends()[0].try_lease(false).unwrap();
+        let mut lease = pool.backends()[0].try_lease().unwrap();
         assert!(!pool.note_success(&mut lease));
         assert_eq!(fails(3), [false, false, true]);
         assert!(matches!(pool.backends()[0].health(), crate::backend::Health::Ejected(_)));

@@ -17,11 +17,24 @@ use super::{Backend, Pool};
 /// How one backend is asked.
 #[async_trait]
 pub trait Probe: Send + Sync {
-    /// Whether the answer of the backend, of this pool and at this address, is what `check` asks for; else what is wrong,
-    /// in few words.
+    /// Whether the answer of the backend, of this pool and at this address, is what `check` asks for.
     ///
     /// It may take as long as it likes: who asks gives up after `check.timeout`.
-    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), String>;
+    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), CheckError>;
+}
+
+/// Why a check did not pass, in few words.
+#[derive(Debug)]
+pub enum CheckError {
+    Failed(String),
+    /// Nobody was asked, for a reason of our own: nothing is known.
+    Unasked(String),
+}
+
+impl From<String> for CheckError {
+    fn from(cause: String) -> Self {
+        Self::Failed(cause)
+    }
 }
 
 /// Checks under way at a time. Those of dead backends take the longest.
@@ -64,6 +77,10 @@ impl Checked {
         self.is_down.load(Ordering::Relaxed)
     }
 
+    pub(super) fn is_under_way(&self) -> bool {
+        self.course.lock().is_under_way
+    }
+
     /// Nobody asks any more.
     pub(super) fn forget(&self) {
         let mut course = self.course.lock();
@@ -77,6 +94,15 @@ impl Checked {
         let is_due = course.due.is_none_or(|due| due <= now) && !course.is_under_way;
         course.is_under_way |= is_due;
         is_due.then_some(Asked(course.forgotten))
+    }
+
+    /// What was to be asked was not: again at `due`.
+    fn put_off(&self, asked: Asked, due: Instant) {
+        let mut course = self.course.lock();
+        if asked.0 == course.forgotten {
+            course.is_under_way = false;
+            course.due = Some(due);
+        }
     }
 
     /// What was `asked` has `passed`, or not; the next one comes at `due`. Whether that turned it up or down.
@@ -119,18 +145,26 @@ pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, me
 }
 
 impl Backend {
-    async fn ask(&self, probe: &dyn Probe, pool: &Pool, check: &Check) -> Result<(), String> {
-        let mut address = self.address().ok_or("its name has no address")?;
+    async fn ask(&self, probe: &dyn Probe, pool: &Pool, check: &Check) -> Result<(), CheckError> {
+        let mut address = self.address().ok_or_else(|| "its name has no address".to_owned())?;
         if let Some(port) = check.port {
             address.set_port(port);
         }
         let timeout = check.timeout;
         let answer = tokio::time::timeout(timeout.get(), probe.ask(pool, self, address, check)).await;
-        answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
+        answer.unwrap_or_else(|_| Err(format!("no answer within {timeout}").into()))
     }
 
-    fn note_check(&self, pool: &Pool, check: &Check, asked: Asked, result: Result<(), String>, metrics: &Metrics) {
+    fn note_check(&self, pool: &Pool, check: &Check, asked: Asked, result: Result<(), CheckError>, metrics: &Metrics) {
         let (pool, backend) = (pool.name(), self.name());
+        let result = match result {
+            Ok(()) => Ok(()),
+            Err(CheckError::Failed(cause)) => Err(cause),
+            Err(CheckError::Unasked(cause)) => {
+                tracing::warn!(pool, backend, cause, "a check could not be made, and says nothing of the backend");
+                return self.checked.put_off(asked, next_check(check));
+            }
+        };
         let label = if result.is_ok() { "passed" } else { "failed" };
         metrics.backend_checks.with_label_values(&[pool, backend, label]).inc();
         let has_turned = self.checked.note(asked, result.is_ok(), next_check(check), check);

@@ -1,7 +1,8 @@
 //! Which server answers? A pool is a named set of interchangeable backends.
 //!
 //! What is configured is a [`Pool`], made anew by every reload. What has to outlive a reload is in the [`Backend`]s,
-//! which are taken over by their names (requests in flight, health, weight), and in `Ongoing` (turn, queue, budget).
+//! which are taken over by their names (requests in flight, health, weight), and in `Ongoing` (turn, queue, budget, and whose
+//! turn it is to say what the backends do).
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -26,7 +27,7 @@ pub mod discover;
 mod names;
 
 use discover::{Schedule, Source};
-use ejection::{Ejection, EjectionRules};
+use ejection::{Ejection, EjectionRules, Trial};
 use health::Checked;
 use queue::Queue;
 use retry::RetryBudget;
@@ -49,8 +50,8 @@ pub struct Pool {
     sources: Vec<Arc<Source>>,
     /// What `backends` was made of.
     placed: Mutex<Vec<model::Backend>>,
-    /// Not in `backends` any more, but requests may still be there.
-    gone: Mutex<Vec<Arc<Backend>>>,
+    /// Later ones have higher numbers.
+    edition: u64,
     ongoing: Arc<Ongoing>,
 }
 
@@ -61,8 +62,20 @@ struct Ongoing {
     turn: AtomicUsize,
     /// Held by who deals by weights: see [`balance`].
     dealing: Mutex<()>,
+    placing: Mutex<Placing>,
     queue: Queue,
     budget: RetryBudget,
+}
+
+/// Whose backends are those of today. The backends of a pool that is being made, and may come to nothing, are also those of the
+/// one that counts: only this one says what they are to do.
+#[derive(Debug, Default)]
+struct Placing {
+    /// Of the pool that counts.
+    edition: u64,
+    listed: Vec<Arc<Backend>>,
+    /// Not listed any more, but requests may still be there.
+    gone: Vec<Arc<Backend>>,
 }
 
 /// How long a pool's backends may take; all are pauses, none a total.
@@ -121,7 +134,7 @@ pub struct Lease {
     backend: Arc<Backend>,
     has_ended: bool,
     /// The request that finds out whether an ejected backend is back.
-    is_trial: bool,
+    trial: Option<Trial>,
     /// The one under way when it began: only that one can its success end.
     ejection: u64,
     /// In the queue.
@@ -169,17 +182,26 @@ impl Pool {
     /// Backends that `previous` has, too, are taken over as they are; what the file says of them anew counts after
     /// [`Pool::settle`].
     pub fn new(name: &str, config: &model::Pool, previous: Option<&Self>) -> Self {
-        let ongoing = previous.map_or_else(Arc::default, |pool| Arc::clone(&pool.ongoing));
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let ongoing: Arc<Ongoing> = previous.map_or_else(Arc::default, |pool| Arc::clone(&pool.ongoing));
         let known_sources = previous.map(|pool| pool.sources.as_slice());
         let sources: Vec<_> = config.backends.iter().map(|entry| Source::new(entry.get_ref(), known_sources)).collect();
         let endpoints = servers(&sources);
-        let known = previous.map(Self::backends);
+        let edition = NEXT.fetch_add(1, Ordering::Relaxed);
+        let backends = {
+            let mut placing = ongoing.placing.lock();
+            let backends = placing.backends(&endpoints, &[], &ongoing);
+            if previous.is_none() {
+                *placing = Placing { edition, listed: backends.clone(), gone: Vec::new() };
+            }
+            backends
+        };
         Self {
             name: name.to_owned(),
-            backends: ArcSwap::from_pointee(listed(&endpoints, known.as_deref().map(Vec::as_slice), &ongoing)),
+            backends: ArcSwap::from_pointee(backends),
             sources,
             placed: Mutex::new(endpoints),
-            gone: Mutex::default(),
+            edition,
             timeouts: Timeouts {
                 connect: config.connect_timeout.get(),
                 read: config.read_timeout.get(),
@@ -213,44 +235,51 @@ impl Pool {
         if self.sources.iter().all(|source| source.entry.place == Place::Address) {
             return;
         }
+        let mut placing = self.ongoing.placing.lock();
+        if self.edition < placing.edition {
+            return; // a reload has come between
+        }
         let mut placed = self.placed.lock();
         let endpoints = servers(&self.sources);
         if *placed != endpoints {
-            self.replace(&endpoints);
+            self.replace(&endpoints, &mut placing);
             *placed = endpoints;
         }
     }
 
-    /// Applies what the file says anew of backends that were taken over. What it says as before stays as it was set
-    /// since then.
+    /// This pool counts from now on: applies what the file says anew of backends that were taken over. What it says as
+    /// before stays as it was set since then.
     pub fn settle(&self) {
+        let mut placing = self.ongoing.placing.lock();
+        placing.edition = self.edition;
         let mut placed = self.placed.lock();
         *placed = servers(&self.sources);
-        self.replace(&placed);
+        self.replace(&placed, &mut placing);
     }
 
     /// The backends are these from now on. One that stays keeps its requests, its connections and its health; one that
     /// goes gets no new requests; one that comes begins slowly.
-    fn replace(&self, endpoints: &[model::Backend]) {
+    fn replace(&self, endpoints: &[model::Backend], placing: &mut Placing) {
         let before = self.backends();
-        let backends = listed(endpoints, Some(&before), &self.ongoing);
-        let stays = |backend: &Arc<Backend>| backends.iter().any(|other| Arc::ptr_eq(other, backend));
-        self.gone.lock().extend(before.iter().filter(|backend| !stays(backend)).cloned());
+        let backends = placing.backends(endpoints, &before, &self.ongoing);
+        let counts = placing.edition == self.edition;
+        if counts {
+            placing.list(&backends);
+        }
         self.backends.store(Arc::new(backends));
-        self.configure(endpoints);
+        if counts {
+            self.configure(endpoints);
+        }
     }
 
     /// Of backends that have gone, and have no more requests, nothing is counted any more: else discovery could fill the
     /// memory with their names.
     fn forget_gone(&self, metrics: &Metrics) {
-        let mut gone = self.gone.lock();
-        if gone.is_empty() {
-            return;
-        }
-        let backends = self.backends();
+        let Placing { listed, gone, .. } = &mut *self.ongoing.placing.lock();
         gone.retain(|backend| {
-            let is_done = backend.in_flight() == 0;
-            if is_done && !backends.iter().any(|other| other.name == backend.name) {
+            // A check under way would count once more.
+            let is_done = backend.in_flight() == 0 && !backend.checked.is_under_way();
+            if is_done && !listed.iter().any(|other| other.name == backend.name) {
                 metrics.forget_backend(&self.name, &backend.name);
             }
             !is_done
@@ -326,16 +355,32 @@ fn servers(sources: &[Arc<Source>]) -> Vec<model::Backend> {
     all.filter(|server| addresses.insert(server.address.to_ascii_lowercase())).collect()
 }
 
-/// The backends of these endpoints: those that are known as they are, others new; slowly, unless there was nobody before.
-fn listed(endpoints: &[model::Backend], known: Option<&[Arc<Backend>]>, ongoing: &Arc<Ongoing>) -> Vec<Arc<Backend>> {
-    let listed = endpoints.iter().map(|endpoint| {
-        let same = known.and_then(|known| known.iter().find(|backend| backend.is_of(endpoint)));
-        same.map_or_else(
-            || Arc::new(Backend::new(endpoint, ongoing, known.is_some_and(|known| !known.is_empty()))),
-            Arc::clone,
-        )
-    });
-    listed.collect()
+impl Placing {
+    /// The backends of these endpoints: those that are known as they are, who is not `before` among them; others new,
+    /// slowly, unless there was nobody before.
+    fn backends(
+        &self,
+        endpoints: &[model::Backend],
+        before: &[Arc<Backend>],
+        ongoing: &Arc<Ongoing>,
+    ) -> Vec<Arc<Backend>> {
+        let known = || self.listed.iter().chain(&self.gone).chain(before);
+        let slowly = known().next().is_some();
+        let backends = endpoints.iter().map(|endpoint| {
+            let same = known().find(|backend| backend.is_of(endpoint));
+            same.map_or_else(|| Arc::new(Backend::new(endpoint, ongoing, slowly)), Arc::clone)
+        });
+        backends.collect()
+    }
+
+    /// These are there now. Who comes back begins slowly, and has the requests that it had.
+    fn list(&mut self, backends: &[Arc<Backend>]) {
+        let is_in = |all: &[Arc<Backend>], one: &Arc<Backend>| all.iter().any(|other| Arc::ptr_eq(other, one));
+        backends.iter().filter(|backend| is_in(&self.gone, backend)).for_each(|backend| backend.begin_slowly());
+        self.gone.append(&mut self.listed);
+        self.gone.retain(|backend| !is_in(backends, backend));
+        self.listed = backends.to_vec();
+    }
 }
 
 impl Backend {
@@ -486,7 +531,7 @@ impl Backend {
     }
 
     /// Counts one more request, unless it has all that it may have, or is drained.
-    fn try_lease(self: &Arc<Self>, is_trial: bool) -> Option<Lease> {
+    fn try_lease(self: &Arc<Self>) -> Option<Lease> {
         let most = self.max_requests();
         let in_flight = &self.in_flight.0;
         if most == 0 {
@@ -496,7 +541,8 @@ impl Backend {
             in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
         }
         let ejection = self.ejection.until();
-        let lease = Lease { backend: Arc::clone(self), has_ended: false, is_trial, ejection, waited: Duration::ZERO };
+        let lease =
+            Lease { backend: Arc::clone(self), has_ended: false, trial: None, ejection, waited: Duration::ZERO };
         // Who drains it writes that down and then counts what is in flight; here it is the other way around. So one of both
         // sees the other, and what was counted as idle stays so.
         (!self.is_draining.load(Ordering::SeqCst)).then_some(lease)
@@ -514,8 +560,8 @@ impl Deref for Lease {
 impl Lease {
     /// It has found out whether its backend is back, if that was what it was for.
     fn end_trial(&mut self) {
-        if std::mem::take(&mut self.is_trial) {
-            self.backend.ejection.release_trial();
+        if let Some(trial) = self.trial.take() {
+            self.backend.ejection.release(trial);
         }
     }
 
@@ -550,6 +596,7 @@ impl Default for Ongoing {
             started: Instant::now(),
             turn: AtomicUsize::new(0),
             dealing: Mutex::new(()),
+            placing: Mutex::default(),
             queue: Queue::default(),
             budget: RetryBudget::default(),
         }

@@ -237,8 +237,8 @@ impl ProxyHttp for Gateway {
         context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        if *error.etype() == ErrorType::InternalError {
-            // We have no descriptor or no port left: nobody was asked, so no backend is the worse for it.
+        if transport::is_our_own_want(&error) {
+            // Nobody was asked, so no backend is the worse for it.
             if let Some(lease) = &mut context.backend {
                 lease.end();
             }

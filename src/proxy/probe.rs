@@ -12,12 +12,12 @@ use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
 
-use crate::backend::health::Probe;
+use crate::backend::health::{CheckError, Probe};
 use crate::backend::{Backend, Pool};
 use crate::config::model::Check;
 
 use super::rules::Rules;
-use super::transport::host_of;
+use super::transport::{host_of, is_our_own_want};
 
 /// So much of a response is read for the text that shall be in it.
 const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -67,14 +67,15 @@ impl std::fmt::Debug for PingoraProbe {
 
 #[async_trait]
 impl Probe for PingoraProbe {
-    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), String> {
+    async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), CheckError> {
         let host = check.host.as_ref().map_or(backend.name(), |host| host.get_ref());
-        let peer = self.peer(pool.name(), backend, host, address, check).ok_or("its pool is gone")?;
+        let peer =
+            self.peer(pool.name(), backend, host, address, check).ok_or_else(|| "its pool is gone".to_owned())?;
         let Some(path) = &check.path else {
-            return self.transport.new_stream(&peer).await.map(drop).map_err(said);
+            return self.transport.new_stream(&peer).await.map(drop).map_err(unconnected);
         };
         // Never given back, so that each check sees what a new connection does.
-        let (mut upstream, _) = self.http.get_http_session(&peer).await.map_err(said)?;
+        let (mut upstream, _) = self.http.get_http_session(&peer).await.map_err(unconnected)?;
         let request = if upstream.as_http2().is_some() {
             let scheme = if peer.is_tls() { "https" } else { "http" };
             request_in_http2(scheme, host, path.get_ref())?
@@ -86,7 +87,7 @@ impl Probe for PingoraProbe {
         upstream.read_response_header().await.map_err(said)?;
         let status = upstream.response_header().map_or(0, |response| response.status.as_u16());
         if !check.statuses.0.contains(&status) {
-            return Err(format!("status {status}"));
+            return Err(format!("status {status}").into());
         }
         let Some(wanted) = &check.body else { return Ok(()) };
         let mut body = Vec::new();
@@ -98,7 +99,7 @@ impl Probe for PingoraProbe {
                 return Ok(());
             }
         }
-        Err("the body is another".to_owned())
+        Err("the body is another".to_owned().into())
     }
 }
 
@@ -121,6 +122,10 @@ fn request_in_http2(scheme: &str, host: &str, path: &str) -> Result<RequestHeade
     request.set_uri(uri.map_err(|error| error.to_string())?);
     request.insert_header(header::USER_AGENT, AGENT).map_err(said)?;
     Ok(request)
+}
+
+fn unconnected(error: Box<pingora::Error>) -> CheckError {
+    if is_our_own_want(&error) { CheckError::Unasked(said(error)) } else { CheckError::Failed(said(error)) }
 }
 
 /// What it is, and what it comes from; what stands between says the same again.

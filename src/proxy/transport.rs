@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use pingora::upstreams::peer::HttpPeer;
 use pingora::utils::tls::{CertKey, WrappedX509, parse_x509};
+use rustix::io::Errno;
 
 use crate::backend::Backend;
 use crate::config::error::ConfigError;
@@ -131,6 +132,19 @@ pub(super) fn host_of(name: &str) -> &str {
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
+/// Whether no connection was made because we have no descriptor or no memory left. What else the kernel says is of the way to
+/// this one backend, or of its address.
+pub fn is_our_own_want(error: &pingora::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error.root_cause());
+    while let Some(of) = cause {
+        if let Some(said) = of.downcast_ref::<std::io::Error>().and_then(Errno::from_io_error) {
+            return [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&said);
+        }
+        cause = of.source();
+    }
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,5 +187,31 @@ mod tests {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use pingora::{Error, ErrorType};
+
+    use super::*;
+
+    #[test]
+    fn only_what_we_lack_is_our_own_want() {
+        let of_connect = |errno: Errno| {
+            let cause = io::Error::from_raw_os_error(errno.raw_os_error());
+            let inner = Error::because(ErrorType::InternalError, "as pingora wraps it", cause);
+            Error::because(ErrorType::InternalError, "and again", inner)
+        };
+        for ours in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
+            assert!(is_our_own_want(&of_connect(ours)), "{ours}");
+        }
+        // A route that is prohibited, an address that is not there, nobody there.
+        for theirs in [Errno::ACCESS, Errno::ADDRNOTAVAIL, Errno::ADDRINUSE, Errno::CONNREFUSED, Errno::TIMEDOUT] {
+            assert!(!is_our_own_want(&of_connect(theirs)), "{theirs}");
+        }
+        assert!(!is_our_own_want(&Error::explain(ErrorType::InternalError, "no cause at all")));
     }
 }
