@@ -147,6 +147,10 @@ pub fn is_our_own_want(error: &pingora::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use pingora::{Error, ErrorType};
+
     use super::*;
 
     #[test]
@@ -188,15 +192,6 @@ mod tests {
             }
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io;
-
-    use pingora::{Error, ErrorType};
-
-    use super::*;
 
     #[test]
     fn only_what_we_lack_is_our_own_want() {
