@@ -4,8 +4,11 @@
 //! ```text
 //! make bench      # builds pingora_defaults, installs the peers, runs this
 //! cargo bench --bench side_by_side -- --rounds 5 --requests 100000 [--only NAME,NAME] [--scenario 0]
+//! cargo bench --bench side_by_side -- --only public,cached --against PROGRAM
 //! cargo bench --bench side_by_side -- scale --csv scale.csv && benches/scale/plot.py scale.csv > docs/images/scale.svg
 //! ```
+//!
+//! PROGRAM is this bench as another commit has built it: has a change made requests dearer?
 //!
 //! Each proxy is a process of its own; backends and load live in the first process. The number that counts is the
 //! proxy's CPU time per request: on one machine throughput says as much of the load's appetite as of the proxy's.
@@ -25,7 +28,7 @@ mod table;
 mod scale;
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use load::{Load, Report};
@@ -79,6 +82,8 @@ struct Options {
     csv: Option<String>,
     /// Names of contestants; empty = all.
     only: Vec<String>,
+    /// Another build of this program, whose gateways take part.
+    against: Option<PathBuf>,
     scenarios: Vec<Scenario>,
 }
 
@@ -108,15 +113,22 @@ fn measure(options: &Options) {
     // The cookies of this one go to the peers that ask Redis, and to those that know no sessions: all get the same.
     let uncached = gateway(&format!("{}#off", redis.url()));
     let cookies = Arc::clone(uncached.cookies());
-    let wanted = |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
+    let before =
+        |store: &str| options.against.as_ref().map(|program| Proxy::gateway_of(program, store, SESSIONS, &backends));
+    let cached = format!("{}#coherent", redis.url());
+    let is_named = |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
+    let wanted = |name: &str| is_named(name.strip_suffix("-before").unwrap_or(name));
     let mut contestants = vec![("redis", uncached)];
     type Start<'a> = (&'static str, Box<dyn Fn() -> Option<Proxy> + 'a>);
-    let others: [Start<'_>; 5] = [
+    let others: [Start<'_>; 8] = [
         ("bare", Box::new(|| Some(Proxy::start(&["bare"], &backends)))),
         ("pingora", Box::new(|| Proxy::start_defaults(&backends))),
         ("public", Box::new(|| Some(gateway("public")))),
+        ("public-before", Box::new(|| before("public"))),
         ("memory", Box::new(|| Some(gateway("memory")))),
-        ("cached", Box::new(|| Some(gateway(&format!("{}#coherent", redis.url()))))),
+        ("memory-before", Box::new(|| before("memory"))),
+        ("cached", Box::new(|| Some(gateway(&cached)))),
+        ("cached-before", Box::new(|| before(&cached))),
     ];
     for (name, start) in others {
         if name == "bare" || wanted(name) {
@@ -191,6 +203,7 @@ impl Options {
             requests: number("--requests", 100_000).max(100),
             csv: value("--csv").map(ToOwned::to_owned),
             only: value("--only").map(|names| names.split(',').map(ToOwned::to_owned).collect()).unwrap_or_default(),
+            against: value("--against").map(PathBuf::from),
             scenarios: match value("--scenario") {
                 None => SCENARIOS.to_vec(),
                 Some(_) => vec![SCENARIOS[number("--scenario", 0)]],

@@ -32,6 +32,13 @@ impl Proxy {
         Self::start_own(command, backends)
     }
 
+    /// As [`Self::gateway`], of another build of this program.
+    pub(crate) fn gateway_of(program: &Path, store: &str, sessions: usize, backends: &[SocketAddr]) -> Self {
+        let mut command = Command::new(program);
+        command.args(["gateway", store, &sessions.to_string()]);
+        Self::start_own(command, backends)
+    }
+
     /// Starts Cloakroom on a store (see `gateway`).
     pub(crate) fn gateway(store: &str, sessions: usize, backends: &[SocketAddr]) -> Self {
         Self::start(&["gateway", store, &sessions.to_string()], backends)

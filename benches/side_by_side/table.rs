@@ -3,12 +3,15 @@
 use super::{CONNECTIONS, Contestant, Scenario, Turn};
 
 /// In which the rows stand; the first is what the others are compared with.
-pub(crate) const ORDER: [&str; 11] = [
+pub(crate) const ORDER: [&str; 14] = [
     "bare",
     "pingora",
     "public",
+    "public-before",
     "memory",
+    "memory-before",
     "cached",
+    "cached-before",
     "redis",
     "nginx",
     "haproxy",
@@ -48,8 +51,11 @@ fn long_name(name: &str) -> &str {
         "bare" => "bare pingora in our workers",
         "pingora" => "bare pingora as it comes",
         "public" => "Cloakroom, a public route",
+        "public-before" => "Cloakroom, a public route, before",
         "memory" => "Cloakroom, memory",
+        "memory-before" => "Cloakroom, memory, before",
         "cached" => "Cloakroom, Redis, cached",
+        "cached-before" => "Cloakroom, Redis, cached, before",
         "redis" => "Cloakroom, Redis, uncached",
         "nginx" => "nginx, no sessions",
         "haproxy" => "HAProxy, no sessions",
