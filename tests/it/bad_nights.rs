@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cloakroom::session::id::SessionKey;
 use cloakroom::session::record::Record;
@@ -25,7 +25,7 @@ use crate::harness::clock::Clock;
 use crate::harness::gateway::{Gateway, Given, Store};
 use crate::harness::http2::Http2Client;
 use crate::harness::redis::RedisServer;
-use crate::harness::{tell, tls, wait_until};
+use crate::harness::{Over, tell, tls, wait_until};
 use crate::memory_file::log_in;
 use crate::operation::{CLOAKROOM, Daemon, admin_of, deployment, is_up};
 use crate::store_contract::id_of;
@@ -35,15 +35,6 @@ fn crowd(daily: usize, full: usize) -> usize {
     // Both sides of every connection are on this machine.
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     if std::env::var_os("CLOAKROOM_FULL_SIZE").is_some() { full } else { daily }
-}
-
-/// Ends the loops of other threads also when the test fails meanwhile: else it would wait for them, and never fail.
-struct EndsWith<'s>(&'s AtomicBool);
-
-impl Drop for EndsWith<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 /// A gateway that is a process of its own, on loopback.
@@ -119,7 +110,7 @@ fn a_gateway_that_is_killed_takes_what_it_was_at_and_no_session() {
 
     let (stop, answered, moved) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        let _stop = EndsWith(&stop);
+        let _over = Over(&stop);
         let load = |first: SocketAddr, second: SocketAddr| {
             let session = log_in(first).cookie("session").unwrap();
             let (stop, answered, moved) = (&stop, &answered, &moved);
@@ -181,8 +172,6 @@ fn a_file_that_is_gone_or_contradicts_itself_changes_nothing() {
     for (number, text) in broken.iter().enumerate() {
         std::fs::write(&instance.file, text).unwrap();
         instance.daemon.signal("HUP");
-        // The address of the admin listener is in the good file.
-        std::fs::write(&instance.file, "").unwrap();
         wait_for_reloads(&instance, &good, refused, 1 + number);
         assert_eq!(instance.client().get("/").send().seen().backend, backend.name(), "{text}");
     }
@@ -220,7 +209,7 @@ fn logins_go_on_while_keys_users_and_routes_change() {
     let kept = gateway.log_in("bob");
     let (stop, journeys) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
-        let _stop = EndsWith(&stop);
+        let _over = Over(&stop);
         for user in ["ann", "bob", "ann"] {
             let (gateway, stop, journeys) = (&gateway, &stop, &journeys);
             scope.spawn(move || {
@@ -403,17 +392,19 @@ fn without_a_descriptor_left_it_waits_without_spinning_and_recovers() {
     let kept = instance.client();
     assert_eq!(kept.get("/").send().status, 200);
     set_limit(Some(instance.daemon.open_files() as u64));
+    let out_of_them_since = Instant::now();
     let mut shut_out: Vec<_> = (0..20).map(|_| Connection::open(instance.address)).collect();
     shut_out.iter_mut().for_each(|connection| connection.write(get("/")));
     for _ in 0..50 {
         assert_eq!(kept.get("/").send().status, 200, "who is in is served");
     }
     // A loop that does not wait takes all of a core: a hundred ticks in each second.
-    let (before, since) = (instance.daemon.ticks(), std::time::Instant::now());
-    wait_until("some time has passed", || Duration::from_secs(1) < since.elapsed());
-    let ticks = instance.daemon.ticks() - before;
-    assert!(ticks < 50, "{ticks} ticks while nobody can be let in");
+    let (before, since) = (instance.daemon.ticks(), Instant::now());
+    wait_until("there was time to spin", || Duration::from_secs(1) < since.elapsed());
+    let (ticks, time) = (instance.daemon.ticks() - before, since.elapsed());
+    assert!(u128::from(ticks) < time.as_millis() / 20, "{ticks} ticks in {time:?} while nobody can be let in");
     set_limit(Some(1024));
+    let out_of_them = out_of_them_since.elapsed();
     let mut unlucky = 0;
     for mut connection in shut_out {
         let response = connection.read_response("GET").unwrap();
@@ -428,7 +419,8 @@ fn without_a_descriptor_left_it_waits_without_spinning_and_recovers() {
         assert_eq!(instance.client().get("/").send().status, 200, "all is as before");
     }
     let (_, said) = instance.daemon.stopped();
-    assert_eq!(said.matches("accept failed").count(), 1, "told, and not over and over: {said}");
+    let told = said.matches("accept failed").count() as u64;
+    assert!((1..=1 + out_of_them.as_secs() / 10).contains(&told), "told, and not more than each ten seconds: {said}");
 }
 
 fn limit_of_this() -> Rlimit {
@@ -518,7 +510,7 @@ fn idle_connections_cost_little_and_are_closed_in_time() {
     assert_eq!(bystander.get("/").send().status, 200);
     let before = instance.daemon.resident_bytes();
     let held = open(&instance);
-    assert_eq!(instance.metric("cloakroom_connections"), 1.0 + idle as f64, "all are held");
+    wait_until("all are held", || instance.metric("cloakroom_connections") == 1.0 + idle as f64);
     let each = instance.daemon.resident_bytes().saturating_sub(before) / idle as u64;
     tell(&format!("{idle} idle connections: {each} bytes each"));
     assert!(each < 64 << 10, "{each} bytes for an idle connection");
@@ -526,7 +518,7 @@ fn idle_connections_cost_little_and_are_closed_in_time() {
     drop(held);
     instance.wait_for_connections(1.0);
 
-    let hasty = Instance::start(&backend, &rest("1s"));
+    let hasty = Instance::start(&backend, &rest("3s"));
     let held = open(&hasty);
     hasty.wait_for_connections(0.0);
     drop(held);
@@ -545,9 +537,9 @@ fn outlast(instance: &Instance, bystander: &Client, attackers: &mut [TcpStream],
         open <= 1.0
     });
     tell(&format!("{} attackers, at most {most} connections: {answers} answers to somebody else", attackers.len()));
-    assert!(1.0 < most, "they were there");
 }
 
+/// They are there when this returns. [`HASTY`] leaves them the time for it.
 fn attackers(instance: &Instance, count: usize, first: &[u8]) -> Vec<TcpStream> {
     let open = |_| {
         let mut stream = TcpStream::connect(instance.address).unwrap();
@@ -555,11 +547,14 @@ fn attackers(instance: &Instance, count: usize, first: &[u8]) -> Vec<TcpStream> 
         let _ = stream.write(first);
         stream
     };
-    (0..count).map(open).collect()
+    let streams = (0..count).map(open).collect();
+    // The bystander is one.
+    wait_until("the attackers are there", || 2.0 < instance.metric("cloakroom_connections"));
+    streams
 }
 
-const HASTY: &str = "[log]\naccess = false\nlevel = \"warn\"\n[limits]\nhead_timeout = \"3s\"\nbody_timeout = \"2s\"\n\
-    body_rate_min = \"1KiB\"\nwrite_timeout = \"2s\"\n";
+const HASTY: &str = "[log]\naccess = false\nlevel = \"warn\"\n[limits]\nhead_timeout = \"5s\"\nbody_timeout = \"5s\"\n\
+    body_rate_min = \"1KiB\"\nwrite_timeout = \"5s\"\n";
 
 /// L2
 #[test]
@@ -621,6 +616,7 @@ fn handshakes_that_stall_are_cut_off_and_others_are_served() {
 fn giants_are_refused_by_their_names_and_take_no_memory() {
     const GIANT: usize = 1 << 20;
     const ROUNDS: usize = 20;
+    const TRIES: usize = 5;
     const MEMORY_BYTES_MAX: u64 = 48 << 20;
     let backend = Backend::echo();
     let instance = Instance::start(&backend, &format!("{NO_ACCESS_LOG}[limits]\nbody_bytes = \"1MiB\"\n"));
@@ -636,10 +632,14 @@ fn giants_are_refused_by_their_names_and_take_no_memory() {
         (413, format!("POST /.cloakroom/login HTTP/1.1\r\nHost: a\r\nContent-Length: {GIANT}\r\n\r\n{giant}")),
     ];
     let ask = |status: u16, bytes: &str| {
-        let mut connection = Connection::open(instance.address);
-        // It may be closed on what nobody wants to read.
-        let _ = connection.try_write(bytes);
-        let response = connection.read_response("GET").unwrap();
+        // It may be closed on what nobody wants to read; and who stops writing for longer than the gateway lingers
+        // loses the answer with the rest (RFC 9112, section 9.6), and asks again.
+        let answer = || {
+            let mut connection = Connection::open(instance.address);
+            let _ = connection.try_write(bytes);
+            connection.read_response("GET").ok()
+        };
+        let response = (0..TRIES).find_map(|_| answer()).expect("an answer");
         assert_eq!((response.status, response.closes), (status, true), "{}", &bytes[..40]);
     };
     giants.iter().for_each(|(status, bytes)| ask(*status, bytes));
@@ -663,6 +663,8 @@ fn giants_are_refused_by_their_names_and_take_no_memory() {
 /// L6
 #[test]
 fn clients_that_vanish_at_any_moment_leave_nothing_behind() {
+    /// Connections to Redis are opened as they are needed. A leak would be of hundreds.
+    const FILES_SLACK: usize = 16;
     let redis = RedisServer::start();
     let backend = Backend::answering(|request| match request.target() {
         "/private/slow" => Answer::AfterStep(Box::new(Answer::Echo)),
@@ -718,7 +720,7 @@ fn clients_that_vanish_at_any_moment_leave_nothing_behind() {
     let rounds = crowd(2_000, 20_000);
     storm(rounds);
     settled();
-    instance.wait_for_open_files(files);
+    instance.wait_for_open_files(files + FILES_SLACK);
     tell(&format!(
         "{rounds} clients vanished: {files} descriptors before, {} after; {} KiB more",
         instance.daemon.open_files(),

@@ -22,7 +22,7 @@ use crate::harness::gateway::{Gateway, Store};
 use crate::harness::redis::cluster::Cluster;
 use crate::harness::redis::sentinels::Sentinels;
 use crate::harness::redis::{KEEPS_ITS_DATA, RedisServer};
-use crate::harness::{DEADLINE, distribution, eventually, tell};
+use crate::harness::{DEADLINE, Over, distribution, eventually, tell};
 use crate::store_contract::{LONG, PREFIX, id_of, session_of, settings, terms};
 
 /// A copy is used for so long at most after its session has ended.
@@ -621,15 +621,6 @@ fn a_logout_on_one_gateway_under_load_is_seen_by_the_other_within_a_lease() {
         }
     });
     delays.tell("logout on one gateway, refused by the other");
-}
-
-/// Ends what goes on beside a test when the test ends, however it does.
-pub(crate) struct Over<'o>(pub(crate) &'o AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 /// Asks back to back: when the last request that was served was sent, and the first that was not.

@@ -35,7 +35,6 @@ use cloakroom::session::id::SessionId;
 use cloakroom::session::store::redis::RedisStore;
 use cloakroom::session::store::{SessionStore, StoreOptions};
 
-use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::Client;
 use crate::harness::fault::{Fault, FaultProxy};
@@ -43,7 +42,7 @@ use crate::harness::gateway::{Gateway, PASSWORD, Setup, Store};
 use crate::harness::redis::cluster::Cluster;
 use crate::harness::redis::sentinels::Sentinels;
 use crate::harness::redis::{KEEPS_ITS_DATA, REMEMBERS_ALL_COMMANDS, RedisServer};
-use crate::harness::{eventually, tell, wait_until};
+use crate::harness::{Over, eventually, tell, wait_until};
 use crate::store_contract::{LONG, PREFIX, id_of, session_of, settings, terms};
 use crate::store_down::Traffic;
 

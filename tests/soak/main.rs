@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 
-use harness::tell;
+use harness::{DEADLINE, Over, tell};
 use tally::Tally;
 use visitor::Visitor;
 use world::{Footprint, World};
@@ -80,6 +80,7 @@ fn soak(time: Duration, seed: u64) -> ExitCode {
     let mut early = Vec::new();
     let visits = world.visits();
     std::thread::scope(|scope| {
+        let over = Over(&is_over);
         let visitors: Vec<_> = (0..VISITORS)
             .map(|number| {
                 let (visits, tally, is_over) = (&visits, &tally, &is_over);
@@ -99,12 +100,14 @@ fn soak(time: Duration, seed: u64) -> ExitCode {
             world.break_something(&mut dice, &tally, time.saturating_sub(started.elapsed()));
             pause(Duration::from_millis(dice.random_range(500..3_000)).min(time.saturating_sub(started.elapsed())));
         }
-        world.mend();
-        is_over.store(true, Ordering::SeqCst);
+        world.mend(&tally);
+        drop(over);
+        let visitors: Vec<_> = visitors.into_iter().map(|visitor| visitor.join()).collect();
+        let deadline = Instant::now() + DEADLINE;
         for visitor in visitors {
             // Everything is up again: whoever is still logged in has to be known at both gateways.
-            match visitor.join() {
-                Ok(mut visitor) => visitor.look_around(),
+            match visitor {
+                Ok(mut visitor) => visitor.look_around(deadline),
                 Err(_) => tally.wrong("a visitor gave up: see above"),
             }
         }
@@ -116,7 +119,7 @@ fn soak(time: Duration, seed: u64) -> ExitCode {
         judge(number, early, late, world.was_restarted(number), &tally);
     }
     world.logs().iter().filter(|line| line.contains("panicked")).for_each(|line| tally.wrong(line));
-    world.unexplained_ends().iter().for_each(|end| tally.wrong(end));
+    world.look_for_ends(&tally);
     tally.print(lasted, seed);
     if tally.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -16,6 +16,9 @@ use crate::world::Visits;
 /// for a machine that has much to do.
 const LOGOUT_BOUND: Duration = Duration::from_secs(2);
 
+/// Between two looks at a gateway that is not back yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 const UPLOAD_BYTES_MAX: usize = 512 << 10;
 
 pub(crate) struct Visitor<'w> {
@@ -60,13 +63,28 @@ impl<'w> Visitor<'w> {
         }
     }
 
-    /// At the end: the session is known at every gateway.
-    pub(crate) fn look_around(&mut self) {
+    /// At the end, when all is up again: the session is known at every gateway. A gateway whose connections to the store
+    /// are not back may say so until `deadline`.
+    pub(crate) fn look_around(&mut self, deadline: Instant) {
         for at in 0..self.clients.len() {
-            if self.session.is_some() {
-                self.at = at;
-                self.look_at_page();
+            if self.session.is_none() {
+                return;
             }
+            let (began, response) = loop {
+                let began = Instant::now();
+                let answer = self.clients[at].get("/private/page").try_send();
+                let problem = match answer {
+                    Ok(response) if !is_for_the_moment(response.status) => break (began, response),
+                    Ok(response) => format!("{} {}", response.status, reason(&response)),
+                    Err(error) => error.to_string(),
+                };
+                if deadline < Instant::now() {
+                    let user = &self.user;
+                    return self.tally.wrong(&format!("gateway {at} does not serve {user} in the end: {problem}"));
+                }
+                pause(LOOK_AGAIN);
+            };
+            self.expect("look around", began, &response, &answer(&self.user, b""));
         }
     }
 
@@ -217,7 +235,7 @@ impl<'w> Visitor<'w> {
     fn refused(&mut self, kind: &'static str, response: &Response) {
         match response.status {
             401 | 302 => self.is_out(kind),
-            429 | 502..=504 => self.tally.failed(kind, &format!("{} {}", response.status, reason(response))),
+            status if is_for_the_moment(status) => self.tally.failed(kind, &format!("{} {}", response.status, reason(response))),
             // The session was there when the form was made, and the store is away when it is sent.
             200 | 303 if kind == "login" || kind == "logout" => self.tally.failed(kind, "answered with another page"),
             status => self.tally.wrong(&format!("{kind}: {status}: {}", response.text())),
@@ -244,6 +262,11 @@ impl<'w> Visitor<'w> {
         self.at = (self.at + 1) % self.clients.len();
         self.tally.failed(kind, "no answer: the gateway was killed");
     }
+}
+
+/// Refused, and no fault of the one who asked.
+fn is_for_the_moment(status: u16) -> bool {
+    matches!(status, 429 | 502..=504)
 }
 
 /// What an answer says of itself: the `error` of a JSON reply, or the title of a page.

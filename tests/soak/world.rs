@@ -3,8 +3,9 @@
 use std::fmt;
 use std::fs::File;
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,9 @@ pub(crate) const LOSS_MAX: Duration = Duration::from_secs(3);
 /// The gateway that nobody kills: memory and descriptors are judged by it. The other one is killed now and then.
 const STEADY: usize = 0;
 const DOOMED: usize = 1;
+
+/// signal(7)
+const SIGKILL: i32 = 9;
 
 pub(crate) struct World {
     gateways: Vec<Process>,
@@ -78,14 +82,16 @@ impl World {
         let me = std::env::current_exe().unwrap();
         let backend = |address: &SocketAddr| {
             let arguments = vec!["--backend".to_owned(), address.port().to_string()];
-            Process::start(&me, arguments, folder.path().join(format!("backend-{}", address.port())), *address)
+            let name = format!("backend-{}", address.port());
+            Process::start(&me, arguments, folder.path().join(&name), name, *address)
         };
         let gateway = |number: usize| {
-            let file = folder.path().join(format!("gateway-{number}.toml"));
+            let name = format!("gateway-{number}");
+            let file = folder.path().join(&name).with_extension("toml");
             let text = config(listeners[number], admins[number], &backends, &redis.url());
             std::fs::write(&file, text).unwrap();
             let arguments = ["run", "--config", file.to_str().unwrap()].map(str::to_owned).to_vec();
-            Process::start(Path::new(CLOAKROOM), arguments, file.with_extension("log"), listeners[number])
+            Process::start(Path::new(CLOAKROOM), arguments, file.with_extension("log"), name, listeners[number])
         };
         Self {
             backends: backends.iter().map(backend).collect(),
@@ -116,13 +122,13 @@ impl World {
             0 | 1 => {
                 let number = dice.random_range(0..self.backends.len());
                 tally.broke("a backend");
-                self.backends[number].kill();
+                self.backends[number].kill(tally);
                 pause(away);
                 self.backends[number].start_again();
             }
             2 => {
                 tally.broke("a gateway");
-                self.gateways[DOOMED].kill();
+                self.gateways[DOOMED].kill(tally);
                 pause(away);
                 self.gateways[DOOMED].start_again();
             }
@@ -137,10 +143,17 @@ impl World {
     }
 
     /// Everything is up, and the gateways know it.
-    pub(crate) fn mend(&mut self) {
+    pub(crate) fn mend(&mut self, tally: &Tally) {
+        for process in self.gateways.iter_mut().chain(&mut self.backends) {
+            if process.has_ended_by_itself(tally) {
+                process.start_again();
+            }
+        }
         for admin in &self.admins {
-            wait_until("the gateways are ready", || {
-                Client::of(*admin).get("/health/ready").try_send().is_ok_and(|response| response.status == 200)
+            // Ready is also who has seen the store once, and does not see it now.
+            wait_until("the gateways are ready, and see the store", || {
+                let answer = Client::of(*admin).get("/health/ready").try_send();
+                answer.is_ok_and(|response| response.status == 200 && response.text().contains("\"store\":\"up\""))
             });
         }
     }
@@ -169,10 +182,11 @@ impl World {
         texts.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
     }
 
-    /// Of processes that nobody killed.
-    pub(crate) fn unexplained_ends(&mut self) -> Vec<String> {
-        let gateways = self.gateways.iter_mut();
-        gateways.filter_map(|gateway| Some(format!("a gateway has ended by itself: {}", gateway.end()?))).collect()
+    /// Of processes that nobody killed, since all was mended.
+    pub(crate) fn look_for_ends(&mut self, tally: &Tally) {
+        for process in self.gateways.iter_mut().chain(&mut self.backends) {
+            process.has_ended_by_itself(tally);
+        }
     }
 }
 
@@ -232,6 +246,7 @@ struct Process {
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
+    name: String,
     address: SocketAddr,
     child: Child,
     /// Its end is the end of a backend.
@@ -239,17 +254,24 @@ struct Process {
 }
 
 impl Process {
-    fn start(program: &Path, arguments: Vec<String>, log: PathBuf, address: SocketAddr) -> Self {
+    fn start(program: &Path, arguments: Vec<String>, log: PathBuf, name: String, address: SocketAddr) -> Self {
         let mut child = spawn(program, &arguments, &log);
         let stdin = child.stdin.take();
-        let process = Self { program: program.to_owned(), arguments, log, address, child, _stdin: stdin };
+        let process = Self { program: program.to_owned(), arguments, log, name, address, child, _stdin: stdin };
         process.wait_for_port();
         process
     }
 
-    fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    /// One that is no more there to be killed, or dies of something else in that moment, is not ours to explain.
+    fn kill(&mut self, tally: &Tally) {
+        if self.has_ended_by_itself(tally) {
+            return;
+        }
+        self.child.kill().unwrap();
+        let end = self.child.wait().unwrap();
+        if end.signal() != Some(SIGKILL) {
+            self.report(end, tally);
+        }
     }
 
     fn start_again(&mut self) {
@@ -262,8 +284,17 @@ impl Process {
         wait_until("it listens", || std::net::TcpStream::connect(self.address).is_ok());
     }
 
-    fn end(&mut self) -> Option<std::process::ExitStatus> {
-        self.child.try_wait().unwrap()
+    /// Without having been killed by us: then that is wrong.
+    fn has_ended_by_itself(&mut self, tally: &Tally) -> bool {
+        let end = self.child.try_wait().unwrap();
+        end.is_some_and(|end| {
+            self.report(end, tally);
+            true
+        })
+    }
+
+    fn report(&self, end: ExitStatus, tally: &Tally) {
+        tally.wrong(&format!("{} has ended by itself: {end}", self.name));
     }
 
     fn footprint(&self) -> Footprint {
@@ -278,7 +309,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.kill();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -21,12 +21,14 @@ pub(crate) mod http2;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Socket, Type};
 
 /// How long anything in a test may take: far more than it needs on a busy machine, far less than a CI job.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Between two looks at a fact.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -55,6 +57,15 @@ pub(crate) async fn eventually<T>(what: &str, mut fact: impl AsyncFnMut() -> Opt
     }
 }
 
+/// Ends what goes on beside a test when the test ends, however it does.
+pub(crate) struct Over<'o>(pub(crate) &'o AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Figures that somebody wants to read when the test has passed, too. They are told, and nothing depends on them.
 pub(crate) fn tell(figures: &str) {
     // Not captured, as what is printed is.
@@ -69,9 +80,14 @@ pub(crate) fn distribution(mut times: Vec<Duration>) -> String {
     format!("p50 {p50:?}, p99 {p99:?}, max {max:?} of {}", times.len())
 }
 
-/// A port of loopback that nothing listens on at this moment.
+/// As [`Port::reserve`], for as long as the tests run: also one of the many clients beside this test would take a port
+/// that is merely free.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static KEPT: Mutex<Vec<Port>> = Mutex::new(Vec::new());
+    let port = Port::reserve();
+    let number = port.number();
+    KEPT.lock().unwrap().push(port);
+    number
 }
 
 /// A port of loopback that is kept for one who asked, also while he is away: nobody else is given it, and until he
