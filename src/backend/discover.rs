@@ -486,7 +486,7 @@ mod tests {
     fn who_comes_back_has_the_requests_that_it_had_and_is_still_drained() {
         let (old, metrics) = (Pool::new("app", &config(""), None), Metrics::new());
         found(&old, &["10.0.0.1:1", "10.0.0.2:1"]);
-        let _lease = old.backends()[0].try_lease().unwrap();
+        let lease = old.backends()[0].try_lease().unwrap();
         old.backends()[0].drain();
         found(&old, &["10.0.0.2:1"]);
         let new = Pool::new("app", &config(""), Some(&old));
@@ -496,6 +496,15 @@ mod tests {
         let back = &new.backends()[0];
         assert_eq!((back.name(), back.in_flight()), ("10.0.0.1:1", 1), "who waits for its end waits on");
         assert_eq!(back.admin_state(), crate::backend::AdminState::Draining);
+        drop(lease);
+        found(&new, &["10.0.0.2:1"]);
+        new.forget_gone(&metrics);
+        found(&new, &["10.0.0.1:1", "10.0.0.2:1"]);
+        assert_eq!(
+            new.backends()[0].admin_state(),
+            crate::backend::AdminState::Draining,
+            "restarted, and not undrained"
+        );
     }
 
     #[test]

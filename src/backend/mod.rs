@@ -273,12 +273,14 @@ impl Pool {
     }
 
     /// Of backends that have gone, and have no more requests, nothing is counted any more: else discovery could fill the
-    /// memory with their names.
+    /// memory with their names. Those of which something was set by hand are as many as somebody has set.
     fn forget_gone(&self, metrics: &Metrics) {
         let Placing { listed, gone, .. } = &mut *self.ongoing.placing.lock();
         gone.retain(|backend| {
-            // A check under way would count once more.
-            let is_done = backend.in_flight() == 0 && !backend.checked.is_under_way();
+            // A check under way would count once more. And who restarts a server that an operator has drained, or to which he
+            // has given another weight, has said nothing of that: DNS and lists may leave it out meanwhile.
+            let is_busy = backend.in_flight() != 0 || backend.checked.is_under_way();
+            let is_done = !is_busy && backend.set_by_hand().next().is_none();
             if is_done && !listed.iter().any(|other| other.name == backend.name) {
                 metrics.forget_backend(&self.name, &backend.name);
             }
@@ -300,19 +302,9 @@ impl Pool {
 
     /// What an operator has set otherwise than the file has it, a line each: `pool.app: weight of 10.0.0.7:8080`.
     pub fn set_by_hand(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for backend in self.backends().iter() {
-            let configured = backend.configured();
-            for (key, is_other) in [
-                ("weight", backend.weight() != configured.weight),
-                ("drain", (backend.admin_state() == AdminState::Draining) != configured.drain),
-            ] {
-                if is_other {
-                    lines.push(format!("pool.{}: {key} of {}", self.name, backend.name));
-                }
-            }
-        }
-        lines
+        let backends = self.backends();
+        let keys = backends.iter().flat_map(|backend| backend.set_by_hand().map(|key| (backend.name(), key)));
+        keys.map(|(backend, key)| format!("pool.{}: {key} of {backend}", self.name)).collect()
     }
 
     pub fn timeouts(&self) -> &Timeouts {
@@ -486,6 +478,16 @@ impl Backend {
     /// What the file says of it.
     pub fn configured(&self) -> model::Backend {
         self.configured.lock().clone()
+    }
+
+    /// The keys that an operator has set otherwise than the file has them.
+    fn set_by_hand(&self) -> impl Iterator<Item = &'static str> {
+        let configured = self.configured();
+        let keys = [
+            ("weight", self.weight() != configured.weight),
+            ("drain", (self.admin_state() == AdminState::Draining) != configured.drain),
+        ];
+        keys.into_iter().filter_map(|(key, is_other)| is_other.then_some(key))
     }
 
     /// Whether it is known where it is.

@@ -298,7 +298,10 @@ impl ProxyHttp for Gateway {
             }
         }
         context.status = response.status.as_u16();
-        if downstream.is_process_shutting_down() {
+        // For a client of HTTP/1.0 the end of the connection ends what has no length.
+        let ends_with_connection = downstream.req_header().version == http::Version::HTTP_10
+            && !response.headers.contains_key(header::CONTENT_LENGTH);
+        if ends_with_connection || downstream.is_process_shutting_down() {
             downstream.set_keepalive(None);
         }
         if response.status == http::StatusCode::SWITCHING_PROTOCOLS

@@ -389,8 +389,9 @@ fn a_client_of_http_1_0_gets_a_body_without_chunks() {
     ));
     let gateway = public(&[&backend]).start();
     let mut connection = Connection::open(gateway.address());
-    connection.write("GET / HTTP/1.0\r\nHost: a\r\n\r\n");
+    connection.write("GET / HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n");
     let all = String::from_utf8(connection.read_to_end().unwrap()).unwrap();
+    assert!(!all.to_ascii_lowercase().contains("keep-alive"), "its end is the end of the body: {all}");
     assert!(!all.to_ascii_lowercase().contains("transfer-encoding"), "{all}");
     assert!(all.ends_with("\r\n\r\nhello"), "{all}");
 }
@@ -403,10 +404,11 @@ fn a_client_of_http_1_0_gets_a_body_without_chunks_from_http2_as_well() {
         .route("/", "access = \"public\"\npool = \"two\"")
         .start();
     let mut connection = Connection::open(gateway.address());
-    connection.write("GET /bytes/100000 HTTP/1.0\r\nHost: a\r\n\r\n");
+    connection.write("GET /bytes/100000 HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\n\r\n");
     let all = String::from_utf8(connection.read_to_end().unwrap()).unwrap();
     let (head, body) = all.split_once("\r\n\r\n").unwrap();
-    assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "{head}");
+    let head = head.to_ascii_lowercase();
+    assert!(!head.contains("transfer-encoding") && !head.contains("keep-alive"), "{head}");
     assert_eq!(body.len(), 100_000);
     assert!(body.bytes().all(|byte| byte == b'x'));
 }

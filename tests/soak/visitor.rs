@@ -235,7 +235,9 @@ impl<'w> Visitor<'w> {
     fn refused(&mut self, kind: &'static str, response: &Response) {
         match response.status {
             401 | 302 => self.is_out(kind),
-            status if is_for_the_moment(status) => self.tally.failed(kind, &format!("{} {}", response.status, reason(response))),
+            status if is_for_the_moment(status) => {
+                self.tally.failed(kind, &format!("{} {}", response.status, reason(response)))
+            }
             // The session was there when the form was made, and the store is away when it is sent.
             200 | 303 if kind == "login" || kind == "logout" => self.tally.failed(kind, "answered with another page"),
             status => self.tally.wrong(&format!("{kind}: {status}: {}", response.text())),
