@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::backend::{AdminState, Backend, Health, LastFailure, Pool, balance};
 use crate::config::model::{Balance, Protocol};
 use crate::metrics::{Attempts, Metrics};
+use crate::proxy::route::{Route, Share};
 use crate::proxy::rules::Rules;
 use crate::session::control::Timestamp;
 
@@ -111,7 +112,7 @@ impl PoolView {
             },
             waiting: pool.waiting(),
             queue: pool.queue_max(),
-            routes: rules.routes.to_pool(pool.name()).into_iter().map(str::to_owned).collect(),
+            routes: rules.routes.to_pool(pool.name()).into_iter().map(|route| route.name.clone()).collect(),
             backends: pool.backends().iter().map(|backend| BackendView::of(backend, pool, attempts)).collect(),
             warnings: warnings(pool, rules),
         }
@@ -163,15 +164,32 @@ pub(super) fn warnings(pool: &Pool, rules: &Rules) -> Vec<String> {
         .filter(|backend| backend.admin_state() == AdminState::Active && backend.has_address())
         .peekable();
     if left.peek().is_none() {
-        let routes = rules.routes.to_pool(name);
-        let who =
-            if routes.is_empty() { "no route goes there".into() } else { format!("{} get 503", routes.join(", ")) };
-        return vec![format!("no backend of pool {name} takes requests: {who}")];
+        let who = who_gets_503(name, rules);
+        return who.map(|who| format!("no backend of pool {name} takes requests: {who}")).into_iter().collect();
     }
     if left.all(|backend| backend.health() != Health::Up) {
         return vec![format!("no backend of pool {name} is well: those that are not drained are tried in turn")];
     }
     Vec::new()
+}
+
+/// Of a pool that takes no requests; none where its splits send nobody there.
+fn who_gets_503(pool: &str, rules: &Rules) -> Option<String> {
+    let routes = rules.routes.to_pool(pool);
+    if routes.is_empty() {
+        return Some("no route goes there".to_owned());
+    }
+    let on = |route: &Route, split: Option<&str>| match split {
+        Some(split) => format!("those of split {split} on {}", route.name),
+        None => format!("those of no split on {}", route.name),
+    };
+    let who = routes.into_iter().flat_map(|route| match route.share_of(pool) {
+        Share::All => vec![route.name.clone()],
+        Share::Nobody => Vec::new(),
+        Share::Of(splits) => splits.into_iter().map(|split| on(route, split)).collect(),
+    });
+    let who: Vec<_> = who.collect();
+    (!who.is_empty()).then(|| format!("{} get 503", who.join(", ")))
 }
 
 fn timestamp_of(at: Instant) -> Timestamp {
@@ -180,4 +198,42 @@ fn timestamp_of(at: Instant) -> Timestamp {
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_names_those_who_get_503_and_nobody_else() {
+        const NEXT: Option<&str> = Some("those of split next on /");
+        const BOTH: Option<&str> = Some("those of split next on /, those of split last on /");
+        const REST: Option<&str> = Some("those of no split on /");
+        const ALL: Option<&str> = Some("/");
+        for (access, next, last, of_green, of_app) in [
+            ("required", "percent = 5", "percent = 0", NEXT, REST),
+            ("required", "groups = [\"beta\"]", "percent = 0", NEXT, REST),
+            ("required", "percent = 0", "percent = 0", None, ALL),
+            ("required", "percent = 5", "percent = 5", BOTH, REST),
+            ("required", "percent = 5", "percent = 100", ALL, None),
+            ("required", "percent = 100", "percent = 5", ALL, None),
+            ("public", "percent = 5", "percent = 5", None, ALL),
+            ("public", "percent = 100", "percent = 0", ALL, None),
+        ] {
+            let rules = Rules::of_file(&format!(
+                "[[listener]]\naddress = \"127.0.0.1:1\"\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"{access}\"\n\
+                 splits = [{{ name = \"next\", pool = \"green\" }}, {{ name = \"last\", pool = \"green\" }}]\n\
+                 [split.next]\n{next}\n[split.last]\n{last}\n\
+                 [login.backend]\n[[route]]\npath = \"/login\"\npool = \"spare\"\naccess = \"public\"\ndirectives = [\"login\"]\n\
+                 [pool.spare]\nbackends = [\"127.0.0.1:3\"]\n\
+                 [pool.app]\nbackends = [{{ address = \"127.0.0.1:1\", drain = true }}]\n\
+                 [pool.green]\nbackends = [{{ address = \"127.0.0.1:2\", drain = true }}]\n"
+            ));
+            let case = format!("{access}, next {next}, last {last}");
+            for (pool, who) in [("green", of_green), ("app", of_app)] {
+                let expected = who.map(|who| format!("no backend of pool {pool} takes requests: {who} get 503"));
+                assert_eq!(warnings(&rules.pools[pool], &rules), Vec::from_iter(expected), "{case}");
+            }
+        }
+    }
 }

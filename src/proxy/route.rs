@@ -69,6 +69,15 @@ impl Branch {
     }
 }
 
+/// Which requests of a route go to a pool, as its splits are at this moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Share<'r> {
+    All,
+    Nobody,
+    /// Those of these splits; none = who is in no split.
+    Of(Vec<Option<&'r str>>),
+}
+
 /// Which [`model::Directive`]s count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allowed {
@@ -146,13 +155,13 @@ impl Routes {
         paths.find(path)
     }
 
-    /// The names of the routes that lead to this pool, all or some of their users, in order.
-    pub fn to_pool(&self, pool: &str) -> Vec<&str> {
+    /// The routes that lead to this pool, all or some of their users, in the order of their names.
+    pub fn to_pool(&self, pool: &str) -> Vec<&Route> {
         let leads_there =
             |route: &&Route| route.pool == pool || route.branches.iter().any(|branch| branch.pool == pool);
-        let mut names: Vec<_> = self.all().filter(leads_there).map(|route| route.name.as_str()).collect();
-        names.sort_unstable();
-        names
+        let mut routes: Vec<_> = self.all().filter(leads_there).collect();
+        routes.sort_unstable_by_key(|route| &route.name);
+        routes
     }
 }
 
@@ -161,6 +170,34 @@ impl Route {
     /// every request.
     pub fn branch_for(&self, user: Option<&Identity>) -> Option<usize> {
         self.branches.iter().position(|branch| branch.split.as_ref().is_none_or(|split| split.takes(user)))
+    }
+
+    /// Who of its users goes to this pool now.
+    pub fn share_of(&self, pool: &str) -> Share<'_> {
+        if self.branches.is_empty() {
+            return if self.pool == pool { Share::All } else { Share::Nobody };
+        }
+        let is_public = self.access == model::Access::Public;
+        let (mut there, mut is_elsewhere_too) = (Vec::new(), false);
+        for branch in &self.branches {
+            let split = branch.split.as_deref();
+            if split.is_some_and(|split| !split.takes_some(is_public)) {
+                continue;
+            }
+            if branch.pool == pool {
+                there.push(split.map(Split::name));
+            } else {
+                is_elsewhere_too = true;
+            }
+            if split.is_some_and(Split::takes_all) {
+                break;
+            }
+        }
+        match (there.is_empty(), is_elsewhere_too) {
+            (true, _) => Share::Nobody,
+            (false, false) => Share::All,
+            (false, true) => Share::Of(there),
+        }
     }
 
     fn new(route: &model::Route, host: Option<&str>, splits: &BTreeMap<String, Arc<Split>>, body_bytes: Bytes) -> Self {

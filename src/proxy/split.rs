@@ -54,6 +54,16 @@ impl Split {
         Percent::of_basis_points(self.current.swap(percent.basis_points(), Ordering::Relaxed))
     }
 
+    /// Whether there is anybody whom it may take: on a public route, where nobody looks who it is, only 100 % takes.
+    pub fn takes_some(&self, is_public: bool) -> bool {
+        let percent = self.percent();
+        percent == Percent::ALL || (!is_public && (percent != Percent::default() || !self.groups.is_empty()))
+    }
+
+    pub fn takes_all(&self) -> bool {
+        self.percent() == Percent::ALL
+    }
+
     /// Nobody has no place, and is taken only where all are.
     pub fn takes(&self, user: Option<&Identity>) -> bool {
         let percent = self.percent();
