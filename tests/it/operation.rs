@@ -6,6 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, PASSWORD};
@@ -587,6 +588,7 @@ fn reloads_under_load_fail_no_request() {
     let gateway = Gateway::in_front_of(&[&backends[0]]).route("/", "access = \"public\"").start();
     let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
+        let _over = Over(&stop);
         for _ in 0..4 {
             scope.spawn(|| {
                 let client = gateway.client();
@@ -603,7 +605,6 @@ fn reloads_under_load_fail_no_request() {
             assert!(broken.unwrap_err().contains("nowhere"));
             wait_until("requests go on", || before + 8 < answered.load(Ordering::SeqCst));
         }
-        stop.store(true, Ordering::SeqCst);
     });
     assert_eq!(gateway.metric("cloakroom_reloads_total{result=\"applied\"}"), 20.0);
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::redis::RedisServer;
@@ -81,6 +82,7 @@ fn an_upgrade_under_load_fails_no_request_and_logs_nobody_out() {
     let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mut successor = None;
     std::thread::scope(|scope| {
+        let _over = Over(&stop);
         let clients = [log_in(address), log_in(address)];
         for client in clients {
             let (stop, answered) = (&stop, &answered);
@@ -108,7 +110,6 @@ fn an_upgrade_under_load_fails_no_request_and_logs_nobody_out() {
         wait_until("another successor serves", || successors(&log) == 2);
         successor = Some(Successor::told_by(&log));
         more_load("and on");
-        stop.store(true, Ordering::SeqCst);
     });
 
     assert_eq!(ann.get("/private").send().status, 200, "a login outlives two upgrades");
