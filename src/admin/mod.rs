@@ -24,6 +24,7 @@ use status::STATUS;
 
 mod health;
 mod token;
+mod api;
 mod problem;
 mod reload;
 mod sessions;
@@ -40,6 +41,7 @@ pub use sessions::SessionsApi;
 pub use splits::SplitsApi;
 pub use status::{About, LastReload, StatusPage};
 pub use token::Token;
+pub use view::{BackendView, Setting};
 
 /// The endpoints of the admin listener.
 #[derive(Debug)]

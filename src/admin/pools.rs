@@ -8,13 +8,12 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use http::request::Parts;
-use http::{Method, Response, StatusCode};
-use percent_encoding::percent_decode_str;
+use http::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::api::{self, Asked};
 use super::problem::Problem;
-use super::query::Query;
 use super::token::Token;
 use super::view::{BackendView, PoolView, warnings};
 use super::{JSON, reply};
@@ -30,8 +29,6 @@ pub struct PoolsApi {
     metrics: Metrics,
     token: Token,
 }
-
-const POOLS: &str = "/api/pools";
 
 /// What a path names.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,7 +62,7 @@ impl PoolsApi {
 
     /// Whether this path is ours to answer.
     pub(super) fn has(path: &str) -> bool {
-        path.strip_prefix(POOLS).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        api::has::<Place>(path)
     }
 
     /// `peer`: who asks, for the audit log. `body` is read only where it means something.
@@ -75,30 +72,14 @@ impl PoolsApi {
         peer: Option<IpAddr>,
         body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
     ) -> Response<Vec<u8>> {
-        match self.route(request, peer, body).await {
+        match Asked::of(request, &self.token, body).await.and_then(|asked| self.do_it(asked, peer)) {
             Ok(answer) => reply(StatusCode::OK, JSON, answer.to_string().into_bytes()),
             Err(problem) => problem.reply(),
         }
     }
 
-    async fn route(
-        &self,
-        request: &Parts,
-        peer: Option<IpAddr>,
-        body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
-    ) -> Result<Value, Problem> {
-        if !self.token.is_shown_by(request) {
-            return Err(Problem::NoToken);
-        }
-        let place = Place::of(request.uri.path()).ok_or(Problem::NoSuchPlace)?;
-        let is_get = [Method::GET, Method::HEAD].contains(&request.method);
-        let is_change = request.method == Method::PATCH && matches!(place, Place::Backend { .. });
-        if !is_get && !is_change {
-            return Err(Problem::Method { allowed: place.allowed() });
-        }
-        Query::parse(request.uri.query(), &[])?;
-        // The one of this moment: after the body has come, there may be another.
-        let wanted = if is_change { Some(Wanted::parse(&body.await?)?) } else { None };
+    fn do_it(&self, Asked { place, wanted }: Asked<Place>, peer: Option<IpAddr>) -> Result<Value, Problem> {
+        // The rules of this moment: a reload may have come before the body.
         let rules = self.rules.load_full();
         match place {
             Place::Pools => Ok(json!({ "pools": PoolView::all(&rules, &self.metrics) })),
@@ -110,7 +91,7 @@ impl PoolsApi {
                     wanted.apply(pool, &backend, peer);
                 }
                 let view = BackendView::of(&backend, pool, &self.metrics.attempts());
-                Ok(if is_change {
+                Ok(if wanted.is_some() {
                     json!(Changed { backend: view, warnings: warnings(pool, &rules) })
                 } else {
                     json!(view)
@@ -128,7 +109,7 @@ fn find_pool<'r>(rules: &'r Rules, name: &str) -> Result<&'r Arc<Pool>, Problem>
     })
 }
 
-/// By its address as the file has it.
+/// By its address: as the file has it, or as discovery has found it.
 fn find_backend(pool: &Pool, address: &str) -> Result<Arc<Backend>, Problem> {
     let backends = pool.backends();
     backends.iter().find(|backend| backend.name() == address).map(Arc::clone).ok_or_else(|| {
@@ -138,48 +119,40 @@ fn find_backend(pool: &Pool, address: &str) -> Result<Arc<Backend>, Problem> {
     })
 }
 
-impl Place {
-    fn of(path: &str) -> Option<Self> {
-        let rest = path.strip_prefix(POOLS)?;
-        if rest.is_empty() {
-            return Some(Self::Pools);
-        }
-        let decoded = |text: &str| percent_decode_str(text).decode_utf8().ok().map(|text| text.into_owned());
-        match *rest.strip_prefix('/')?.split('/').collect::<Vec<_>>() {
-            [pool] if !pool.is_empty() => Some(Self::Pool(decoded(pool)?)),
-            [pool, "backends", address] => Some(Self::Backend { pool: decoded(pool)?, address: decoded(address)? }),
+impl api::Place for Place {
+    const ROOT: &'static str = "/api/pools";
+    type Wanted = Wanted;
+
+    fn of(segments: &[&str]) -> Option<Self> {
+        match *segments {
+            [] => Some(Self::Pools),
+            [pool] if !pool.is_empty() => Some(Self::Pool(pool.to_owned())),
+            [pool, "backends", address] => Some(Self::Backend { pool: pool.to_owned(), address: address.to_owned() }),
             _ => None,
         }
     }
 
-    fn allowed(&self) -> &'static str {
+    fn can_be_set(&self) -> bool {
+        matches!(self, Self::Backend { .. })
+    }
+}
+
+impl api::Wanted for Wanted {
+    const EXPECTED: &'static str = "an object with drain, weight or both, as {\"drain\": true}";
+
+    fn check(&self) -> Result<(), String> {
+        const MOST: u32 = model::Backend::WEIGHT_MAX;
         match self {
-            Self::Pools | Self::Pool(_) => "GET, HEAD",
-            Self::Backend { .. } => "GET, HEAD, PATCH",
+            Self { drain: None, weight: None } => Err(format!("expected {}", Self::EXPECTED)),
+            Self { weight: Some(weight), .. } if !(1..=MOST).contains(weight) => {
+                Err(format!("weight is {weight}: must be between 1 and {MOST}; drain keeps requests away"))
+            }
+            Self { .. } => Ok(()),
         }
     }
 }
 
 impl Wanted {
-    fn parse(body: &[u8]) -> Result<Self, Problem> {
-        const EXPECTED: &str = "expected an object with drain, weight or both, as {\"drain\": true}";
-        // A sequence would pass for an object.
-        if body.trim_ascii_start().first() != Some(&b'{') {
-            return Err(Problem::Body(EXPECTED.into()));
-        }
-        let wanted: Self = serde_json::from_slice(body).map_err(|error| Problem::Body(error.to_string()))?;
-        match wanted {
-            Self { drain: None, weight: None } => Err(Problem::Body(EXPECTED.into())),
-            Self { weight: Some(weight), .. } if !(1..=model::Backend::WEIGHT_MAX).contains(&weight) => {
-                let most = model::Backend::WEIGHT_MAX;
-                Err(Problem::Body(format!(
-                    "weight is {weight}: must be between 1 and {most}; drain keeps requests away"
-                )))
-            }
-            Self { .. } => Ok(wanted),
-        }
-    }
-
     /// What is so already is no event.
     fn apply(&self, pool: &Pool, backend: &Backend, peer: Option<IpAddr>) {
         let tell = |key, before: &str, after: &str| {
@@ -343,6 +316,21 @@ pub(super) mod tests {
             let mut required: Vec<_> = described["required"].as_array().unwrap().iter().collect();
             required.sort_by_key(|name| name.as_str());
             assert_eq!(json!(required), json!(keys(shown)), "{schema}: all of it is always there");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_asks_wrongly_is_told_so_before_a_body_is_waited_for() {
+        let api = api();
+        for (method, target, expected) in [
+            ("PATCH", "/api/pools/app/backends/127.0.0.1:1?force=1", 400),
+            ("PATCH", "/api/pools/app", 405),
+            ("DELETE", ONE, 405),
+            ("PATCH", "/api/pools/app/backends", 404),
+        ] {
+            let body = async { panic!("nobody reads this body") };
+            let response = api.answer(&request(method, target), None, body).await;
+            assert_eq!(response.status(), expected, "{method} {target}");
         }
     }
 

@@ -207,7 +207,7 @@ mod tests {
     use http::header;
 
     use super::super::reload::RELOAD;
-    use super::super::splits::{ONE_SPLIT, SPLITS};
+    use super::super::splits;
     use super::super::status::STATUS;
     use super::super::{LOOKS, pools};
     use super::*;
@@ -382,7 +382,7 @@ mod tests {
         let handle = Handle::parse("0123456789").unwrap();
         let places = [Place::Collection, Place::Count, Place::Session(handle), Place::Description];
         let described = document["paths"].as_object().unwrap();
-        let there_is = places.iter().map(template).chain(LOOKS).chain([RELOAD, STATUS, SPLITS, ONE_SPLIT]);
+        let there_is = places.iter().map(template).chain(LOOKS).chain([RELOAD, STATUS]).chain(splits::TEMPLATES);
         let there_is = there_is.chain(pools::tests::TEMPLATES).collect();
         assert_eq!(described.keys().map(String::as_str).collect::<BTreeSet<_>>(), there_is);
         for place in &places {

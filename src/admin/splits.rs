@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use http::request::Parts;
-use http::{Method, Response, StatusCode};
+use http::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::api::{self, Asked};
 use super::problem::Problem;
-use super::query::Query;
 use super::token::Token;
+use super::view::Setting;
 use super::{JSON, reply};
 use crate::audit::{self, Event};
 use crate::config::value::Percent;
@@ -29,10 +30,16 @@ pub struct SplitsApi {
     token: Token,
 }
 
-pub(super) const SPLITS: &str = "/api/splits";
-/// As a template of OpenAPI.
+/// As OpenAPI has them.
 #[cfg(test)]
-pub(super) const ONE_SPLIT: &str = "/api/splits/{name}";
+pub(super) const TEMPLATES: [&str; 2] = ["/api/splits", "/api/splits/{name}"];
+
+/// What a path names.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    Splits,
+    Split(String),
+}
 
 /// What the body of a PATCH says.
 #[derive(Debug, Deserialize)]
@@ -46,10 +53,7 @@ struct Wanted {
 struct Shown<'r> {
     name: &'r str,
     groups: &'r [String],
-    /// Now.
-    percent: Percent,
-    /// In the file, and so again after a reload.
-    configured_percent: Percent,
+    percent: Setting<Percent>,
     routes: Vec<Destination<'r>>,
 }
 
@@ -67,7 +71,7 @@ impl SplitsApi {
 
     /// Whether this path is ours to answer.
     pub(super) fn has(path: &str) -> bool {
-        path.strip_prefix(SPLITS).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        api::has::<Place>(path)
     }
 
     /// `peer`: who asks, for the audit log. `body` is read only where it means something.
@@ -77,51 +81,60 @@ impl SplitsApi {
         peer: Option<IpAddr>,
         body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
     ) -> Response<Vec<u8>> {
-        match self.route(request, peer, body).await {
+        match Asked::of(request, &self.token, body).await.and_then(|asked| self.do_it(asked, peer)) {
             Ok(answer) => reply(StatusCode::OK, JSON, answer.to_string().into_bytes()),
             Err(problem) => problem.reply(),
         }
     }
 
-    async fn route(
-        &self,
-        request: &Parts,
-        peer: Option<IpAddr>,
-        body: impl Future<Output = Result<Vec<u8>, Problem>> + Send,
-    ) -> Result<Value, Problem> {
-        if !self.token.is_shown_by(request) {
-            return Err(Problem::NoToken);
-        }
-        let rest = request.uri.path().strip_prefix(SPLITS).ok_or(Problem::NoSuchPlace)?;
-        let name = rest.strip_prefix('/');
-        let is_get = [Method::GET, Method::HEAD].contains(&request.method);
-        let wanted = match name {
-            Some(_) if request.method == Method::PATCH => Some(Wanted::parse(&body.await?)?),
-            _ if is_get => None,
-            Some(_) => return Err(Problem::Method { allowed: "GET, HEAD, PATCH" }),
-            None => return Err(Problem::Method { allowed: "GET, HEAD" }),
-        };
-        Query::parse(request.uri.query(), &[])?;
+    fn do_it(&self, Asked { place, wanted }: Asked<Place>, peer: Option<IpAddr>) -> Result<Value, Problem> {
         // The rules of this moment: a reload may have come before the body.
         let rules = self.rules.load_full();
-        let Some(name) = name else {
-            let splits: Vec<_> = rules.splits.values().map(|split| Shown::of(split, &rules)).collect();
-            return Ok(json!({ "splits": splits }));
-        };
-        let split = rules.splits.get(name).ok_or_else(|| no_such_split(&rules))?;
-        if let Some(Wanted { percent }) = wanted {
-            let before = split.set(percent).to_string();
-            let after = percent.to_string();
-            audit::tell(Event::SplitSet { client: peer, split: name, before: &before, after: &after });
+        match place {
+            Place::Splits => {
+                let splits: Vec<_> = rules.splits.values().map(|split| Shown::of(split, &rules)).collect();
+                Ok(json!({ "splits": splits }))
+            }
+            Place::Split(name) => {
+                let split = rules.splits.get(&name).ok_or_else(|| no_such_split(&rules))?;
+                if let Some(wanted) = &wanted {
+                    wanted.apply(split, peer);
+                }
+                Ok(json!(Shown::of(split, &rules)))
+            }
         }
-        Ok(json!(Shown::of(split, &rules)))
     }
 }
 
+impl api::Place for Place {
+    const ROOT: &'static str = "/api/splits";
+    type Wanted = Wanted;
+
+    fn of(segments: &[&str]) -> Option<Self> {
+        match *segments {
+            [] => Some(Self::Splits),
+            [name] if !name.is_empty() => Some(Self::Split(name.to_owned())),
+            _ => None,
+        }
+    }
+
+    fn can_be_set(&self) -> bool {
+        matches!(self, Self::Split(_))
+    }
+}
+
+impl api::Wanted for Wanted {
+    const EXPECTED: &'static str = "an object with percent, as {\"percent\": 25}";
+}
+
 impl Wanted {
-    fn parse(body: &[u8]) -> Result<Self, Problem> {
-        serde_json::from_slice(body)
-            .map_err(|error| Problem::Body(format!("expected e.g. {{\"percent\": 25}}: {error}")))
+    /// What is so already is no event.
+    fn apply(&self, split: &Split, peer: Option<IpAddr>) {
+        let before = split.set(self.percent);
+        if before != self.percent {
+            let (before, after) = (before.to_string(), self.percent.to_string());
+            audit::tell(Event::SplitSet { client: peer, split: split.name(), before: &before, after: &after });
+        }
     }
 }
 
@@ -137,8 +150,7 @@ impl<'r> Shown<'r> {
         Self {
             name: split.name(),
             groups: split.groups(),
-            percent: split.percent(),
-            configured_percent: split.configured(),
+            percent: Setting { configured: split.configured(), current: split.percent() },
             routes,
         }
     }

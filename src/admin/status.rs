@@ -24,7 +24,7 @@ use super::view::{BackendView, PoolView, State};
 use crate::metrics::Metrics;
 use crate::proxy::rules::Rules;
 use crate::session::Sessions;
-use crate::session::control::Timestamp;
+use crate::session::control::{Timestamp, span};
 
 /// For whoever has the token; a browser shows it as the password of HTTP Basic.
 pub struct StatusPage {
@@ -137,7 +137,7 @@ impl StatusPage {
             (true, _, _) => "in the memory of this process".to_owned(),
             (false, true, _) => "up".to_owned(),
             (false, false, Some(grace)) => {
-                format!("down; bridged for those who were known, for {} (grace)", span(*grace))
+                format!("down; bridged for those who were known, for {} (grace)", span(grace.as_secs()))
             }
             (false, false, None) => "down".to_owned(),
         };
@@ -146,7 +146,7 @@ impl StatusPage {
             now: Timestamp::now(),
             host,
             version: env!("CARGO_PKG_VERSION"),
-            uptime: span(started.elapsed()),
+            uptime: span(started.elapsed().as_secs()),
             readiness: readiness.label(),
             store,
             kept_label: if *is_store { "Sessions" } else { "Copies of sessions" },
@@ -196,20 +196,6 @@ impl PoolView {
 }
 
 impl BackendView {
-    fn state_in_words(&self) -> String {
-        let mut text = self.state.words().to_owned();
-        if self.state == State::Draining && self.health != State::Up {
-            text = format!("{text}; {}", self.health.words());
-        }
-        if let Some(until) = self.ejected_until {
-            text = format!("{text}, until {until}");
-        }
-        if self.backup && self.state != State::Backup {
-            text.push_str(" (backup)");
-        }
-        text
-    }
-
     /// The class of the cell. Its colour says nothing that the words do not.
     fn tone(&self) -> &'static str {
         match self.state {
@@ -217,42 +203,6 @@ impl BackendView {
             State::Unresolved | State::Down | State::Ejected => "bad",
             State::Draining => "quiet",
         }
-    }
-
-    fn weight_in_words(&self) -> String {
-        let Self { weight, share_percent, .. } = self;
-        let mut text = weight.current.to_string();
-        if weight.current != weight.configured {
-            text = format!("{text} (file: {})", weight.configured);
-        }
-        if *share_percent < 100 {
-            text = format!("{text}, of that {share_percent} %");
-        }
-        text
-    }
-}
-
-impl State {
-    fn words(self) -> &'static str {
-        match self {
-            Self::Up => "up",
-            Self::SlowStart => "up, starts slowly",
-            Self::Backup => "backup, well",
-            Self::Unresolved => "its name has no address",
-            Self::Down => "down: its checks fail",
-            Self::Ejected => "ejected: its requests failed",
-            Self::Draining => "draining",
-        }
-    }
-}
-
-fn span(time: Duration) -> String {
-    let seconds = time.as_secs();
-    match seconds {
-        0..=119 => format!("{seconds} s"),
-        120..=7_199 => format!("{} min", seconds / 60),
-        7_200..=172_799 => format!("{} h", seconds / 3_600),
-        _ => format!("{} days", seconds / 86_400),
     }
 }
 

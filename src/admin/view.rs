@@ -1,9 +1,9 @@
-//! How do pools and backends look to an operator? The same in the API and on the status page.
+//! How do pools and backends look to an operator? The same in the API, on the status page and on the command line.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::{AdminState, Backend, Health, LastFailure, Pool, balance};
 use crate::config::model::{Balance, Protocol};
@@ -31,46 +31,46 @@ pub(super) struct PoolView {
 }
 
 /// A backend at this moment.
-#[derive(Debug, Serialize)]
-pub(super) struct BackendView {
-    /// As the file has it.
-    pub(super) address: String,
+#[derive(Debug, Deserialize, Serialize)]
+pub struct BackendView {
+    /// As the file has it, or as discovery has found it.
+    pub address: String,
     /// In one word: what matters most.
-    pub(super) state: State,
+    pub state: State,
     /// How it does, whether it is drained or not.
-    pub(super) health: State,
-    pub(super) ejected_until: Option<Timestamp>,
-    pub(super) last_failure: Option<FailureView>,
-    pub(super) backup: bool,
-    pub(super) drain: Setting<bool>,
-    pub(super) weight: Setting<u32>,
+    pub health: State,
+    pub ejected_until: Option<Timestamp>,
+    pub last_failure: Option<FailureView>,
+    pub backup: bool,
+    pub drain: Setting<bool>,
+    pub weight: Setting<u32>,
     /// What it gets of its weight; less than 100 while it starts slowly.
-    pub(super) share_percent: u64,
+    pub share_percent: u64,
     /// With open WebSockets.
-    pub(super) in_flight: u32,
+    pub in_flight: u32,
     /// So many at a time; 0 = any number.
-    pub(super) max_requests: u32,
+    pub max_requests: u32,
     /// Attempts since the start of the process, and how many of them failed.
-    pub(super) requests: u64,
-    pub(super) failures: u64,
+    pub requests: u64,
+    pub failures: u64,
 }
 
 /// As the file has it, and as it is.
-#[derive(Debug, Serialize)]
-pub(super) struct Setting<T> {
-    pub(super) configured: T,
-    pub(super) current: T,
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Setting<T> {
+    pub configured: T,
+    pub current: T,
 }
 
-#[derive(Debug, Serialize)]
-pub(super) struct FailureView {
-    pub(super) at: Timestamp,
-    pub(super) what: String,
+#[derive(Debug, Deserialize, Serialize)]
+pub struct FailureView {
+    pub at: Timestamp,
+    pub what: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum State {
+pub enum State {
     Up,
     /// It is back, and gets requests slowly.
     SlowStart,
@@ -152,6 +152,57 @@ impl BackendView {
             max_requests: backend.max_requests(),
             requests: all,
             failures: failed,
+        }
+    }
+}
+
+/// In words, for people.
+impl BackendView {
+    /// With all that somebody has set otherwise than the file has it.
+    pub fn state_in_words(&self) -> String {
+        let Self { state, health, ejected_until, backup, drain, .. } = self;
+        let mut text = state.words().to_owned();
+        if drain.current && !drain.configured {
+            text.push_str(" by hand");
+        }
+        if *state == State::Draining && *health != State::Up {
+            text = format!("{text}; {}", health.words());
+        }
+        if let Some(until) = ejected_until {
+            text = format!("{text}, until {until}");
+        }
+        if *backup && *state != State::Backup {
+            text.push_str(" (backup)");
+        }
+        if drain.configured && !drain.current {
+            text.push_str(" (file: drain)");
+        }
+        text
+    }
+
+    pub fn weight_in_words(&self) -> String {
+        let Self { weight, share_percent, .. } = self;
+        let mut text = weight.current.to_string();
+        if weight.current != weight.configured {
+            text = format!("{text} (file: {})", weight.configured);
+        }
+        if *share_percent < 100 {
+            text = format!("{text}, of that {share_percent} %");
+        }
+        text
+    }
+}
+
+impl State {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::SlowStart => "up, starts slowly",
+            Self::Backup => "backup, well",
+            Self::Unresolved => "its name has no address",
+            Self::Down => "down: its checks fail",
+            Self::Ejected => "ejected: its requests failed",
+            Self::Draining => "draining",
         }
     }
 }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::plain;
 use crate::config::error::ConfigError;
 use crate::config::model::Admin;
 use crate::{config, outgoing};
@@ -25,15 +26,7 @@ pub struct Gateway {
     admin: Admin,
 }
 
-/// What it says.
-#[derive(Debug)]
-pub enum Answer<T> {
-    Done(T),
-    /// It does not, and this is why, in its own words.
-    Refused(String),
-}
-
-/// Why there is no answer, as far as a command knows.
+/// Why it was not done, as far as a command knows.
 #[derive(Debug)]
 pub enum Unable {
     NoAdmin,
@@ -42,6 +35,10 @@ pub enum Unable {
     Unanswered(SocketAddr, ureq::Error),
     OtherToken(SocketAddr),
     Unexpected(SocketAddr, u16),
+    /// The gateway's own words, harmless to a terminal; lines stay, because all that is wrong with a file takes several.
+    Refused(String),
+    /// What came is not what this command knows.
+    Strange(serde_json::Error),
 }
 
 #[derive(Deserialize)]
@@ -55,13 +52,8 @@ impl Gateway {
         Ok(Self { admin: config::load_admin(file)? })
     }
 
-    /// `body`: of JSON.
-    pub fn ask<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        place: &str,
-        body: Option<&Value>,
-    ) -> Result<Answer<T>, Unable> {
+    /// `body`: of JSON. Gives what the gateway says, as it says it.
+    pub fn ask(&self, method: Method, place: &str, body: Option<&Value>) -> Result<Value, Unable> {
         if !self.admin.enabled {
             return Err(Unable::NoAdmin);
         }
@@ -84,10 +76,12 @@ impl Gateway {
         let mut body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).reader();
         let unexpected = |_| Unable::Unexpected(address, status);
         match status {
-            200 => serde_json::from_reader(&mut body).map(Answer::Done).map_err(unexpected),
+            200 => serde_json::from_reader(&mut body).map_err(unexpected),
             401 => Err(Unable::OtherToken(address)),
             400 | 404 | 422 => match serde_json::from_reader(&mut body) {
-                Ok(Problem { detail }) => Ok(Answer::Refused(detail)),
+                Ok(Problem { detail }) => {
+                    Err(Unable::Refused(detail.lines().map(plain).collect::<Vec<_>>().join("\n")))
+                }
                 // It was started without a token: then there is no such place.
                 Err(_) if status == 404 => Err(Unable::NoToken),
                 Err(error) => Err(unexpected(error)),
@@ -95,6 +89,11 @@ impl Gateway {
             _ => Err(Unable::Unexpected(address, status)),
         }
     }
+}
+
+/// What a command needs of an answer.
+pub fn understood<T: DeserializeOwned>(answer: Value) -> Result<T, Unable> {
+    serde_json::from_value(answer).map_err(Unable::Strange)
 }
 
 /// Who listens on every address is found on loopback.
@@ -123,6 +122,8 @@ impl fmt::Display for Unable {
             Self::Unexpected(address, status) => {
                 write!(f, "what answers on {address} is no gateway, or of another version: status {status}")
             }
+            Self::Refused(detail) => f.write_str(detail),
+            Self::Strange(_) => f.write_str("the gateway is of another version: this command does not know its answer"),
         }
     }
 }
@@ -131,7 +132,8 @@ impl std::error::Error for Unable {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Unanswered(_, error) => Some(error),
-            Self::NoAdmin | Self::NoToken | Self::OtherToken(_) | Self::Unexpected(..) => None,
+            Self::Strange(error) => Some(error),
+            Self::NoAdmin | Self::NoToken | Self::OtherToken(_) | Self::Unexpected(..) | Self::Refused(_) => None,
         }
     }
 }

@@ -162,6 +162,11 @@ fn is_bidirectional_control(c: char) -> bool {
     matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+/// The name of a pool or of a split, as an argument.
+fn name(text: &str) -> Result<String, &'static str> {
+    crate::config::is_label(text).then(|| text.to_owned()).ok_or("a name has 1 to 64 letters, digits, `-` or `_`")
+}
+
 fn run_command(command: Command, terminal: &mut Terminal<'_>) -> ExitCode {
     match command {
         Command::Run { config } => run::run(&config, terminal),

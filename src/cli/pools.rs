@@ -11,8 +11,9 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::gateway::{Answer, Gateway, Unable};
-use super::{FAILED, Terminal, plain};
+use super::gateway::{Gateway, Unable, understood};
+use super::{FAILED, Terminal, name, plain};
+use crate::admin::BackendView;
 use crate::config::{model, value};
 
 /// What one can ask of the pools. Without a command: how they are.
@@ -57,11 +58,20 @@ enum What {
 
 #[derive(Debug, Args)]
 struct Which {
-    #[arg(value_name = "POOL")]
+    #[arg(value_name = "POOL", value_parser = name)]
     pool: String,
-    /// As the file has it: host:port.
-    #[arg(value_name = "BACKEND")]
+    /// As `cloakroom pools` shows it: host:port.
+    #[arg(value_name = "BACKEND", value_parser = address)]
     backend: String,
+}
+
+/// What no address has, and the gateway's guard refuses in a path.
+fn address(text: &str) -> Result<String, &'static str> {
+    let is_strange = |c: char| matches!(c, '/' | '\\' | '%') || c.is_whitespace() || c.is_control();
+    if text.is_empty() || text.contains(is_strange) {
+        return Err("expected host:port as `cloakroom pools` shows it, without http:// and without a path");
+    }
+    Ok(text.to_owned())
 }
 
 /// Of what the API gives, that which a table shows.
@@ -74,53 +84,23 @@ struct Pools {
 struct Pool {
     pool: String,
     waiting: usize,
-    backends: Vec<Backend>,
+    backends: Vec<BackendView>,
     warnings: Vec<String>,
 }
 
+/// A backend after a change.
 #[derive(Deserialize)]
-struct Backend {
-    address: String,
-    state: String,
-    health: String,
-    ejected_until: Option<String>,
-    last_failure: Option<Failure>,
-    drain: Setting<bool>,
-    weight: Setting<u32>,
-    share_percent: u32,
-    in_flight: u32,
-    max_requests: u32,
-    requests: u64,
-    failures: u64,
-    /// After a change.
-    #[serde(default)]
+struct Changed {
+    #[serde(flatten)]
+    backend: BackendView,
     warnings: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct Setting<T> {
-    configured: T,
-    current: T,
-}
-
-#[derive(Deserialize)]
-struct Failure {
-    at: String,
-    what: String,
 }
 
 /// Why it was not done.
 #[derive(Debug)]
 enum Failed {
     Unable(Unable),
-    /// The gateway's own words.
-    Refused(String),
-    /// What came is not what the API gives.
-    Strange(serde_json::Error),
-    StillBusy {
-        in_flight: u32,
-        timeout: value::Duration,
-    },
+    StillBusy { in_flight: u32, timeout: value::Duration },
     Undrained,
 }
 
@@ -150,7 +130,7 @@ impl Asked {
     fn answer(&self, arguments: &Arguments, terminal: &mut Terminal<'_>) -> Result<(), Failed> {
         match &arguments.what {
             None => {
-                let answer = self.ask(Method::GET, "/api/pools", None)?;
+                let answer = self.gateway.ask(Method::GET, "/api/pools", None)?;
                 if self.json {
                     terminal.say(answer);
                 } else {
@@ -175,14 +155,7 @@ impl Asked {
     }
 
     fn set(&self, which: &Which, wanted: &Value) -> Result<Value, Failed> {
-        self.ask(Method::PATCH, &which.path(), Some(wanted))
-    }
-
-    fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, Failed> {
-        match self.gateway.ask(method, path, body).map_err(Failed::Unable)? {
-            Answer::Done(answer) => Ok(answer),
-            Answer::Refused(detail) => Err(Failed::Refused(plain(&detail))),
-        }
+        Ok(self.gateway.ask(Method::PATCH, &which.path(), Some(wanted))?)
     }
 
     /// Until nothing is in flight there. Gives how the backend is then, with what was said when it was drained.
@@ -197,7 +170,7 @@ impl Asked {
         let warnings = answer.get("warnings").cloned().unwrap_or_else(|| json!([]));
         let mut told = None;
         loop {
-            let backend: Backend = understood(answer.clone())?;
+            let backend: BackendView = understood(answer.clone())?;
             if !backend.drain.current {
                 return Err(Failed::Undrained);
             }
@@ -215,7 +188,7 @@ impl Asked {
                 terminal.complain(format_args!("{in_flight} in flight"));
             }
             std::thread::sleep(LOOK_AGAIN);
-            answer = self.ask(Method::GET, &which.path(), None)?;
+            answer = self.gateway.ask(Method::GET, &which.path(), None)?;
         }
     }
 
@@ -224,19 +197,15 @@ impl Asked {
             terminal.say(answer);
             return Ok(());
         }
-        let backend: Backend = understood(answer)?;
-        let Backend { address, in_flight, .. } = &backend;
+        let Changed { backend, warnings } = understood(answer)?;
+        let BackendView { address, in_flight, .. } = &backend;
         let (state, weight) = (backend.state_in_words(), backend.weight_in_words());
         terminal.say(format_args!("{}: {state}, weight {weight}, {in_flight} in flight", plain(address)));
-        for warning in &backend.warnings {
+        for warning in &warnings {
             terminal.complain(format_args!("warning: {}", plain(warning)));
         }
         Ok(())
     }
-}
-
-fn understood<T: serde::de::DeserializeOwned>(answer: Value) -> Result<T, Failed> {
-    serde_json::from_value(answer).map_err(Failed::Strange)
 }
 
 impl Which {
@@ -251,7 +220,7 @@ fn tell(Pools { pools }: &Pools, terminal: &mut Terminal<'_>) {
     let headings = ["POOL", "BACKEND", "STATE", "IN FLIGHT", "MOST", "WEIGHT", "REQUESTS", "FAILURES", "LAST FAILURE"];
     let mut rows = vec![headings.map(str::to_owned)];
     for Pool { pool, backends, .. } in pools {
-        rows.extend(backends.iter().map(|backend| backend.row(pool)));
+        rows.extend(backends.iter().map(|backend| row(pool, backend)));
     }
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths: [usize; 9] = std::array::from_fn(width);
@@ -269,46 +238,25 @@ fn tell(Pools { pools }: &Pools, terminal: &mut Terminal<'_>) {
     }
 }
 
-impl Backend {
-    fn row(&self, pool: &str) -> [String; 9] {
-        let most = if self.max_requests == 0 { "any".to_owned() } else { self.max_requests.to_string() };
-        let failure = self.last_failure.as_ref();
-        [
-            plain(pool),
-            plain(&self.address),
-            self.state_in_words(),
-            self.in_flight.to_string(),
-            most,
-            self.weight_in_words(),
-            self.requests.to_string(),
-            self.failures.to_string(),
-            failure.map_or_else(|| "-".to_owned(), |failure| plain(&format!("{} ({})", failure.what, failure.at))),
-        ]
-    }
+fn row(pool: &str, backend: &BackendView) -> [String; 9] {
+    let most = if backend.max_requests == 0 { "any".to_owned() } else { backend.max_requests.to_string() };
+    let failure = backend.last_failure.as_ref();
+    [
+        plain(pool),
+        plain(&backend.address),
+        backend.state_in_words(),
+        backend.in_flight.to_string(),
+        most,
+        backend.weight_in_words(),
+        backend.requests.to_string(),
+        backend.failures.to_string(),
+        failure.map_or_else(|| "-".to_owned(), |failure| plain(&format!("{} ({})", failure.what, failure.at))),
+    ]
+}
 
-    fn state_in_words(&self) -> String {
-        let Self { state, health, ejected_until, drain, .. } = self;
-        let mut text = state.replace('_', " ");
-        if state == "draining" && health != "up" {
-            text = format!("{text}, {health}");
-        }
-        if let Some(until) = ejected_until {
-            text = format!("{text} until {until}");
-        }
-        if drain.current && !drain.configured {
-            text.push_str(" by hand");
-        }
-        plain(&text)
-    }
-
-    fn weight_in_words(&self) -> String {
-        let Self { weight, share_percent, .. } = self;
-        let share = if *share_percent < 100 { format!(" at {share_percent}%") } else { String::new() };
-        if weight.current == weight.configured {
-            format!("{}{share}", weight.current)
-        } else {
-            format!("{}{share} (file: {})", weight.current, weight.configured)
-        }
+impl From<Unable> for Failed {
+    fn from(unable: Unable) -> Self {
+        Self::Unable(unable)
     }
 }
 
@@ -316,8 +264,6 @@ impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unable(unable) => write!(f, "{unable}"),
-            Self::Refused(detail) => f.write_str(detail),
-            Self::Strange(_) => f.write_str("the gateway is of another version: this command does not know its answer"),
             Self::StillBusy { in_flight, timeout } => {
                 write!(f, "{in_flight} still in flight after {timeout}; the backend stays drained")
             }
@@ -330,8 +276,7 @@ impl std::error::Error for Failed {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Unable(unable) => unable.source(),
-            Self::Strange(error) => Some(error),
-            Self::Refused(_) | Self::StillBusy { .. } | Self::Undrained => None,
+            Self::StillBusy { .. } | Self::Undrained => None,
         }
     }
 }

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use http::Method;
 use serde::Deserialize;
 
-use super::gateway::{Answer, Gateway};
-use super::{FAILED, Terminal};
+use super::gateway::{Gateway, Unable, understood};
+use super::{FAILED, Terminal, plain};
 
 #[derive(Deserialize)]
 struct Report {
@@ -29,13 +29,13 @@ pub fn reload(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    match gateway.ask(Method::POST, "/reload", None) {
-        Ok(Answer::Done(report)) => {
+    match gateway.ask(Method::POST, "/reload", None).and_then(understood) {
+        Ok(report) => {
             tell(&report, terminal);
             ExitCode::SUCCESS
         }
         // All that is wrong with the file.
-        Ok(Answer::Refused(problems)) => {
+        Err(Unable::Refused(problems)) => {
             terminal.complain(problems);
             terminal.complain("nothing has changed: the old configuration stays");
             ExitCode::from(FAILED)
@@ -49,19 +49,19 @@ pub fn reload(file: &Path, terminal: &mut Terminal<'_>) -> ExitCode {
 }
 
 fn tell(Report { file, applied, restart, kept, dropped }: &Report, terminal: &mut Terminal<'_>) {
-    terminal.say(format_args!("{file}: reloaded"));
+    terminal.say(format_args!("{}: reloaded", plain(file)));
     if applied.is_empty() && restart.is_empty() {
         terminal.say("  nothing has changed");
     }
     for (what, lines) in [
         ("applied", applied),
         ("needs a restart", restart),
-        // Set at run time, by `cloakroom pools`.
+        // Set at run time, by `cloakroom pools` and `cloakroom splits`, or over the API.
         ("stays set", kept),
         ("no longer set", dropped),
     ] {
         for line in lines {
-            terminal.say(format_args!("  {what:<15}  {line}"));
+            terminal.say(format_args!("  {what:<15}  {}", plain(line)));
         }
     }
 }

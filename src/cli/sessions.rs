@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{FAILED, Terminal, plain};
 use crate::config::model::Config;
-use crate::session::control::{Control, Details, Handle, Interrupted, Shown, Timestamp};
+use crate::session::control::{Control, Details, Handle, Interrupted, Shown, Timestamp, span};
 use crate::session::store::StoreError;
 use crate::{config, server};
 
@@ -316,15 +316,6 @@ fn ago(moment: Timestamp, now: Timestamp) -> String {
         format!("{} ago", span((now.0 - moment.0) / 1000))
     } else {
         format!("in {}", span((moment.0 - now.0) / 1000))
-    }
-}
-
-fn span(seconds: u64) -> String {
-    match seconds {
-        0..=119 => format!("{seconds} s"),
-        120..=7_199 => format!("{} min", seconds / 60),
-        7_200..=172_799 => format!("{} h", seconds / 3_600),
-        _ => format!("{} days", seconds / 86_400),
     }
 }
 

@@ -6,15 +6,15 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use http::Method;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 
-use super::gateway::{Answer, Gateway};
-use super::{FAILED, Terminal};
-use crate::config;
+use super::gateway::{Gateway, Unable, understood};
+use super::{FAILED, Terminal, name, plain};
+use crate::admin::Setting;
 use crate::config::value::Percent;
 
-/// What one can ask of the splits of the running gateway.
+/// What one can ask of the splits of the running gateway. Without a command: all of them, with their percentage now and in the file.
 #[derive(Debug, Args)]
 pub struct Arguments {
     #[arg(long, short, global = true, value_name = "FILE", default_value = "/etc/cloakroom/cloakroom.toml")]
@@ -23,13 +23,11 @@ pub struct Arguments {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
 }
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// All splits, with their percentage now and in the file.
-    List,
     /// Give a split another percentage, on this instance, until a restart or until its file says something new.
     Set {
         #[arg(value_name = "SPLIT", value_parser = name)]
@@ -39,26 +37,20 @@ enum What {
     },
 }
 
-fn name(text: &str) -> Result<String, &'static str> {
-    let is_name = config::is_label(text);
-    is_name.then(|| text.to_owned()).ok_or("a split has 1 to 64 letters, digits, `-` or `_`")
-}
-
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Splits {
     splits: Vec<Split>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Split {
     name: String,
     groups: Vec<String>,
-    percent: Percent,
-    configured_percent: Percent,
+    percent: Setting<Percent>,
     routes: Vec<Destination>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Destination {
     route: String,
     pool: String,
@@ -69,50 +61,43 @@ pub fn run(arguments: &Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
         Ok(gateway) => gateway,
         Err(error) => return terminal.refuse(&error),
     };
-    let answer = match &arguments.what {
-        What::List => gateway.ask(Method::GET, "/api/splits", None),
-        What::Set { name, percent } => {
-            let place = format!("/api/splits/{name}");
-            let changed = gateway.ask(Method::PATCH, &place, Some(&json!({ "percent": percent })));
-            changed.map(|answer| match answer {
-                Answer::Done(split) => Answer::Done(Splits { splits: vec![split] }),
-                Answer::Refused(problem) => Answer::Refused(problem),
-            })
-        }
-    };
-    match answer {
-        Ok(Answer::Done(answer)) if arguments.json => {
-            terminal.say(json!(answer));
-            ExitCode::SUCCESS
-        }
-        Ok(Answer::Done(Splits { splits })) => {
-            terminal.say(table(&splits));
-            ExitCode::SUCCESS
-        }
-        Ok(Answer::Refused(problem)) => {
-            terminal.complain(format_args!("error: {problem}"));
-            ExitCode::from(FAILED)
-        }
+    match answer(&gateway, arguments, terminal) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(unable) => terminal.fail(&unable, FAILED),
     }
+}
+
+fn answer(gateway: &Gateway, arguments: &Arguments, terminal: &mut Terminal<'_>) -> Result<(), Unable> {
+    let answer = match &arguments.what {
+        None => gateway.ask(Method::GET, "/api/splits", None)?,
+        Some(What::Set { name, percent }) => {
+            let place = format!("/api/splits/{name}");
+            gateway.ask(Method::PATCH, &place, Some(&json!({ "percent": percent })))?
+        }
+    };
+    match &arguments.what {
+        _ if arguments.json => terminal.say(answer),
+        None => terminal.say(table(&understood::<Splits>(answer)?.splits)),
+        Some(What::Set { .. }) => terminal.say(table(&[understood(answer)?])),
+    }
+    Ok(())
 }
 
 /// A line for each route of a split; groups and shares stand in the first one.
 fn table(splits: &[Split]) -> String {
     let mut text = format!("{:<16}  {:>7}  {:>7}  {:<24}  {}", "SPLIT", "NOW", "IN FILE", "ROUTE", "POOL");
-    for Split { name, groups, percent, configured_percent, routes } in splits {
-        let now = format!("{percent} %");
-        let configured = format!("{configured_percent} %");
+    for Split { name, groups, percent: Setting { configured, current }, routes } in splits {
+        let (name, now, configured) = (plain(name), format!("{current} %"), format!("{configured} %"));
         let mut first = format!("{name:<16}  {now:>7}  {configured:>7}");
         if routes.is_empty() {
             let _ = write!(text, "\n{first}");
         }
         for Destination { route, pool } in routes {
-            let _ = write!(text, "\n{first:<34}  {route:<24}  {pool}");
+            let _ = write!(text, "\n{first:<34}  {:<24}  {}", plain(route), plain(pool));
             first.clear();
         }
         if !groups.is_empty() {
-            let _ = write!(text, "\n{:<16}  and all of {}", "", groups.join(", "));
+            let _ = write!(text, "\n{:<16}  and all of {}", "", plain(&groups.join(", ")));
         }
     }
     text
@@ -125,11 +110,12 @@ mod tests {
     #[test]
     fn a_table_tells_the_share_of_now_and_that_of_the_file() {
         let splits = serde_json::from_value::<Splits>(json!({ "splits": [
-            { "name": "next", "groups": ["beta", "staff"], "percent": 25, "configured_percent": 0.25, "routes": [
+            { "name": "next", "groups": ["beta", "staff"], "percent": { "configured": 0.25, "current": 25 }, "routes": [
                 { "route": "/", "pool": "green" },
                 { "route": "shop.example.org/cart", "pool": "cart-next" },
             ] },
-            { "name": "idle", "groups": [], "percent": 0, "configured_percent": 0, "routes": [] },
+            { "name": "idle", "groups": [], "percent": { "configured": 0, "current": 0 },
+              "routes": [] },
         ] }));
         let expected = "\
 SPLIT                 NOW  IN FILE  ROUTE                     POOL

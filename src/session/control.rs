@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::task::JoinSet;
@@ -262,6 +262,24 @@ impl Serialize for Timestamp {
     }
 }
 
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let moment = OffsetDateTime::parse(&text, &Rfc3339).map_err(de::Error::custom)?;
+        Ok(Self(u64::try_from(moment.unix_timestamp()).map_err(de::Error::custom)?.saturating_mul(1000)))
+    }
+}
+
+/// As people say so many seconds: `90 s`, `12 min`.
+pub fn span(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7_199 => format!("{} min", seconds / 60),
+        7_200..=172_799 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, after {} sessions had been ended", self.cause, self.ended)
@@ -290,5 +308,7 @@ mod tests {
     fn a_moment_is_told_in_utc() {
         assert_eq!(Timestamp(1_800_000_000_999).to_string(), "2027-01-15T08:00:00Z");
         assert_eq!(Timestamp(u64::MAX).to_string(), "-", "no time is no reason to panic");
+        let told = serde_json::json!("2027-01-15T08:00:00Z");
+        assert_eq!(serde_json::from_value::<Timestamp>(told).unwrap(), Timestamp(1_800_000_000_000));
     }
 }

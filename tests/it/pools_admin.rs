@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
+use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection, Response};
 use crate::harness::gateway::{Gateway, Setup, Store};
@@ -158,6 +159,7 @@ fn draining_under_load_loses_no_request_and_moves_all_that_come_after() {
         wait_until("there is load", || goal < answered.load(Ordering::SeqCst));
     };
     std::thread::scope(|scope| {
+        let _over = Over(&stop);
         for _ in 0..4 {
             scope.spawn(|| {
                 let client = gateway.client();
@@ -178,7 +180,6 @@ fn draining_under_load_loses_no_request_and_moves_all_that_come_after() {
             set(&gateway, &leaving, "{\"drain\": false}");
             wait_until("it gets requests again", || before < leaving.requests().len());
         }
-        stop.store(true, Ordering::SeqCst);
     });
     for backend in [&leaving, &staying] {
         wait_until("all have ended", || in_flight(&gateway, backend) == 0);
@@ -401,7 +402,7 @@ fn run(file: &std::path::Path, arguments: &[&str]) -> (Option<i32>, String, Stri
 fn the_command_line_shows_and_sets_the_same() {
     let (one, two) = (Backend::echo(), Backend::echo());
     let gateway = setup(&[(&one, "weight = 2, max_requests = 50"), (&two, "")], "")
-        .with("[pool.six]\nbackends = [\"[::1]:7\", \"some-name.invalid:80\"]")
+        .with("[pool.six]\nbackends = [\"[::1]:7\", \"some-name.invalid:80\", { address = \"127.0.0.1:9\", drain = true }]")
         .start();
     let folder = tempfile::tempdir().unwrap();
     let file = command_file(&gateway, &folder);
@@ -428,6 +429,8 @@ fn the_command_line_shows_and_sets_the_same() {
         assert_eq!(code, Some(0), "{err}");
         assert!(out.starts_with(address), "whatever the address: {out}");
     }
+    let (_, out, err) = run(&file, &["undrain", "six", "127.0.0.1:9"]);
+    assert_eq!((out.as_str(), err.as_str()), ("127.0.0.1:9: up (file: drain), weight 1, 0 in flight\n", ""));
     let (code, json, _) = run(&file, &["undrain", "app", &second, "--json"]);
     let undrained: Value = serde_json::from_str(&json).unwrap();
     assert_eq!((code, &undrained["state"], &undrained["warnings"]), (Some(0), &json!("up"), &json!([])));
@@ -441,6 +444,11 @@ fn the_command_line_shows_and_sets_the_same() {
         (&["drain", "app", &*first, "--timeout", "1m"], 2, "--wait"),
         (&["drain", "app", &*first, "--wait", "--timeout", "1"], 2, "30m"),
         (&["drain", "app"], 2, "BACKEND"),
+        (&["drain", "app", "http://10.0.0.7:80"], 2, "without http://"),
+        (&["drain", "app", "10.0.0.7:80/"], 2, "without a path"),
+        (&["undrain", "app", "10.0.0.7%3A80"], 2, "expected host:port"),
+        (&["weight", "app", " 10.0.0.7:80", "1"], 2, "expected host:port"),
+        (&["drain", "a/b", &*first], 2, "1 to 64 letters"),
     ] {
         let (got, _, err) = run(&file, arguments);
         assert_eq!(got, Some(code), "{arguments:?}: {err}");
@@ -525,10 +533,10 @@ fn page(gateway: &Gateway, target: &str) -> Response {
 #[test]
 fn the_status_page_shows_it_all_and_no_secret() {
     let mut redis = RedisServer::start();
-    let (one, two) = (Backend::echo(), Backend::echo());
+    let (one, two, three) = (Backend::echo(), Backend::echo(), Backend::echo());
     let gateway = with_token(
         Gateway::in_front_of(&[])
-            .weighted_pool("app", &[(&one, "weight = 2"), (&two, "")], "")
+            .weighted_pool("app", &[(&one, "weight = 2"), (&two, ""), (&three, "drain = true")], "")
             .store(Store::of(&redis))
             .with("[store]\ngrace = \"2m\""),
     )
@@ -538,6 +546,7 @@ fn the_status_page_shows_it_all_and_no_secret() {
     wait_until("the store is seen", || page(&gateway, "/status").text().contains("<dd>up</dd>"));
     set(&gateway, &one, "{\"weight\": 5}");
     set(&gateway, &two, "{\"drain\": true}");
+    set(&gateway, &three, "{\"drain\": false}");
 
     let shown = page(&gateway, "/status");
     let text = shown.text();
@@ -554,7 +563,8 @@ fn the_status_page_shows_it_all_and_no_secret() {
         &format!("<code>{}</code> admin</li>", gateway.admin_address()),
         "<caption id=\"pool-app-caption\">Backends of app</caption>",
         &format!("<th scope=\"row\">{}</th>", one.address()),
-        "<td class=\"quiet\">draining</td>",
+        "<td class=\"quiet\">draining by hand</td>",
+        "<td class=\"good\">up (file: drain)</td>",
         "5 (file: 2)",
     ] {
         assert!(text.contains(part), "{part} in: {text}");

@@ -104,7 +104,7 @@ fn ask(gateway: &Gateway, method: &str, target: &str, body: Option<&str>) -> (u1
 #[track_caller]
 fn set(gateway: &Gateway, percent: &str) {
     let (status, answer) = ask(gateway, "PATCH", "/api/splits/next", Some(&format!("{{\"percent\": {percent}}}")));
-    assert_eq!((status, answer["percent"].to_string()), (200, percent.to_owned()), "{answer}");
+    assert_eq!((status, answer["percent"]["current"].to_string()), (200, percent.to_owned()), "{answer}");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn what_is_set_at_run_time_counts_at_once_and_until_the_file_says_something_new(
     assert_eq!(gateway.metric("cloakroom_split_ratio{split=\"next\"}"), 1.0);
     let told = |percent: u32, configured: u32| {
         let routes = ["/", "/open", "/public"].map(|route| json!({ "route": route, "pool": "green" }));
-        json!({ "name": "next", "groups": [], "percent": percent, "configured_percent": configured, "routes": routes })
+        json!({ "name": "next", "groups": [], "percent": { "configured": configured, "current": percent }, "routes": routes })
     };
     assert_eq!(ask(&gateway, "GET", "/api/splits", None), (200, json!({ "splits": [told(100, 0)] })));
     assert_eq!(ask(&gateway, "GET", "/api/splits/next", None), (200, told(100, 0)));
@@ -267,7 +267,7 @@ fn what_is_set_at_run_time_counts_at_once_and_until_the_file_says_something_new(
         (changes.at_once, changes.dropped),
         (vec!["split.next: percent".to_owned()], vec!["split.next: percent".to_owned()])
     );
-    assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1["percent"], 0.5, "the file counts again");
+    assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1["percent"]["current"], 0.5, "the file counts again");
     gateway.reload(moved("percent = 100")).unwrap();
     assert_eq!(meets(), "green", "a reload moves it, too");
     assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1, told(100, 100));
@@ -292,6 +292,8 @@ fn what_is_not_exactly_right_moves_nothing() {
         ("PATCH", "/api/splits/next", Some(""), 400),
         ("PATCH", "/api/splits/next", Some("{}"), 400),
         ("PATCH", "/api/splits/next", Some("50"), 400),
+        ("PATCH", "/api/splits/next", Some("[25]"), 400),
+        ("PATCH", "/api/splits/next", Some(" [25]"), 400),
         ("PATCH", "/api/splits/next", Some("{\"percent\": \"50\"}"), 400),
         ("PATCH", "/api/splits/next", Some("{\"percent\": null}"), 400),
         ("PATCH", "/api/splits/next", Some("{\"percent\": 100.01}"), 400),
@@ -317,7 +319,11 @@ fn what_is_not_exactly_right_moves_nothing() {
             assert_eq!(request.body("{\"percent\": 50}").send().status, 401, "{target} {authorization:?}");
         }
     }
-    assert_eq!(ask(&gateway, "GET", "/api/splits/next", None).1["percent"], json!(7.25), "nothing has moved");
+    assert_eq!(
+        ask(&gateway, "GET", "/api/splits/next", None).1["percent"]["current"],
+        json!(7.25),
+        "nothing has moved"
+    );
 
     let document = ask(&gateway, "GET", "/api/openapi.json", None).1;
     for (place, target) in [("/api/splits", "/api/splits"), ("/api/splits/{name}", "/api/splits/next")] {
@@ -361,14 +367,14 @@ fn an_operator_sees_and_moves_it_and_the_log_tells() {
         .unwrap();
     let splits = |arguments: &[&str]| cloakroom(&[&["splits", "--config", file.to_str().unwrap()], arguments].concat());
 
-    let away = splits(&["list"]);
+    let away = splits(&[]);
     assert_eq!(away.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&away.stderr).contains("no gateway answers on 127.0.0.1:"), "{away:?}");
 
     let daemon = Daemon::run(&file);
     wait_until("the gateway listens", || is_up(address));
     wait_until("its admin listener, too", || is_up(admin));
-    let listed = splits(&["list"]);
+    let listed = splits(&[]);
     let expected = "\
 SPLIT                 NOW  IN FILE  ROUTE                     POOL
 next                0.5 %    0.5 %  /all                      green
@@ -381,8 +387,11 @@ next                0.5 %    0.5 %  /all                      green
     let set = splits(&["set", "next", "100"]);
     assert!(out(&set).contains("next                100 %    0.5 %  /all "), "{set:?}");
     assert_eq!(Client::of(address).get("/all").send().text(), "green");
-    let document: Value = serde_json::from_str(&out(&splits(&["list", "--json"]))).unwrap();
-    assert_eq!(document["splits"][0]["percent"], json!(100));
+    let document: Value = serde_json::from_str(&out(&splits(&["--json"]))).unwrap();
+    assert_eq!(document["splits"][0]["percent"], json!({ "configured": 0.5, "current": 100 }));
+
+    let told: Value = serde_json::from_str(&out(&splits(&["set", "next", "100", "--json"]))).unwrap();
+    assert_eq!(told, document["splits"][0], "the gateway's own answer");
 
     for (arguments, code, message) in [
         (&["set", "other", "5"][..], 1, "there is no such split: the splits are next"),
@@ -390,7 +399,7 @@ next                0.5 %    0.5 %  /all                      green
         (&["set", "next", "101"], 2, "expected 0 to 100"),
         (&["set", "next", "0.001"], 2, "two decimals"),
         (&["set", "next"], 2, "PERCENT"),
-        (&[], 2, "Usage"),
+        (&["list"], 2, "Usage"),
     ] {
         let output = splits(arguments);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -6,7 +6,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each room and the rooms that it may name, as ARCHITECTURE.md says it.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("cli", &["supervisor", "server", "login", "session", "config", "outgoing", "log"]),
+    ("cli", &["supervisor", "server", "admin", "login", "session", "config", "outgoing", "log"]),
     (
         "server",
         &["listener", "proxy", "admin", "events", "login", "session", "backend", "config", "log", "spans", "metrics"],
