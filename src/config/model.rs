@@ -745,7 +745,7 @@ pub struct Check {
     pub port: Option<u16>,
     /// Over TLS, or not; default: as the requests.
     pub tls: Option<Spanned<bool>>,
-    /// With `tls = true`: whom the certificate must name; default: the host.
+    /// With `tls = true`: whom the certificate must name; default: `host`, then whom that of the requests must.
     pub server_name: Option<Spanned<String>>,
     /// With `tls = true`; false: any certificate will do.
     pub verify: Spanned<bool>,

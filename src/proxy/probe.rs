@@ -35,11 +35,11 @@ impl PingoraProbe {
     }
 
     /// Who is asked: by the same transport as the requests, unless the check has its own.
-    fn peer(&self, pool: &str, backend: &Backend, host: &str, address: SocketAddr, check: &Check) -> Option<HttpPeer> {
+    fn peer(&self, pool: &str, backend: &Backend, address: SocketAddr, check: &Check) -> Option<HttpPeer> {
         let mut peer = match &check.tls {
             None => self.rules.load().transports.get(pool)?.peer(backend, address, false),
             Some(tls) => {
-                let server_name = check.server_name.as_ref().map_or_else(|| host_of(host), |name| name.get_ref());
+                let server_name = server_name(check, backend.host(), backend.name());
                 let mut peer = HttpPeer::new(address, *tls.get_ref(), server_name.to_owned());
                 peer.options.verify_cert = *check.verify.get_ref();
                 peer.options.verify_hostname = *check.verify.get_ref();
@@ -59,6 +59,15 @@ impl PingoraProbe {
     }
 }
 
+/// Whom the certificate must name: whom the check names, or else as with requests, `host` before what an answer named.
+fn server_name<'a>(check: &'a Check, host: Option<&'a str>, name: &'a str) -> &'a str {
+    match (&check.server_name, &check.host) {
+        (Some(server_name), _) => server_name.get_ref(),
+        (None, Some(host)) => host_of(host.get_ref()),
+        (None, None) => host.unwrap_or_else(|| host_of(name)),
+    }
+}
+
 impl std::fmt::Debug for PingoraProbe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("PingoraProbe")
@@ -70,7 +79,7 @@ impl Probe for PingoraProbe {
     async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), CheckError> {
         let host = check.host.as_ref().map_or(backend.name(), |host| host.get_ref());
         let peer =
-            self.peer(pool.name(), backend, host, address, check).ok_or_else(|| "its pool is gone".to_owned())?;
+            self.peer(pool.name(), backend, address, check).ok_or_else(|| "its pool is gone".to_owned())?;
         let Some(path) = &check.path else {
             return self.transport.new_stream(&peer).await.map(drop).map_err(unconnected);
         };
@@ -140,5 +149,23 @@ fn said(error: Box<pingora::Error>) -> String {
         (Some(cause), _) => format!("{kind}: {cause}"),
         (None, Some(context)) => format!("{kind}: {}", context.as_str()),
         (None, None) => kind.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_over_tls_wants_the_name_that_is_configured_and_never_one_that_only_an_answer_named() {
+        for (keys, host, expected) in [
+            ("server_name = \"own.test\"\nhost = \"host.test\"", Some("api.test"), "own.test"),
+            ("host = \"host.test:8443\"", Some("api.test"), "host.test"),
+            ("", Some("api.test"), "api.test"),
+            ("", None, "answer.test"),
+        ] {
+            let check: Check = toml::from_str(keys).unwrap();
+            assert_eq!(server_name(&check, host, "answer.test:443"), expected, "{keys:?} {host:?}");
+        }
     }
 }
