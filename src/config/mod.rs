@@ -85,16 +85,17 @@ pub fn load_backends(path: &Path) -> Result<Vec<Backend>, ConfigError> {
     let text = read(path)?;
     let File { backends } = toml::from_str(&text).map_err(|error| ConfigError::not_toml(path, &text, &error))?;
     let mut problems = Problems::in_file(path, &text);
+    if let Some(backend) = backends.get(FILE_BACKENDS_MAX) {
+        problems
+            .add(backend.span(), format!("more than {FILE_BACKENDS_MAX} backends"))
+            .hint("a choice looks at each of them: make several pools of them");
+        return problems.into_result(Vec::new()); // the rest would only say more of too much
+    }
     validate::backends(&backends, &mut problems);
     for backend in backends.iter().filter(|backend| backend.get_ref().place != Place::Address) {
         problems
             .add(backend.span(), format!("{} in a file of backends", backend.get_ref()))
             .hint("such a file lists servers; other places stand in the pool");
-    }
-    if let Some(backend) = backends.get(FILE_BACKENDS_MAX) {
-        problems
-            .add(backend.span(), format!("more than {FILE_BACKENDS_MAX} backends"))
-            .hint("a choice looks at each of them: make several pools of them");
     }
     problems.into_result(backends.into_iter().map(|backend| backend.into_inner().each).collect())
 }

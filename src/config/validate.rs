@@ -1,6 +1,6 @@
 //! Do the keys make sense together? Every rule that no single value can keep, all of them told at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::{Range, RangeInclusive};
 
@@ -1166,7 +1166,8 @@ fn host_and_port(text: &str) -> Result<(), &'static str> {
 
 /// Those of a pool, or of a file that a pool names.
 pub(super) fn backends(backends: &[Spanned<BackendSource>], problems: &mut Problems<'_>) {
-    for (index, backend) in backends.iter().enumerate() {
+    let mut seen = HashSet::new();
+    for backend in backends {
         let BackendSource { place, each: Backend { address, host: _, weight, max_requests, backup: _, drain: _ } } =
             backend.get_ref();
         let (text, fault, expected) = match place {
@@ -1183,7 +1184,8 @@ pub(super) fn backends(backends: &[Spanned<BackendSource>], problems: &mut Probl
             problems.add(backend.span(), format!("invalid backend {text:?}: {fault}")).hint(expected);
         }
         let printed = backend.get_ref().to_string();
-        if backends[..index].iter().any(|other| other.get_ref().to_string().eq_ignore_ascii_case(&printed)) {
+        let is_path = matches!(place, Place::File(_));
+        if !seen.insert(if is_path { printed.clone() } else { printed.to_ascii_lowercase() }) {
             problems
                 .add(backend.span(), format!("backend {printed:?} is there twice"))
                 .hint("it would get two shares of the requests: say so with weight = 2");
@@ -1683,6 +1685,8 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (pool("{ address = \"h:80\", weight = 0 }"), "11:13", "weight is 0: must be between 1 and 1000"),
             (pool("{ address = \"h:80\", max_requests = 1000001 }"), "11:13", "at most 1000000"),
             (pool("\"h:80\", { address = \"h:80\" }"), "11:21", "is there twice"),
+            (pool("{ dns = \"h:80\" }, { dns = \"H:80\" }"), "11:31", "is there twice"),
+            (pool("{ file = \"/h\" }, { file = \"/H\" }, { file = \"/h\" }"), "11:47", "is there twice"),
             (pool("{ address = \"h:80\", backup = true }"), "11:12", "pool.b has nothing but backups"),
             (pool("\"h:80\"") + "\nbalance = \"random\"", "12:11", "unknown value `random`"),
             (pool("\"h:80\"") + "\nbalance = \"hash\"\nhash_by = \"cookie\"", "13:11", "expected \"user\", \"client\""),
