@@ -78,8 +78,7 @@ impl std::fmt::Debug for PingoraProbe {
 impl Probe for PingoraProbe {
     async fn ask(&self, pool: &Pool, backend: &Backend, address: SocketAddr, check: &Check) -> Result<(), CheckError> {
         let host = check.host.as_ref().map_or(backend.name(), |host| host.get_ref());
-        let peer =
-            self.peer(pool.name(), backend, address, check).ok_or_else(|| "its pool is gone".to_owned())?;
+        let peer = self.peer(pool.name(), backend, address, check).ok_or_else(|| "its pool is gone".to_owned())?;
         let Some(path) = &check.path else {
             return self.transport.new_stream(&peer).await.map(drop).map_err(unconnected);
         };

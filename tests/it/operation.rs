@@ -6,11 +6,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, PASSWORD};
-use crate::harness::{free_port, wait_until};
+use crate::harness::{Over, free_port, wait_until};
 
 pub(crate) const ADMIN_TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
 

@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
-use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection, Response};
 use crate::harness::gateway::{Gateway, Setup, Store};
 use crate::harness::http2::{Http2Backend, Http2Client};
 use crate::harness::redis::RedisServer;
-use crate::harness::{Port, free_port, tls, wait_until};
+use crate::harness::{Over, Port, free_port, tls, wait_until};
 
 const TOKEN: &str = "q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2";
 const PUBLIC: &str = "access = \"public\"";

@@ -5,11 +5,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::cache_coherence::Over;
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::redis::RedisServer;
-use crate::harness::wait_until;
+use crate::harness::{Over, wait_until};
 use crate::memory_file::log_in;
 use crate::operation::{Daemon, Log, admin_of, deployment, is_up};
 
