@@ -119,12 +119,12 @@ impl Ejection {
             return Some(trial);
         }
         // The trial before has succeeded between the two looks.
-        self.release(trial);
+        self.release(&trial);
         None
     }
 
     /// The next request may, unless it does already.
-    pub(super) fn release(&self, trial: Trial) {
+    pub(super) fn release(&self, trial: &Trial) {
         let _ = self.on_trial_since.compare_exchange(trial.since, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
@@ -258,7 +258,7 @@ mod tests {
             let trial = ejection.claim_trial(now, PATIENCE).expect("its time is over");
             assert!(ejection.claim_trial(now, PATIENCE).is_none(), "one request finds out");
             times.push(ejection.eject(now, true, &RULES).unwrap().as_secs());
-            ejection.release(trial);
+            ejection.release(&trial);
         }
         assert_eq!(times, [2, 4, 8, 16, 30, 30, 30]);
     }
@@ -298,9 +298,9 @@ mod tests {
         assert!(ejection.claim_trial(later - 1, PATIENCE).is_none(), "it hangs, and so would the next one");
         assert!(ejection.eject(later - 1, false, &RULES).is_none(), "begun before: the trial says how it is");
         let next = ejection.claim_trial(later, PATIENCE).expect("it may be a slow upload");
-        ejection.release(hangs);
+        ejection.release(&hangs);
         assert!(ejection.claim_trial(later + 1, PATIENCE).is_none(), "who ends late gives back no other's claim");
-        ejection.release(next);
+        ejection.release(&next);
         assert!(ejection.claim_trial(later + 1, PATIENCE).is_some());
         ejection.end(later + 2);
         assert!(ejection.claim_trial(later + 2 * PATIENCE, PATIENCE).is_none(), "it is back");

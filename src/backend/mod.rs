@@ -563,7 +563,7 @@ impl Lease {
     /// It has found out whether its backend is back, if that was what it was for.
     fn end_trial(&mut self) {
         if let Some(trial) = self.trial.take() {
-            self.backend.ejection.release(trial);
+            self.backend.ejection.release(&trial);
         }
     }
 
