@@ -487,10 +487,33 @@ fn a_logout_at_the_provider_ends_the_login_that_it_meets() {
         assert_eq!(response.status, 403, "{}", response.text());
         assert!(client.cookie("session").is_none() && !is_logged_in(&client));
     }
+    let comes_back = || {
+        for others in [0, 1, 3] {
+            let (client, response) = log_in_while(&gateways[0], &provider, || {
+                (0..others).for_each(|_| assert_eq!(say_logout(&gateways[1], &of_another()).status, 200));
+            });
+            let text = response.text();
+            assert_eq!(response.status, 303, "after a logout, {others} of others meanwhile: let in: {text}");
+            assert!(is_logged_in(&client));
+        }
+    };
     session_of_ann(4);
-    let (client, response) = log_in_while(&gateways[0], &provider, || {});
-    assert_eq!(response.status, 303, "who comes back after a logout is let in: {}", response.text());
-    assert!(is_logged_in(&client));
+    comes_back();
+
+    // Of a login without a `sid`, any logout of its user may be meant.
+    let lose_sid = |user: &mut serde_json::Value| user.as_object_mut().unwrap().remove("sid");
+    let token_of_ann = of_sid();
+    provider.with_user(|user| {
+        lose_sid(user);
+    });
+    let (client, response) = log_in_while(&gateways[0], &provider, || {
+        assert_eq!(say_logout(&gateways[1], &of_another()).status, 200);
+        assert_eq!(say_logout(&gateways[1], &token_of_ann).status, 200);
+        assert_eq!(say_logout(&gateways[1], &of_another()).status, 200);
+    });
+    assert_eq!(response.status, 403, "{}", response.text());
+    assert!(!is_logged_in(&client));
+    comes_back();
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! What of a logout at the provider that comes while the same login is under way? There is no session yet that it could
 //! end, so it leaves word in the store, and the login looks for that when its session is there.
 //!
+//! The logouts of a provider are numbered, for a user who has logged out may come back at once: of words for a user those
+//! count that were left since the login asked for its tokens. A provider's session that has ended does not begin again, so
+//! word of it always counts.
+//!
 //! This is for the back channel alone, whose tokens are signed: by the front channel anybody could fill the store with
 //! words.
 
@@ -14,17 +18,33 @@ use crate::session::store::StoreError;
 /// a time-out of seconds.
 const WORD_LASTS: Duration = Duration::from_secs(120);
 
+/// The numbers of a provider begin anew after this long. A login that meets just that does not know what it has missed.
+const NUMBERS_LAST: Duration = Duration::from_secs(24 * 3600);
+
+/// Among so many logouts a login looks for its own. That is dozens in each second that it takes.
+const SINCE_MAX: u64 = 1000;
+
 /// How many logouts a provider had told of before a login asked for its tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Before(u64);
 
 /// To be said before the sessions of these names are looked for: of a login, either its session is found then, or this by
-/// the login.
-pub(super) async fn leave_word(sessions: &Sessions, issuer: &str, handles: &[String]) -> Result<(), StoreError> {
-    for handle in handles {
-        sessions.store().increment(&of_handle(handle), WORD_LASTS).await?;
+/// the login. `sid`: the provider's session that has ended, where it names one; `handles`: that and all else it means.
+pub(super) async fn leave_word(
+    sessions: &Sessions,
+    issuer: &str,
+    sid: Option<&str>,
+    handles: &[String],
+) -> Result<(), StoreError> {
+    let store = sessions.store();
+    if let Some(sid) = sid {
+        store.increment(&of_handle(&ExternalLogin::handle_of_sid(issuer, sid)), WORD_LASTS).await?;
     }
-    sessions.store().increment(&of_issuer(issuer), WORD_LASTS).await.map(|_count| ())
+    let number = store.increment(&of_issuer(issuer), NUMBERS_LAST).await?.value;
+    for handle in handles {
+        store.increment(&of_logout(handle, number), WORD_LASTS).await?;
+    }
+    Ok(())
 }
 
 /// To be asked before the provider is asked for tokens.
@@ -32,26 +52,30 @@ pub(super) async fn before(sessions: &Sessions, issuer: &str) -> Result<Before, 
     sessions.store().count(&of_issuer(issuer)).await.map(Before)
 }
 
-/// Whether the provider has ended this login meanwhile. To be asked when its session is there.
-///
-/// A provider's session that has ended does not begin again; a user who has logged out does. So word of a user counts only
-/// if this provider has told of a logout since: word from before alone would refuse who comes back within two minutes.
+/// Whether the provider has ended this login meanwhile, or may have. To be asked when its session is there.
 pub(super) async fn is_logged_out(
     sessions: &Sessions,
     login: &ExternalLogin,
     before: Before,
 ) -> Result<bool, StoreError> {
+    let store = sessions.store();
     if let Some(sid) = &login.sid
-        && sessions.store().count(&of_handle(&ExternalLogin::handle_of_sid(&login.issuer, sid))).await? != 0
+        && store.count(&of_handle(&ExternalLogin::handle_of_sid(&login.issuer, sid))).await? != 0
     {
         return Ok(true);
     }
-    if sessions.store().count(&of_issuer(&login.issuer)).await? == before.0 {
-        return Ok(false);
+    let now = store.count(&of_issuer(&login.issuer)).await?;
+    if now.checked_sub(before.0).is_none_or(|since| SINCE_MAX < since) {
+        // To be on the safe side: who is asked to log in once more loses less than who is not logged out.
+        let (provider, before) = (&login.provider, before.0);
+        tracing::warn!(provider, before, now, "login refused: too many logouts meanwhile to find its own");
+        return Ok(true);
     }
     for handle in login.handles() {
-        if sessions.store().count(&of_handle(&handle)).await? != 0 {
-            return Ok(true);
+        for number in before.0 + 1..=now {
+            if store.count(&of_logout(&handle, number)).await? != 0 {
+                return Ok(true);
+            }
         }
     }
     Ok(false)
@@ -59,6 +83,10 @@ pub(super) async fn is_logged_out(
 
 fn of_handle(handle: &str) -> String {
     format!("oidc logged out\0{handle}")
+}
+
+fn of_logout(handle: &str, number: u64) -> String {
+    format!("oidc logout\0{number}\0{handle}")
 }
 
 fn of_issuer(issuer: &str) -> String {
