@@ -361,9 +361,7 @@ impl Login {
     fn note_begun(&self, attempt: LoginAttempt<'_>, user: &str, id: &SessionId, displaced: u32) {
         let session = id.key().log_hash();
         self.note_attempt(LoginAttempt { user: Some(user), session: Some(&session), ..attempt });
-        if displaced != 0 {
-            audit::tell(Event::Displaced { user, sessions: displaced });
-        }
+        note_displaced(user, displaced);
     }
 
     /// A new session under a new id; the one that the browser came with is ended.
@@ -659,6 +657,12 @@ impl Failure {
 impl Say {
     fn alert(text: impl Into<Cow<'static, str>>) -> Self {
         Self { alert: Some(text.into()), notice: None }
+    }
+}
+
+fn note_displaced(user: &str, sessions: u32) {
+    if sessions != 0 {
+        audit::tell(Event::Displaced { user, sessions });
     }
 }
 

@@ -34,7 +34,7 @@ mod renew;
 
 use super::csrf::referring_page;
 use super::pages::{Link, Message, message_page, redirect};
-use super::{Failure, Login, LoginRequest, Notice};
+use super::{Failure, Login, LoginRequest, Notice, note_displaced};
 use crate::audit;
 use crate::config::model::{self, ACR_VALUES_MAX};
 use crate::session::attributes::Changes;
@@ -470,10 +470,16 @@ impl Login {
         let replaces = request.cookie.find(request.headers).or_else(of_attempt);
         let id = match self.sessions.start(newcomer, replaces.as_ref(), &Changes::default()).await? {
             Started::Begun { id, displaced } => {
-                if let Some(login) = &login
-                    && crossing::is_logged_out(&self.sessions, login, before).await?
-                {
-                    self.sessions.revoke(&id.key(), Some(&user)).await?;
+                let is_logged_out = match &login {
+                    Some(login) => crossing::is_logged_out(&self.sessions, login, before).await,
+                    None => Ok(false),
+                };
+                if !matches!(is_logged_out, Ok(false)) {
+                    // Nobody gets its cookie, also when the store does not say.
+                    note_displaced(&user, displaced);
+                    let revoked = self.sessions.revoke(&id.key(), Some(&user)).await;
+                    is_logged_out?;
+                    revoked?;
                     return Ok(Err(Refusal::LoggedOut));
                 }
                 self.note_begun(at_provider(provider, request, "success"), &user, &id, displaced);
