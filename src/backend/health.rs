@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::model::Check;
 use crate::metrics::Metrics;
+use crate::proxy::panics::survived;
 
 use super::{Backend, Pool};
 
@@ -121,6 +122,15 @@ impl Checked {
         let is_enough = is_first || needed <= course.in_a_row;
         is_enough && self.is_down.swap(!passed, Ordering::Relaxed) == passed
     }
+
+    /// Nothing comes of what was `asked`, by a mistake of ours, which says nothing of the backend.
+    fn give_up(&self, asked: Asked, due: Instant) {
+        let mut course = self.course.lock();
+        if asked.0 == course.forgotten {
+            course.is_under_way = false;
+            course.due = Some(due);
+        }
+    }
 }
 
 /// Asks all backends of all pools that have a check, each when it is due; never ends. `pools` gives those of today.
@@ -135,8 +145,13 @@ pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, probe: Arc<dyn Probe>, me
                 let (probe, metrics, places) = (Arc::clone(&probe), metrics.clone(), Arc::clone(&places));
                 tokio::spawn(async move {
                     let Ok(_place) = places.acquire().await else { return };
-                    let result = backend.ask(&*probe, &pool, &check).await;
-                    backend.note_check(&pool, &check, asked, result, &metrics);
+                    let course = async {
+                        let result = backend.ask(&*probe, &pool, &check).await;
+                        backend.note_check(&pool, &check, asked, result, &metrics);
+                    };
+                    if survived(course).await.is_none() {
+                        backend.checked.give_up(asked, next_check(&check));
+                    }
                 });
             }
         }
@@ -197,6 +212,8 @@ fn next_check(check: &Check) -> Instant {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU32;
+
     use super::*;
 
     /// What turns, for answers one after the other: `u`p, `d`own or nothing.
@@ -228,6 +245,40 @@ mod tests {
             ("--+-+-+++", 3, 1, "d.......u"),
         ] {
             assert_eq!(turns(answers, rise, fall), expected, "{answers}");
+        }
+    }
+
+    /// Has a mistake in it that shows the first time.
+    #[derive(Default)]
+    struct Mistaken {
+        times: AtomicU32,
+    }
+
+    #[async_trait]
+    impl Probe for Mistaken {
+        async fn ask(&self, _: &Pool, _: &Backend, _: SocketAddr, _: &Check) -> Result<(), String> {
+            if self.times.fetch_add(1, Ordering::SeqCst) == 0 {
+                std::panic::panic_any("on purpose")
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_check_that_panics_says_nothing_and_the_next_one_comes() {
+        let config = toml::from_str("backends = [\"127.0.0.1:1\"]\n[check]\ninterval = \"100ms\"").unwrap();
+        let pool = Arc::new(Pool::new("app", &config, None));
+        let probe = Arc::new(Mistaken::default());
+        let watched = watch(|| vec![Arc::clone(&pool)], Arc::clone(&probe) as Arc<dyn Probe>, Metrics::new());
+        let comes = async {
+            while probe.times.load(Ordering::SeqCst) < 3 {
+                assert!(pool.backends().iter().all(|backend| !backend.checked.is_down()));
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = watched => unreachable!("it never ends"),
+            come = tokio::time::timeout(Duration::from_secs(60), comes) => come.expect("it is asked again"),
         }
     }
 

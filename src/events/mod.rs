@@ -22,6 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::audit::{self, Event};
 use crate::config::model;
 use crate::metrics::Metrics;
+use crate::proxy::panics::survived;
 use crate::session::control::Timestamp;
 use crate::session::store::{EndEvent, SessionStore, StoreError};
 
@@ -161,9 +162,12 @@ impl Events {
         }
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
-            let swept = shared.sweep_part(part).await;
+            let swept = survived(shared.sweep_part(part)).await;
+            // Also after a mistake of ours: else nobody would sweep it any more.
             shared.parts.lock().busy.remove(&part);
-            shared.say_whether_it_went_on(&swept);
+            if let Some(swept) = swept {
+                shared.say_whether_it_went_on(&swept);
+            }
             drop(permit);
         });
     }
