@@ -371,7 +371,6 @@ fn with_few_descriptors_the_many_wait_and_all_are_served_in_the_end() {
         assert_eq!(kept.get("/").send().status, 200, "who is in is served");
     }
     assert!(instance.metric("cloakroom_connections") < 128.0, "a descriptor for each and one for its backend");
-    assert!(instance.daemon.open_files() <= 256);
     tell(&format!("out of descriptors: {} ticks for 51 requests", instance.daemon.ticks() - before));
     for mut connection in waiting {
         // The next one is let in when this one leaves.
