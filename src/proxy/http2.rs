@@ -62,6 +62,7 @@ pub async fn serve<A>(
     A: HttpServerApp + Send + Sync + 'static,
 {
     let Line { stream, connection, in_flight: _ } = line; // which is for one request at a time
+    let socket = stream.get_socket_digest();
     let handshake = builder(&rules).handshake::<_, Bytes>(stream);
     let Ok(Ok(mut client)) = timeout(rules.timeout, handshake).await else { return };
     let watched = shutdown.clone();
@@ -73,10 +74,16 @@ pub async fn serve<A>(
     let mut waste = Waste::new(Instant::now());
     let mut answered = None;
     // It is the client who says when it has everything, and what was answered just now may still be on its way to it.
-    let farewell = |answered: Option<Instant>| {
+    let last_moment = |answered: Option<Instant>| {
         let usual = Instant::now() + LAST_REQUEST;
         answered.map_or(usual, |answered| usual.max(answered + rules.write_timeout))
     };
+    // At a stop, others wait for who does not say it: only while there is something that it has not got.
+    let is_owed = |unsent: bool| {
+        let tcp = || socket.as_ref().and_then(|socket| socket.tcp_info());
+        unsent || tcp().is_some_and(|tcp| tcp.tcpi_unacked != 0 || tcp.tcpi_notsent_bytes != 0)
+    };
+    let (mut end, mut was_owed) = (Instant::now(), false);
     loop {
         let mut is_over = false;
         tokio::select! {
@@ -115,22 +122,33 @@ pub async fn serve<A>(
                 }
                 answered = Some(Instant::now());
                 if requests.is_empty() && !was_cut_short {
-                    let end = if is_ending { farewell(answered) } else { Instant::now() + rules.keepalive };
-                    idle.as_mut().reset(end);
+                    (end, was_owed) = (last_moment(answered), true);
+                    let pause = if is_ending { LAST_REQUEST } else { rules.keepalive };
+                    idle.as_mut().reset(Instant::now() + pause);
                 }
             }
             () = &mut idle, if requests.is_empty() => {
+                let now = Instant::now();
                 if is_ending {
-                    break;
+                    let owed = is_owed(client.has_streams());
+                    // What has just reached it, it may still be reading.
+                    let is_done = *watched.borrow() && !owed && !was_owed;
+                    if was_cut_short || end <= now || is_done {
+                        break;
+                    }
+                    was_owed = owed;
+                } else {
+                    is_ending = true;
+                    (end, was_owed) = (last_moment(answered), is_owed(client.has_streams()));
+                    client.graceful_shutdown();
                 }
-                is_ending = true;
-                client.graceful_shutdown();
-                idle.as_mut().reset(farewell(answered));
+                idle.as_mut().reset(end.min(now + LAST_REQUEST));
             }
             _ = &mut stopping, if !is_ending => {
                 is_ending = true;
+                (end, was_owed) = (last_moment(answered), is_owed(client.has_streams()));
                 client.graceful_shutdown();
-                idle.as_mut().reset(farewell(answered));
+                idle.as_mut().reset(Instant::now() + LAST_REQUEST);
             }
         }
         // Also of one that is ending in order: it is the client who says when that is done.

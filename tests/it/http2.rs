@@ -586,6 +586,22 @@ fn a_stop_waits_for_who_takes_a_response_slowly() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_who_has_everything_and_does_not_say_so() {
+    let gateway = Gateway::in_front_of(&[&Backend::echo()])
+        .tls()
+        .with("[limits]\nwrite_timeout = \"1h\"\n[server]\ndrain_timeout = \"1h\"")
+        .route("/", "access = \"public\"")
+        .start();
+    let mut frames = Frames::open(gateway.address(), &tls::trust(), &[]);
+    frames.write_raw(&get(1, "/")).unwrap();
+    frames.read_until(|frame| frame.kind == DATA).unwrap();
+    let stopping = std::thread::spawn(move || gateway.stop());
+    frames.read_until(|frame| frame.kind == PING).unwrap();
+    wait_until("the gateway has stopped", || stopping.is_finished());
+    stopping.join().unwrap();
+}
+
+#[test]
 fn what_a_client_says_while_it_reads_destroys_no_response() {
     let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {LARGE_BYTES}\r\n\r\n");
     let (first, rest) = ([head.as_bytes(), b"x"].concat(), vec![b'x'; LARGE_BYTES - 1]);
