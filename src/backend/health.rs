@@ -256,7 +256,7 @@ mod tests {
 
     #[async_trait]
     impl Probe for Mistaken {
-        async fn ask(&self, _: &Pool, _: &Backend, _: SocketAddr, _: &Check) -> Result<(), String> {
+        async fn ask(&self, _: &Pool, _: &Backend, _: SocketAddr, _: &Check) -> Result<(), CheckError> {
             if self.times.fetch_add(1, Ordering::SeqCst) == 0 {
                 std::panic::panic_any("on purpose")
             }

@@ -1,9 +1,8 @@
 //! What of a logout at the provider that comes while the same login is under way? There is no session yet that it could
 //! end, so it leaves word in the store, and the login looks for that when its session is there.
 //!
-//! The logouts of a provider are numbered, for a user who has logged out may come back at once: of words for a user those
-//! count that were left since the login asked for its tokens. A provider's session that has ended does not begin again, so
-//! word of it always counts.
+//! The logouts of a provider are numbered, for a user who has logged out may come back at once, at some providers even with
+//! the same `sid`: those words count that were left since the login asked for its tokens.
 //!
 //! This is for the back channel alone, whose tokens are signed: by the front channel anybody could fill the store with
 //! words.
@@ -29,17 +28,9 @@ const SINCE_MAX: u64 = 1000;
 pub(super) struct Before(u64);
 
 /// To be said before the sessions of these names are looked for: of a login, either its session is found then, or this by
-/// the login. `sid`: the provider's session that has ended, where it names one; `handles`: that and all else it means.
-pub(super) async fn leave_word(
-    sessions: &Sessions,
-    issuer: &str,
-    sid: Option<&str>,
-    handles: &[String],
-) -> Result<(), StoreError> {
+/// the login.
+pub(super) async fn leave_word(sessions: &Sessions, issuer: &str, handles: &[String]) -> Result<(), StoreError> {
     let store = sessions.store();
-    if let Some(sid) = sid {
-        store.increment(&of_handle(&ExternalLogin::handle_of_sid(issuer, sid)), WORD_LASTS).await?;
-    }
     let number = store.increment(&of_issuer(issuer), NUMBERS_LAST).await?.value;
     for handle in handles {
         store.increment(&of_logout(handle, number), WORD_LASTS).await?;
@@ -59,11 +50,6 @@ pub(super) async fn is_logged_out(
     before: Before,
 ) -> Result<bool, StoreError> {
     let store = sessions.store();
-    if let Some(sid) = &login.sid
-        && store.count(&of_handle(&ExternalLogin::handle_of_sid(&login.issuer, sid))).await? != 0
-    {
-        return Ok(true);
-    }
     let now = store.count(&of_issuer(&login.issuer)).await?;
     if now.checked_sub(before.0).is_none_or(|since| SINCE_MAX < since) {
         // To be on the safe side: who is asked to log in once more loses less than who is not logged out.
@@ -79,10 +65,6 @@ pub(super) async fn is_logged_out(
         }
     }
     Ok(false)
-}
-
-fn of_handle(handle: &str) -> String {
-    format!("oidc logged out\0{handle}")
 }
 
 fn of_logout(handle: &str, number: u64) -> String {

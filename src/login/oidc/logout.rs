@@ -142,7 +142,7 @@ impl Login {
             (None, None) => return Ok(refused(&"it names nobody", "refused")),
         };
         let carry_out = async || {
-            crossing::leave_word(&self.sessions, issuer, token.sid.as_deref(), &handles).await?;
+            crossing::leave_word(&self.sessions, issuer, &handles).await?;
             self.sessions.revoke_bound(&handles).await
         };
         let ended = match carry_out().await {
