@@ -184,7 +184,13 @@ impl<S: Read> Reader<S> {
         self.buffer.drain(..self.start);
         self.start = 0;
         let mut bytes = [0; 16 * 1024];
-        let count = self.stream.read(&mut bytes)?;
+        let count = loop {
+            match self.stream.read(&mut bytes) {
+                // By a machine that was put to sleep and woke up: reads with a timeout end by that (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
         self.buffer.extend_from_slice(&bytes[..count]);
         Ok(count)
     }
