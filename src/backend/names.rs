@@ -15,13 +15,15 @@ use hickory_resolver::proto::rr::{Name, RData, RecordType};
 use hickory_resolver::system_conf::parse_resolv_conf;
 use hickory_resolver::{Hosts, TokioResolver};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::config::model::{Backend, Dns};
 
 /// Of one look-up, with all that has to be asked for it. The last good answer counts meanwhile.
 const LOOKUP_MAX: Duration = Duration::from_secs(5);
 
-/// A server that has not answered after this long is asked once more.
+/// A server that has not answered after this long is asked once more, and given up after as long again: in time for
+/// [`LOOKUP_MAX`].
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// `/etc/hosts` says nothing of how long it is valid.
@@ -70,7 +72,7 @@ enum Nothing {
 }
 
 impl<T> Found<T> {
-    fn new(mut all: Vec<T>, valid: Duration) -> Self {
+    pub(super) fn new(mut all: Vec<T>, valid: Duration) -> Self {
         let left_out = all.len().saturating_sub(FOUND_MAX);
         all.truncate(FOUND_MAX);
         Self { all, valid, left_out }
@@ -94,11 +96,7 @@ impl Names {
         is_whole: bool,
         known: &[IpAddr],
     ) -> Result<Found<IpAddr>, String> {
-        let lookup = self.addresses_of(host, is_whole, known);
-        tokio::time::timeout(LOOKUP_MAX, lookup).await.unwrap_or_else(|_| Err(too_late()))
-    }
-
-    async fn addresses_of(&self, host: &str, is_whole: bool, known: &[IpAddr]) -> Result<Found<IpAddr>, String> {
+        let until = Instant::now() + LOOKUP_MAX;
         let name = Name::from_utf8(host).map_err(|error| error.to_string())?;
         let hosts = addresses_in_hosts_file(&name);
         if !hosts.is_empty() {
@@ -106,7 +104,8 @@ impl Names {
         }
         let asker = self.asker()?;
         for name in asker.candidates(name, is_whole) {
-            let (four, six) = tokio::join!(asker.ask(&name, RecordType::A), asker.ask(&name, RecordType::AAAA));
+            let ask = |kind| asker.ask(&name, kind, until);
+            let (four, six) = tokio::join!(ask(RecordType::A), ask(RecordType::AAAA));
             let (mut all, mut valid) = (Vec::new(), Duration::MAX);
             let mut failure = None;
             for (answer, is_family) in [(four, IpAddr::is_ipv4 as fn(&IpAddr) -> bool), (six, IpAddr::is_ipv6)] {
@@ -141,25 +140,23 @@ impl Names {
     /// The servers of a service (RFC 2782): each with its weight; who is not of the lowest priority is a backup. With the
     /// addresses that came along, which may be none or not all.
     pub(super) async fn servers(&self, service: &str) -> Result<(Found<Backend>, Vec<(String, SocketAddr)>), String> {
-        let lookup = async {
-            let asker = self.asker()?;
-            let name = Name::from_utf8(service).map_err(|error| error.to_string())?;
-            for name in asker.candidates(name, false) {
-                match asker.ask(&name, RecordType::SRV).await {
-                    Ok(lookup) => {
-                        let all = servers_in(&lookup, service);
-                        if !all.is_empty() {
-                            let addresses = additional_addresses(&lookup, &all);
-                            return Ok((Found::new(all, valid_for(&lookup)), addresses));
-                        }
+        let until = Instant::now() + LOOKUP_MAX;
+        let asker = self.asker()?;
+        let name = Name::from_utf8(service).map_err(|error| error.to_string())?;
+        for name in asker.candidates(name, false) {
+            match asker.ask(&name, RecordType::SRV, until).await {
+                Ok(lookup) => {
+                    let all = servers_in(&lookup, service);
+                    if !all.is_empty() {
+                        let addresses = additional_addresses(&lookup, &all);
+                        return Ok((Found::new(all, valid_for(&lookup)), addresses));
                     }
-                    Err(Nothing::Absent) => {}
-                    Err(Nothing::Failed(cause)) => return Err(cause),
                 }
+                Err(Nothing::Absent) => {}
+                Err(Nothing::Failed(cause)) => return Err(cause),
             }
-            Err("it has no servers".to_owned())
-        };
-        tokio::time::timeout(LOOKUP_MAX, lookup).await.unwrap_or_else(|_| Err(too_late()))
+        }
+        Err("it has no servers".to_owned())
     }
 
     /// Anew, when `/etc/resolv.conf` is another one.
@@ -188,10 +185,6 @@ impl Names {
     }
 }
 
-fn too_late() -> String {
-    format!("no answer within {} s", LOOKUP_MAX.as_secs())
-}
-
 fn name_server(address: SocketAddr) -> NameServerConfig {
     let at_port = |mut connection: ConnectionConfig| {
         connection.port = address.port();
@@ -203,9 +196,12 @@ fn name_server(address: SocketAddr) -> NameServerConfig {
 
 impl Asker {
     fn new(config: ResolverConfig, mut options: ResolverOpts) -> Result<Self, NetError> {
-        let (search, dots) = (config.domain.iter().chain(&config.search).cloned().collect(), options.ndots);
+        // The domain is the list where there is no other (resolv.conf(5)).
+        let own = config.domain.iter().filter(|_| config.search.is_empty());
+        let (search, dots) = (own.chain(&config.search).cloned().collect(), options.ndots);
         options.timeout = options.timeout.min(ANSWER_MAX);
-        options.attempts = options.attempts.min(2);
+        // Those after the first.
+        options.attempts = options.attempts.min(1);
         // Who asks here keeps what was answered, and knows how long.
         options.cache_size = 0;
         options.use_hosts_file = ResolveHosts::Never;
@@ -229,11 +225,13 @@ impl Asker {
         all
     }
 
-    async fn ask(&self, name: &Name, kind: RecordType) -> Result<Lookup, Nothing> {
-        match self.resolver.lookup(name.clone(), kind).await {
-            Ok(lookup) => Ok(lookup),
-            Err(NetError::Dns(DnsError::NoRecordsFound(_))) => Err(Nothing::Absent),
-            Err(error) => Err(Nothing::Failed(error.to_string())),
+    /// Each question ends by itself, so that what others have brought by then counts.
+    async fn ask(&self, name: &Name, kind: RecordType, until: Instant) -> Result<Lookup, Nothing> {
+        match tokio::time::timeout_at(until, self.resolver.lookup(name.clone(), kind)).await {
+            Ok(Ok(lookup)) => Ok(lookup),
+            Ok(Err(NetError::Dns(DnsError::NoRecordsFound(_)))) => Err(Nothing::Absent),
+            Ok(Err(error)) => Err(Nothing::Failed(error.to_string())),
+            Err(_) => Err(Nothing::Failed(format!("no answer within {} s", LOOKUP_MAX.as_secs()))),
         }
     }
 }
@@ -251,9 +249,13 @@ fn sorted(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
 
 /// Read every time: it is small, and somebody may have changed it.
 fn addresses_in_hosts_file(name: &Name) -> Vec<IpAddr> {
+    std::fs::read("/etc/hosts").map_or_else(|_| Vec::new(), |text| addresses_in_hosts(&text, name))
+}
+
+/// What is not UTF-8, as a comment may be, voids no other line.
+fn addresses_in_hosts(text: &[u8], name: &Name) -> Vec<IpAddr> {
     let mut hosts = Hosts::default();
-    let Ok(file) = std::fs::File::open("/etc/hosts") else { return Vec::new() };
-    if hosts.read_hosts_conf(file).is_err() {
+    if hosts.read_hosts_conf(String::from_utf8_lossy(text).as_bytes()).is_err() {
         return Vec::new();
     }
     let of = |kind| hosts.lookup_static_host(&Query::query(name.clone(), kind));
@@ -390,8 +392,22 @@ mod tests {
         assert_eq!(candidates(&usual, "app.c", false), ["app.c.", "app.c.a.test.", "app.c.b.test."]);
         assert_eq!(candidates(&usual, "app.c.", false), ["app.c."]);
         assert_eq!(candidates(&usual, "app", true), ["app."], "as names in answers are");
+        let lines = |text: &str| {
+            let (config, options) = parse_resolv_conf(format!("nameserver 127.0.0.1\n{text}")).unwrap();
+            candidates(&Asker::new(config, options).unwrap(), "app", false)
+        };
+        assert_eq!(lines("domain a.test\n"), ["app.a.test.", "app."]);
+        assert_eq!(lines("domain a.test\nsearch b.test\n"), ["app.b.test.", "app."], "the last one counts");
         let kubernetes = asker(&["svc.cluster.local"], 5);
         assert_eq!(candidates(&kubernetes, "app.shop", false), ["app.shop.svc.cluster.local.", "app.shop."]);
+    }
+
+    #[test]
+    fn one_line_of_etc_hosts_that_is_no_text_voids_no_other() {
+        let text = b"10.0.0.1 one.test # caf\xe9\n\xff\xfe\n10.0.0.2 tw\xe9.test two.test\n10.0.0.3 three.test\n";
+        for (host, last) in [("one.test", 1), ("two.test", 2), ("three.test", 3)] {
+            assert_eq!(addresses_in_hosts(text, &name(host)), [IpAddr::from([10, 0, 0, last])], "{host}");
+        }
     }
 
     #[test]

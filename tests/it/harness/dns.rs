@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 pub(crate) enum Kind {
     A = 1,
     Cname = 5,
+    Aaaa = 28,
     Srv = 33,
 }
 
@@ -24,6 +25,8 @@ pub(crate) enum Trouble {
     Refused,
     /// It says nothing at all.
     Silence,
+    /// It says nothing when it is asked for this, as firewalls that know no IPv6 do.
+    SilenceOn(Kind),
 }
 
 #[derive(Clone, Debug)]
@@ -115,11 +118,14 @@ impl Zone {
         let (name, end) = name_at(message, 12)?;
         let kind = u16::from_be_bytes([*message.get(end)?, *message.get(end + 1)?]);
         *self.questions.lock().unwrap().entry((name.clone(), kind)).or_default() += 1;
-        let trouble = self.troubles.lock().unwrap().get(&name).copied();
+        let mut trouble = self.troubles.lock().unwrap().get(&name).copied();
+        if let Some(Trouble::SilenceOn(silent)) = trouble {
+            trouble = (silent as u16 == kind).then_some(Trouble::Silence);
+        }
         let records = self.records.lock().unwrap();
         let known = records.get(&name).filter(|_| trouble.is_none());
         let code = match trouble {
-            Some(Trouble::Silence) => return None,
+            Some(Trouble::Silence | Trouble::SilenceOn(_)) => return None,
             Some(Trouble::ServerFailure) => 2,
             Some(Trouble::NoSuchName) => 3,
             Some(Trouble::Refused) => 5,
