@@ -66,6 +66,8 @@ pub(super) struct Schedule(Mutex<Course>);
 struct Course {
     due: Option<Instant>,
     is_under_way: bool,
+    /// Who is to be asked is another one since that began.
+    is_outdated: bool,
     failure: Option<String>,
 }
 
@@ -101,13 +103,20 @@ impl Schedule {
     }
 
     fn end(&self) {
-        self.0.lock().is_under_way = false;
+        let mut course = self.0.lock();
+        (course.is_under_way, course.is_outdated) = (false, false);
+    }
+
+    /// Due now, as there is another one to ask; again at its end, if a look is under way.
+    fn begin_anew(&self) {
+        let mut course = self.0.lock();
+        (course.due, course.is_outdated) = (None, course.is_under_way);
     }
 
     /// The next look comes after this time; gives the failure of the one before.
     fn note(&self, next: Duration, failure: Option<&str>) -> Option<String> {
         let mut course = self.0.lock();
-        course.due = Some(Instant::now() + next);
+        course.due = (!course.is_outdated).then(|| Instant::now() + next);
         std::mem::replace(&mut course.failure, failure.map(str::to_owned))
     }
 
@@ -162,7 +171,7 @@ impl Source {
         for backend in pool.backends().iter().filter(|backend| backend.addresses.load().is_empty()) {
             // What came along need not be all; but it is what there is at once.
             let own = addresses.iter().filter(|(name, _)| name == backend.name()).map(|(_, address)| *address);
-            backend.learn(own.collect());
+            backend.learn(Found::new(own.collect(), Duration::ZERO));
         }
     }
 
@@ -243,9 +252,10 @@ impl Backend {
         };
         let (pool, backend) = (pool.name(), &self.name);
         match found.await {
-            Ok((Found { all, valid, .. }, port)) => {
+            Ok((Found { all, valid, left_out }, port)) => {
                 let is_back = self.schedule.note(in_time(valid), None).is_some();
-                let is_new = self.learn(all.into_iter().map(|ip: IpAddr| SocketAddr::new(ip, port)).collect());
+                let all = all.into_iter().map(|ip: IpAddr| SocketAddr::new(ip, port)).collect();
+                let is_new = self.learn(Found { all, valid, left_out });
                 if is_back && !is_new {
                     tracing::info!(pool, backend, "backend resolves again, and is where it was");
                 }
@@ -259,10 +269,11 @@ impl Backend {
     }
 
     /// It is there from now on; whether that is new. No address changes nothing.
-    fn learn(&self, addresses: Vec<SocketAddr>) -> bool {
+    fn learn(&self, found: Found<SocketAddr>) -> bool {
+        let Found { all: addresses, left_out, valid: _ } = found;
         let is_new = !addresses.is_empty() && addresses != **self.addresses.load();
         if is_new {
-            tracing::info!(backend = self.name, ?addresses, "backend resolved");
+            tracing::info!(backend = self.name, ?addresses, left_out, "backend resolved");
             self.addresses.store(Arc::new(addresses));
             self.has_address.store(true, Ordering::Release);
             self.ongoing.queue.look_again();
@@ -323,6 +334,12 @@ impl Pool {
         Ok(())
     }
 
+    /// Has everything looked at again, whatever the answers that there are say; until then they count.
+    fn begin_anew(&self) {
+        self.sources.iter().for_each(|source| source.known.schedule.begin_anew());
+        self.backends().iter().for_each(|backend| backend.schedule.begin_anew());
+    }
+
     /// Every place where its backends are found, and every one that has a name.
     pub fn discoveries(&self) -> Vec<Discovery> {
         let mut all = Vec::new();
@@ -347,20 +364,25 @@ impl Pool {
 /// Looks at all places of all pools, each when it is due; never ends. `pools` gives those of today, `dns` who is asked.
 pub async fn watch(pools: impl Fn() -> Vec<Arc<Pool>>, dns: impl Fn() -> model::Dns, metrics: Metrics) {
     let places = Arc::new(Semaphore::new(LOOKS_MAX));
-    let mut names = Arc::new(Names::new(dns()));
+    // Nobody yet: a reload may have been faster than this, and what the start found may be what another one said.
+    let mut last: Option<Arc<Names>> = None;
     loop {
         let dns = dns();
-        if *names.config() != dns {
-            names = Arc::new(Names::new(dns));
-        }
+        let same = last.filter(|names| *names.config() == dns);
+        let is_another = same.is_none();
+        let names = same.unwrap_or_else(|| Arc::new(Names::new(dns)));
         for pool in pools() {
             // What was found for the pool before a reload counts for the one after it.
             pool.place();
             pool.forget_gone(&metrics);
+            if is_another {
+                pool.begin_anew();
+            }
             for look in Look::due(&pool, false) {
                 tokio::spawn(look.run(Arc::clone(&names), Arc::clone(&places)));
             }
         }
+        last = Some(names);
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }

@@ -1,7 +1,8 @@
 //! Where are the backends now? DNS and files say it, and what they say anew costs no request and no good connection.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -9,7 +10,7 @@ use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::dns::{Kind, NameServer, Record, Trouble};
 use crate::harness::gateway::{Gateway, Setup, Store};
-use crate::harness::wait_until;
+use crate::harness::{DEADLINE, wait_until};
 
 const PUBLIC: &str = "access = \"public\"";
 
@@ -87,6 +88,9 @@ fn addresses_that_change_under_load_cost_no_request_and_no_connection_of_those_t
             let (begun, so_far) = (here.requests().len(), staying.requests().len());
             wait_until("the other one answers, and who stays does, too", || {
                 begun + 50 < here.requests().len() && so_far + 50 < staying.requests().len()
+            });
+            wait_until("who has left has ended what it had", || {
+                metric(&gateway, "requests_total", &there.address().to_string()) == 0.0
             });
             let last = there.requests().len();
             let all = answered.load(Ordering::SeqCst);
@@ -191,6 +195,64 @@ fn a_name_server_that_is_in_trouble_costs_nobody_a_request() {
     }
 }
 
+/// Firewalls that know no IPv6 drop the questions for it.
+#[test]
+fn a_family_that_nobody_answers_for_does_not_hold_up_the_other() {
+    let server = NameServer::start();
+    let backends = Backend::at_one_port(2, &Answer::Echo);
+    let port = backends[0].address().port();
+    for place in [dns("api.test", &backends[0]), format!("\"api.test:{port}\"")] {
+        server.set_addresses("api.test", TTL, &addresses(&[&backends[0]]));
+        server.fail("api.test", Trouble::SilenceOn(Kind::Aaaa));
+        let gateway = finding(&[&place], Some(&server)).start();
+        let client = gateway.client();
+        wait_until("it is found", || client.get("/").send().status == 200);
+        assert_eq!(shares(&client, 3).get(backends[0].name()), Some(&3), "{place}");
+        server.set_addresses("api.test", TTL, &addresses(&[&backends[1]]));
+        server.fail("api.test", Trouble::SilenceOn(Kind::Aaaa));
+        wait_for_shares("and followed", &client, &[(&backends[1], 3)]);
+        let source = if place.starts_with('{') { "dns:api.test" } else { "api.test" };
+        assert!(is_up(&gateway, &format!("{source}:{port}")), "{place}: it is no failure");
+    }
+}
+
+/// What a TLS client says first (RFC 8446, section 4.1.2), with the name that it wants in the clear.
+fn first_record(listener: &TcpListener) -> Vec<u8> {
+    listener.set_nonblocking(true).unwrap();
+    let mut accepted = None;
+    wait_until("somebody asks", || {
+        accepted = listener.accept().ok();
+        accepted.is_some()
+    });
+    let (mut stream, _) = accepted.unwrap();
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut head = [0; 5];
+    stream.read_exact(&mut head).unwrap();
+    let mut record = vec![0; usize::from(u16::from_be_bytes([head[3], head[4]]))];
+    stream.read_exact(&mut record).unwrap();
+    record
+}
+
+#[test]
+fn a_check_over_tls_wants_the_name_that_is_configured_of_servers_that_are_found() {
+    let server = NameServer::start();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let service = "_https._tcp.api.test";
+    server.set_addresses("api.test", TTL, &[address]);
+    server.set_addresses("answer.test", TTL, &[address]);
+    server.set(service, TTL, &[Record::Srv(0, 0, address.port(), "answer.test".to_owned())]);
+    let contains = |record: &[u8], name: &str| record.windows(name.len()).any(|part| part == name.as_bytes());
+    for place in [format!("{{ dns = \"api.test:{}\" }}", address.port()), format!("{{ srv = \"{service}\" }}")] {
+        let check = "check.tls = true\ncheck.timeout = \"30s\"";
+        let gateway = Gateway::in_front_of(&[]).pool_found("app", &[&place], check).route("/", PUBLIC);
+        let _gateway = gateway.with(&server.table()).start();
+        let record = first_record(&listener);
+        assert!(contains(&record, "api.test") && !contains(&record, "answer.test"), "{place}");
+    }
+}
+
 #[test]
 fn a_name_that_nobody_knows_yet_is_503_until_it_is_known() {
     let server = NameServer::start();
@@ -233,20 +295,25 @@ fn one_backend_with_a_name_follows_its_addresses() {
 fn a_reload_keeps_what_was_found_and_asks_whom_it_names() {
     let (old, new) = (NameServer::start(), NameServer::start());
     let backends = Backend::at_one_port(2, &Answer::Echo);
-    let place = dns("api.test", &backends[0]);
-    old.set_addresses("api.test", TTL, &addresses(&[&backends[0]]));
-    let gateway = finding(&[&place], Some(&old)).start();
-    let client = gateway.client();
-    assert_eq!(shares(&client, 3).get(backends[0].name()), Some(&3));
+    // As an entry to be found, and as a backend that has a name.
+    for place in [dns("api.test", &backends[0]), format!("\"api.test:{}\"", backends[0].address().port())] {
+        // Valid for longer than a test may take: only the reload makes anybody ask again.
+        old.set_addresses("api.test", 300, &addresses(&[&backends[0]]));
+        let gateway = finding(&[&place], Some(&old)).start();
+        let client = gateway.client();
+        assert_eq!(shares(&client, 3).get(backends[0].name()), Some(&3), "{place}");
 
-    old.fail("api.test", Trouble::ServerFailure);
-    gateway.reload(|setup| setup.pool_found("app", &[&place], "read_timeout = \"50s\"")).unwrap();
-    assert_eq!(shares(&client, 3).get(backends[0].name()), Some(&3), "though nobody says where it is now");
+        old.fail("api.test", Trouble::ServerFailure);
+        gateway.reload(|setup| setup.pool_found("app", &[&place], "read_timeout = \"50s\"")).unwrap();
+        assert_eq!(shares(&client, 3).get(backends[0].name()), Some(&3), "{place}: though nobody says where it is now");
 
-    new.set_addresses("api.test", TTL, &addresses(&[&backends[1]]));
-    let changes = gateway.reload(|_| finding(&[&place], Some(&new))).unwrap();
-    assert!(changes.at_once.contains(&"dns: servers".to_owned()), "{changes:?}");
-    wait_for_shares("the other name server is asked", &client, &[(&backends[1], 3)]);
+        new.set_addresses("api.test", TTL, &addresses(&[&backends[1]]));
+        let other = |_| finding(&[&place], Some(&new));
+        let changes =
+            gateway.reload(|setup| other(setup).pool_found("app", &[&place], "read_timeout = \"50s\"")).unwrap();
+        assert_eq!(changes.at_once, ["dns: servers"], "{place}");
+        wait_for_shares(&format!("{place}: the other name server is asked"), &client, &[(&backends[1], 3)]);
+    }
 }
 
 /// A file in place of another, as careful programs write it.
