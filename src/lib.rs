@@ -64,5 +64,6 @@ pub mod pem;
 pub mod audit;
 pub mod outgoing;
 pub mod log;
+pub mod panics;
 pub mod spans;
 pub mod metrics;

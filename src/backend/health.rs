@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::model::Check;
 use crate::metrics::Metrics;
-use crate::proxy::panics::survived;
+use crate::panics::survived;
 
 use super::{Backend, Pool};
 

@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::audit::{self, Event};
 use crate::config::model;
 use crate::metrics::Metrics;
-use crate::proxy::panics::survived;
+use crate::panics::survived;
 use crate::session::control::Timestamp;
 use crate::session::store::{EndEvent, SessionStore, StoreError};
 

@@ -676,12 +676,16 @@ fn metrics_tell_what_happened_and_nothing_of_whom() {
     ann.get("/").send();
     gateway.try_log_in(&gateway.client(), "ann", "wrong");
     gateway.client().get("/").send();
-    let count = |name: &str| gateway.metric(name);
-    assert_eq!(count("cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"}"), 1.0);
-    assert_eq!(count("cloakroom_requests_total{outcome=\"unauthenticated\",route=\"/\",status=\"401\"}"), 1.0);
-    assert_eq!(count("cloakroom_session_resolve_seconds_count{result=\"copy\"}"), 1.0);
-    assert_eq!(count("cloakroom_request_seconds_count{route=\"/\"}"), 2.0);
-    assert_eq!(count("cloakroom_store_up"), 1.0);
+    // A request is counted when it has ended, which its client may know first.
+    for (name, expected) in [
+        ("cloakroom_requests_total{outcome=\"forwarded\",route=\"/\",status=\"200\"}", 1.0),
+        ("cloakroom_requests_total{outcome=\"unauthenticated\",route=\"/\",status=\"401\"}", 1.0),
+        ("cloakroom_session_resolve_seconds_count{result=\"copy\"}", 1.0),
+        ("cloakroom_request_seconds_count{route=\"/\"}", 2.0),
+        ("cloakroom_store_up", 1.0),
+    ] {
+        wait_until(name, || gateway.metric(name) == expected);
+    }
     let text = gateway.admin("/metrics").text();
     for family in ["cloakroom_logins_total", "cloakroom_connections", "cloakroom_backend_requests_total"] {
         assert!(text.contains(family), "{family}");
