@@ -53,7 +53,9 @@ impl Problem {
 
     fn detail(&self) -> String {
         match self {
-            Self::NoToken => "send admin.token as Authorization: Bearer".into(),
+            Self::NoToken => {
+                "send admin.token as Authorization: Bearer; for /status it is the password, with any user name".into()
+            }
             Self::NoSuchPlace => format!("there is nothing here: see {DESCRIPTION}"),
             Self::NoSuchSession => "the user has no such session, or no longer".into(),
             Self::Method { allowed } => format!("allowed here: {allowed}"),

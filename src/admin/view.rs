@@ -39,6 +39,7 @@ pub struct BackendView {
     pub state: State,
     /// How it does, whether it is drained or not.
     pub health: State,
+    /// None also when that time is over, and nobody has asked it since.
     pub ejected_until: Option<Timestamp>,
     pub last_failure: Option<FailureView>,
     pub backup: bool,
@@ -142,7 +143,9 @@ impl BackendView {
             address: backend.name().to_owned(),
             state,
             health,
-            ejected_until: rest.map(|rest| Timestamp(Timestamp::now().0.saturating_add(millis(rest)))),
+            ejected_until: rest
+                .filter(|rest| !rest.is_zero())
+                .map(|rest| Timestamp(Timestamp::now().0.saturating_add(millis(rest)))),
             last_failure: backend.last_failure().map(failure),
             backup: backend.is_backup(),
             drain: Setting { configured: configured.drain, current: is_drained },
@@ -170,6 +173,8 @@ impl BackendView {
         }
         if let Some(until) = ejected_until {
             text = format!("{text}, until {until}");
+        } else if *health == State::Ejected {
+            text.push_str("; the next request tries it");
         }
         if *backup && *state != State::Backup {
             text.push_str(" (backup)");

@@ -163,7 +163,7 @@ impl Source {
                 let path = path.get_ref().clone();
                 let read = tokio::task::spawn_blocking(move || config::load_backends(&path)).await;
                 let read = read.map_err(|error| error.to_string()).and_then(|read| read.map_err(|e| e.to_string()));
-                (read.and_then(listed_in_file), Vec::new())
+                (read.map(listed_in_file), Vec::new())
             }
         };
         self.note(pool, &known, found);
@@ -219,11 +219,8 @@ async fn servers_at(host: &str, known: &[model::Backend], names: &Names) -> Resu
     Ok(Found { all: all.into_iter().map(server).collect(), valid: in_time(valid), left_out })
 }
 
-fn listed_in_file(all: Vec<model::Backend>) -> Result<Found<model::Backend>, String> {
-    if all.is_empty() {
-        return Err("it lists no backend".to_owned());
-    }
-    Ok(Found { all, valid: FILE_INTERVAL, left_out: 0 })
+fn listed_in_file(all: Vec<model::Backend>) -> Found<model::Backend> {
+    Found { all, valid: FILE_INTERVAL, left_out: 0 }
 }
 
 /// When to ask again for what is valid so long.
@@ -327,7 +324,7 @@ impl Pool {
         for source in &self.sources {
             if let Place::File(path) = &source.entry.place {
                 let all = config::load_backends(path.get_ref())?;
-                source.note(self, &source.known.servers.load_full(), listed_in_file(all));
+                source.note(self, &source.known.servers.load_full(), Ok(listed_in_file(all)));
             }
         }
         self.place();

@@ -110,9 +110,11 @@ impl fmt::Display for Unable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoAdmin => {
-                f.write_str("the gateway cannot be asked: set admin.enabled and admin.token, and restart it")
+                f.write_str("the gateway cannot be asked: set admin.enabled and admin.token in its file (for another file: --config), and restart it")
             }
-            Self::NoToken => f.write_str("the gateway cannot be asked: set admin.token, and restart it"),
+            Self::NoToken => f.write_str(
+                "the gateway cannot be asked: set admin.token in its file (for another file: --config), and restart it",
+            ),
             Self::Unanswered(address, _) => {
                 write!(f, "no gateway answers on {address}: start it; when admin.address has changed, restart it")
             }

@@ -80,11 +80,16 @@ pub fn load_backends(path: &Path) -> Result<Vec<Backend>, ConfigError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct File {
-        backends: Vec<Spanned<BackendSource>>,
+        backends: Spanned<Vec<Spanned<BackendSource>>>,
     }
     let text = read(path)?;
     let File { backends } = toml::from_str(&text).map_err(|error| ConfigError::not_toml(path, &text, &error))?;
     let mut problems = Problems::in_file(path, &text);
+    let place = backends.span();
+    let backends = backends.into_inner();
+    if backends.is_empty() {
+        problems.add(place, "it lists no backend").hint("who shall serve nobody is drained, or taken out of the pool");
+    }
     if let Some(backend) = backends.get(FILE_BACKENDS_MAX) {
         problems
             .add(backend.span(), format!("more than {FILE_BACKENDS_MAX} backends"))

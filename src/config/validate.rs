@@ -1023,6 +1023,9 @@ fn collector_url(text: &str) -> Result<(), &'static str> {
     if text.contains('?') {
         return Err("a query means nothing there");
     }
+    if text.trim_end_matches('/').ends_with("/v1/traces") {
+        return Err("it ends with what is added to it");
+    }
     match url(text)? {
         ("http" | "https", _) => Ok(()),
         _ => Err("unknown scheme, expected http or https"),
@@ -1350,6 +1353,7 @@ pool = "app"
             ("endpoint = \"grpc://collector:4317\"", "tracing.endpoint: unknown scheme, expected http or https"),
             ("endpoint = \"https://u:p@collector\"", "tracing.endpoint: a user or password"),
             ("endpoint = \"http://collector/?a=b\"", "tracing.endpoint: a query"),
+            ("endpoint = \"http://collector:4318/v1/traces\"", "tracing.endpoint: it ends with what is added"),
             ("ratio = 1.1", "tracing.ratio 1.1 is not from 0 to 1"),
             ("ratio = -0.1", "tracing.ratio -0.1"),
             ("ratio = nan", "tracing.ratio NaN"),
