@@ -18,6 +18,8 @@ export const looks = [
   { name: "wide", viewport: { width: 1280, height: 800 }, colorScheme: "light" },
   { name: "narrow", viewport: { width: 320, height: 640 }, colorScheme: "dark" },
 ];
+/** In milliseconds, for whatever a page is waited for. */
+const DEADLINE = 60_000;
 const wrong = [];
 export const expect = (fact, what) => fact || wrong.push(what);
 
@@ -56,12 +58,13 @@ export async function walk(journey, { before, hosts, credentials: httpCredential
 async function once(browser, journey, options, look) {
   const context = await browser.newContext(options);
   const page = await context.newPage();
-  page.setDefaultTimeout(60_000);
+  page.setDefaultTimeout(DEADLINE);
   page.on("console", (message) => message.type() === "error" && noted(message.text()));
   page.on("pageerror", (error) => wrong.push(`${options.name}: ${error}`));
   // A refused login is 403, and Chromium says so.
   const noted = (text) => /status of (401|403|404|405|503)/.test(text) || wrong.push(`${options.name}: ${text}`);
   const see = async (name, title) => {
+    await settled(page, title);
     expect((await page.title()) === title, `${options.name} ${name}: the title is "${await page.title()}"`);
     const wide = await page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth");
     expect(wide <= 0, `${options.name} ${name}: one must scroll sideways, by ${wide}px`);
@@ -69,6 +72,15 @@ async function once(browser, journey, options, look) {
   };
   await journey(page, see, options);
   await context.close();
+}
+
+/** A click is over before the page that it asks for is there: returns when it is, or with the wrong one when none comes. */
+async function settled(page, title) {
+  for (const end = Date.now() + DEADLINE; Date.now() < end; await page.waitForTimeout(50)) {
+    // While one page replaces another, neither has a title to ask for.
+    if ((await page.title().catch(() => null)) === title) break;
+  }
+  await page.waitForLoadState();
 }
 
 /** What axe-core finds. */

@@ -27,7 +27,9 @@ async function journey(page, see, options) {
   await page.goBack();
 
   // By the keyboard alone: the field for the name has the focus, the ways stand before it.
+  // A browser gives the focus after it has loaded the page.
   await page.goto(`${url}/report`);
+  await page.locator("#username:focus").waitFor();
   for (const step of ["Shift+Tab", "Shift+Tab"]) await page.keyboard.press(step);
   const reached = [await focused()];
   await page.keyboard.press("Tab");
