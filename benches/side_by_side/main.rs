@@ -4,11 +4,12 @@
 //! ```text
 //! make bench      # builds pingora_defaults, installs the peers, runs this
 //! cargo bench --bench side_by_side -- --rounds 5 --requests 100000 [--only NAME,NAME] [--scenario 0]
-//! cargo bench --bench side_by_side -- --only public,cached --against PROGRAM
+//! cargo bench --bench side_by_side -- --only public,cached --against PROGRAM --starts 5 --rounds 3
 //! cargo bench --bench side_by_side -- scale --csv scale.csv && benches/scale/plot.py scale.csv > docs/images/scale.svg
 //! ```
 //!
-//! PROGRAM is this bench as another commit has built it: has a change made requests dearer?
+//! PROGRAM is this bench as another commit has built it: has a change made requests dearer? Two starts of one program differ
+//! by some percent, so that question needs several `--starts` of all.
 //!
 //! Each proxy is a process of its own; backends and load live in the first process. The number that counts is the
 //! proxy's CPU time per request: on one machine throughput says as much of the load's appetite as of the proxy's.
@@ -76,6 +77,9 @@ fn main() {
 }
 
 struct Options {
+    /// Of every proxy.
+    starts: usize,
+    /// Of each start.
     rounds: usize,
     requests: usize,
     /// Where the scale's figures go, for the plot.
@@ -87,10 +91,10 @@ struct Options {
     scenarios: Vec<Scenario>,
 }
 
-/// One of the proxies, and what was seen of it.
+/// What was seen of one of the proxies.
+#[derive(Default)]
 pub(crate) struct Contestant {
     pub(crate) name: &'static str,
-    pub(crate) proxy: Proxy,
     pub(crate) turns: Vec<Turn>,
 }
 
@@ -107,6 +111,18 @@ pub(crate) struct Turn {
 }
 
 fn measure(options: &Options) {
+    let mut tables: Vec<Vec<Contestant>> = options.scenarios.iter().map(|_| Vec::new()).collect();
+    for start in 1..=options.starts {
+        println!("start {start} of {}", options.starts);
+        compare(options, &mut tables);
+    }
+    for (contestants, scenario) in tables.iter().zip(&options.scenarios) {
+        table::print(contestants, *scenario, options.requests);
+    }
+}
+
+/// Starts them all, and adds their turns to those that there are.
+fn compare(options: &Options, tables: &mut [Vec<Contestant>]) {
     let backends = [backend::start(), backend::start()];
     let redis = Redis::start();
     let gateway = |store: &str| Proxy::gateway(store, SESSIONS, &backends);
@@ -140,51 +156,45 @@ fn measure(options: &Options) {
     }
     // The first is what the others are compared with.
     contestants.sort_by_key(|(name, _)| table::ORDER.iter().position(|known| known == name));
-    let mut contestants: Vec<_> = contestants
-        .into_iter()
-        .filter(|(name, _)| *name == "bare" || wanted(name))
-        .map(|(name, proxy)| Contestant { name, proxy, turns: Vec::new() })
-        .collect();
+    contestants.retain(|(name, _)| *name == "bare" || wanted(name));
 
-    for scenario in &options.scenarios {
-        for contestant in &mut contestants {
-            contestant.turns.clear();
-        }
+    for (table, scenario) in tables.iter_mut().zip(&options.scenarios) {
+        table.resize_with(contestants.len(), Contestant::default);
         for round in 0..=options.rounds {
-            for contestant in &mut contestants {
-                let own = contestant.proxy.cookies();
+            for ((name, proxy), contestant) in contestants.iter().zip(&mut *table) {
+                let own = proxy.cookies();
                 let cookies = if own.is_empty() { &cookies } else { own };
                 let cookies: Arc<[String]> = cookies[..scenario.sessions].into();
                 let requests = if round == 0 { (options.requests as f64 * WARM_UP) as usize } else { options.requests };
                 let load = Load {
-                    addresses: vec![contestant.proxy.address()],
+                    addresses: vec![proxy.address()],
                     cookies,
                     connections: CONNECTIONS,
                     requests,
                     body_bytes: scenario.body_bytes,
                     seed: round as u64 + 1,
                 };
-                let turn = turn(contestant, load, &redis);
+                let turn = turn(name, proxy, load, &redis);
+                contestant.name = name;
                 if round != 0 {
                     contestant.turns.push(turn);
                 }
             }
             println!("round {round} of {}", options.rounds);
         }
-        table::print(&contestants, *scenario, options.requests);
     }
 }
 
-fn turn(contestant: &Contestant, load: Load, redis: &Redis) -> Turn {
+fn turn(name: &str, proxy: &Proxy, load: Load, redis: &Redis) -> Turn {
     let per_100_000 = 100_000.0 / load.requests as f64;
     let requests = load.requests as f64;
-    let (cpu, (redis_cpu, commands)) = (contestant.proxy.cpu_seconds(), (redis.cpu_seconds(), redis.commands()));
-    let report = load.run().unwrap_or_else(|problem| panic!("{}: {problem}", contestant.name));
+    let (cpu, (redis_cpu, commands)) = (proxy.cpu_seconds(), (redis.cpu_seconds(), redis.commands()));
+    let report = load.run().unwrap_or_else(|problem| panic!("{name}: {problem}"));
     Turn {
-        cpu: (contestant.proxy.cpu_seconds() - cpu) * per_100_000,
+        cpu: (proxy.cpu_seconds() - cpu) * per_100_000,
         redis_cpu: (redis.cpu_seconds() - redis_cpu) * per_100_000,
         commands: (redis.commands() - commands) as f64 / requests,
-        resident_mib: contestant.proxy.resident_mib(),
+        resident_mib: proxy.resident_mib(),
         report,
     }
 }
@@ -199,6 +209,7 @@ impl Options {
             value(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} takes a number")))
         };
         Self {
+            starts: number("--starts", 1).max(1),
             rounds: number("--rounds", 5).max(1),
             requests: number("--requests", 100_000).max(100),
             csv: value("--csv").map(ToOwned::to_owned),

@@ -44,6 +44,13 @@ pub(crate) fn print(contestants: &[Contestant], scenario: Scenario, requests: us
         );
     }
     println!();
+    for before in contestants {
+        let is_after = |other: &&Contestant| before.name.strip_suffix("-before") == Some(other.name);
+        if let Some(after) = contestants.iter().find(is_after) {
+            let ratio = median(after.turns.iter().zip(&before.turns).map(|(after, before)| after.cpu / before.cpu));
+            println!("{}: {ratio:.3}x of the CPU before, median of the rounds", long_name(after.name));
+        }
+    }
 }
 
 fn long_name(name: &str) -> &str {

@@ -23,7 +23,7 @@ const FIELDS_ADDED: usize = 10;
 
 /// Fields that concern one connection only (RFC 9110, section 7.6.1). `Connection`, `Transfer-Encoding` and
 /// `Upgrade` are pingora's to write.
-const HOP_BY_HOP: [HeaderName; 5] = [
+static HOP_BY_HOP: [HeaderName; 5] = [
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     header::PROXY_AUTHENTICATE,
@@ -83,7 +83,9 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
 
     // Remove, then insert, on every way: an anonymous request loses its look-alikes like any other (invariant 1).
     let alien = |name: &&HeaderName| {
-        rules.identity.is_reserved(name.as_str()) || crate::identity::headers::is_forwarding(name.as_str())
+        rules.identity.is_reserved(name.as_str())
+            || crate::identity::headers::is_forwarding(name.as_str())
+            || **name == header::PROXY_AUTHORIZATION
     };
     let aliens: Vec<_> = headers.keys().filter(alien).cloned().collect();
     for name in aliens {
@@ -103,7 +105,6 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     if context.continued {
         headers.remove(header::EXPECT);
     }
-    headers.remove(header::PROXY_AUTHORIZATION);
     if context.keeps_authorization {
         headers.remove(header::AUTHORIZATION);
     }
@@ -244,29 +245,28 @@ fn is_for_one_user(response: &ResponseHeader) -> bool {
 
 /// Pingora leaves these in an HTTP/1 response, and what `Connection` nominates with them.
 fn remove_hop_by_hop(response: &mut ResponseHeader) {
+    let headers = &response.headers;
+    let is_switch = response.status == http::StatusCode::SWITCHING_PROTOCOLS;
+    let mut of_one_hop = Vec::new();
     // To look at each name is cheaper than to look for each, and most responses have none of them.
-    let is_of_one_hop = |name: &HeaderName| *name == header::CONNECTION || HOP_BY_HOP.contains(name);
-    if response.headers.keys().any(is_of_one_hop) {
-        remove_nominated(response);
+    for name in headers.keys() {
+        if *name == header::CONNECTION {
+            of_one_hop.extend(nominated(headers));
+        } else if HOP_BY_HOP.contains(name) || (*name == header::UPGRADE && !is_switch) {
+            of_one_hop.push(name.clone());
+        }
     }
-    if response.status != http::StatusCode::SWITCHING_PROTOCOLS {
-        response.remove_header(&header::UPGRADE);
+    for name in of_one_hop {
+        response.remove_header(&name);
     }
 }
 
-fn remove_nominated(response: &mut ResponseHeader) {
-    let nominated: Vec<HeaderName> = response
-        .headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|token| token.trim().parse().ok())
-        .filter(|name| {
-            ![header::CONNECTION, header::UPGRADE, header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(name)
-        })
-        .collect();
-    for name in HOP_BY_HOP.iter().chain(&nominated) {
-        response.remove_header(name);
-    }
+/// What the response has of the fields that its `Connection` names.
+fn nominated(headers: &HeaderMap) -> impl Iterator<Item = HeaderName> {
+    let values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let names = values.flat_map(|value| value.split(',')).filter_map(|token| token.trim().parse().ok());
+    names.filter(|name| {
+        ![header::CONNECTION, header::UPGRADE, header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(name)
+            && headers.contains_key(name)
+    })
 }

@@ -383,6 +383,25 @@ fn a_response_that_two_readers_could_end_differently_is_not_passed_on() {
 }
 
 #[test]
+fn what_concerns_the_connection_to_the_backend_does_not_reach_the_client() {
+    let response = "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nConnection: x-other-hop, absent, ,\r\n\
+                    Keep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nProxy-Authenticate: Basic\r\nTE: trailers\r\n\
+                    Trailer: X-End\r\nUpgrade: h2c\r\nX-Hop: 1\r\nX-Other-Hop: 2\r\nX-Kept: 3\r\n\
+                    Content-Length: 2\r\n\r\nab";
+    let backend = Backend::always(Answer::Exactly(response.as_bytes().to_vec()));
+    let gateway = public(&[&backend]).start();
+    let answer = gateway.client().get("/").send();
+    assert_eq!((answer.status, answer.body.as_slice()), (200, b"ab".as_slice()));
+    for gone in
+        ["keep-alive", "proxy-connection", "proxy-authenticate", "te", "trailer", "upgrade", "x-hop", "x-other-hop"]
+    {
+        assert_eq!(answer.header(gone), None, "{gone}");
+    }
+    assert_eq!(answer.header("x-kept"), Some("3"));
+    assert_eq!(answer.header("content-length"), Some("2"));
+}
+
+#[test]
 fn a_client_of_http_1_0_gets_a_body_without_chunks() {
     let backend = Backend::always(Answer::Exactly(
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
