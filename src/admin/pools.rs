@@ -103,8 +103,7 @@ impl PoolsApi {
 
 fn find_pool<'r>(rules: &'r Rules, name: &str) -> Result<&'r Arc<Pool>, Problem> {
     rules.pools.get(name).ok_or_else(|| {
-        let mut names: Vec<_> = rules.pools.keys().map(String::as_str).collect();
-        names.sort_unstable();
+        let names: Vec<_> = rules.pools.keys().map(String::as_str).collect();
         Problem::Absent(format!("there is no such pool: the pools are {}", names.join(", ")))
     })
 }

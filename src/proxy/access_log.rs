@@ -131,8 +131,9 @@ impl Entry<'_> {
 
 /// A value as one word: what could end the word, the line or the terminal's patience is escaped.
 fn push_word(line: &mut Vec<u8>, text: &str) {
-    let is_plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'=');
-    if text.bytes().all(is_plain) {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() & (byte != b'"') & (byte != b'\\') & (byte != b'=');
+    // Without an early end, so that many bytes are looked at at once.
+    if text.bytes().fold(true, |all, byte| all & is_plain(byte)) {
         line.extend_from_slice(text.as_bytes());
         return;
     }

@@ -82,12 +82,16 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
     let forwarded_proto = context.trusted_peer.then(|| headers.get(X_FORWARDED_PROTO).cloned()).flatten();
 
     // Remove, then insert, on every way: an anonymous request loses its look-alikes like any other (invariant 1).
-    let alien = |name: &&HeaderName| {
-        rules.identity.is_reserved(name.as_str())
-            || crate::identity::headers::is_forwarding(name.as_str())
-            || **name == header::PROXY_AUTHORIZATION
-    };
-    let aliens: Vec<_> = headers.keys().filter(alien).cloned().collect();
+    let (mut aliens, mut is_traced) = (Vec::new(), false);
+    for name in headers.keys() {
+        is_traced |= trace::is_of_a_trace(name);
+        if rules.identity.is_reserved(name.as_str())
+            || identity::headers::is_forwarding(name.as_str())
+            || *name == header::PROXY_AUTHORIZATION
+        {
+            aliens.push(name.clone());
+        }
+    }
     for name in aliens {
         headers.remove(&name);
     }
@@ -118,7 +122,8 @@ fn fields(headers: &mut HeaderMap, context: &RequestContext, cookies: &ReservedC
 
     match &context.trace {
         Some(trace) => trace.pass_on(headers),
-        None => trace::drop_invalid(headers),
+        None if is_traced => trace::drop_invalid(headers),
+        None => {}
     }
 
     headers.reserve(FIELDS_ADDED);
@@ -169,17 +174,47 @@ fn readable_hops(headers: &HeaderMap) -> String {
     readable.join(", ")
 }
 
+/// Which fields a response has that something may have to be done about. One look at each of its names costs less than a
+/// search for every field that it could have.
+#[derive(Debug, Default)]
+pub struct Notable {
+    codings: bool,
+    lengths: bool,
+    one_hop: bool,
+    cookies: bool,
+    request_id: bool,
+    pub directives: bool,
+}
+
+impl Notable {
+    pub fn of(headers: &HeaderMap) -> Self {
+        let mut seen = Self::default();
+        for name in headers.keys() {
+            match name.as_str() {
+                "transfer-encoding" => seen.codings = true,
+                "content-length" => seen.lengths = true,
+                "set-cookie" => seen.cookies = true,
+                "x-request-id" => seen.request_id = true,
+                "connection" | "upgrade" => seen.one_hop = true,
+                _ if HOP_BY_HOP.contains(name) => seen.one_hop = true,
+                _ => seen.directives |= super::directives::is_directive(name),
+            }
+        }
+        seen
+    }
+}
+
 /// What makes a response one that another reader could end elsewhere, or that nobody asked for. Pingora passes these on.
-pub fn problem(response: &ResponseHeader, is_upgrade: bool) -> Option<&'static str> {
+pub fn problem(response: &ResponseHeader, notable: &Notable, is_upgrade: bool) -> Option<&'static str> {
     let headers = &response.headers;
     let is_chunked = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"chunked");
-    let codings = headers.get_all(header::TRANSFER_ENCODING);
-    if codings.iter().count() != codings.iter().filter(|value| is_chunked(value)).take(1).count() {
+    let codings = || headers.get_all(header::TRANSFER_ENCODING).iter();
+    if notable.codings && codings().count() != codings().filter(|value| is_chunked(value)).take(1).count() {
         return Some("the backend sent a transfer coding other than chunked");
     }
     let is_number = |value: &HeaderValue| !value.is_empty() && value.as_bytes().iter().all(u8::is_ascii_digit);
-    let lengths = headers.get_all(header::CONTENT_LENGTH);
-    if lengths.iter().count() != lengths.iter().filter(|value| is_number(value)).take(1).count() {
+    let lengths = || headers.get_all(header::CONTENT_LENGTH).iter();
+    if notable.lengths && lengths().count() != lengths().filter(|value| is_number(value)).take(1).count() {
         return Some("the backend sent a content length that is not one number");
     }
     if response.status == http::StatusCode::SWITCHING_PROTOCOLS && !is_upgrade {
@@ -191,13 +226,18 @@ pub fn problem(response: &ResponseHeader, is_upgrade: bool) -> Option<&'static s
 /// Makes the response that the client sees of the one that a backend sent.
 pub fn response(
     response: &mut ResponseHeader,
+    notable: &Notable,
     context: &RequestContext,
     cookies: &ReservedCookies,
 ) -> pingora::Result<()> {
-    remove_hop_by_hop(response);
+    if notable.one_hop {
+        remove_hop_by_hop(response);
+    }
 
     // A backend that sets a cookie under our name could log somebody in or out.
-    if response.headers.get_all(header::SET_COOKIE).iter().any(|line| cookies.is_set_by(line.as_bytes())) {
+    if notable.cookies
+        && response.headers.get_all(header::SET_COOKIE).iter().any(|line| cookies.is_set_by(line.as_bytes()))
+    {
         let others = response.headers.get_all(header::SET_COOKIE).iter();
         let others: Vec<_> = others.filter(|line| !cookies.is_set_by(line.as_bytes())).cloned().collect();
         response.remove_header(&header::SET_COOKIE);
@@ -225,7 +265,7 @@ pub fn response(
     if let Some(hsts) = context.hsts() {
         response.insert_header(header::STRICT_TRANSPORT_SECURITY, hsts)?;
     }
-    if !response.headers.contains_key(X_REQUEST_ID) {
+    if !notable.request_id {
         response.insert_header("X-Request-Id", context.request_id.value())?;
     }
     Ok(())
@@ -248,7 +288,6 @@ fn remove_hop_by_hop(response: &mut ResponseHeader) {
     let headers = &response.headers;
     let is_switch = response.status == http::StatusCode::SWITCHING_PROTOCOLS;
     let mut of_one_hop = Vec::new();
-    // To look at each name is cheaper than to look for each, and most responses have none of them.
     for name in headers.keys() {
         if *name == header::CONNECTION {
             of_one_hop.extend(nominated(headers));

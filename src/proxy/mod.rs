@@ -60,6 +60,7 @@ use access_log::{Entry, Timestamp};
 use admit::{Step, Who, admit};
 use connection::Refusals;
 use context::{Connection, Observer, Request, RequestContext, RequestId, RequestLine};
+use forward::Notable;
 use guard::Refusal;
 use reply::{Outcome, Reader, Rejection};
 use route::Route;
@@ -286,7 +287,8 @@ impl ProxyHttp for Gateway {
         response: &mut ResponseHeader,
         context: &mut Self::CTX,
     ) -> Result<()> {
-        if let Some(problem) = forward::problem(response, context.is_upgrade) {
+        let notable = Notable::of(&response.headers);
+        if let Some(problem) = forward::problem(response, &notable, context.is_upgrade) {
             context.failure = Some(Rejection::BackendFailed);
             return Err(Error::explain(ErrorType::InvalidHTTPHeader, problem).into_up());
         }
@@ -309,7 +311,8 @@ impl ProxyHttp for Gateway {
             downstream.set_read_timeout(Some(pool.timeouts().websocket));
             context.frames = Some(Frames::default());
         }
-        let cookies = match directives::taken_out_of(response) {
+        let directives = if notable.directives { directives::taken_out_of(response) } else { None };
+        let cookies = match directives {
             // Boxed, because every response would carry along what only these need.
             Some(fields) => match survived(Box::pin(self.obey(fields, downstream, response, context))).await {
                 Some(obeyed) => obeyed?,
@@ -317,7 +320,7 @@ impl ProxyHttp for Gateway {
             },
             None => Vec::new(),
         };
-        forward::response(response, context, &self.cookies)?;
+        forward::response(response, &notable, context, &self.cookies)?;
         directives::add_cookies(response, cookies)
     }
 

@@ -280,10 +280,9 @@ fn decoded(path: &str) -> Cow<'_, [u8]> {
 
 /// Lower case, without port and final dot.
 fn canonical_host(host: &str) -> Cow<'_, str> {
-    let port = match host.rfind(']') {
-        Some(bracket) => host[bracket..].find(':').map(|colon| bracket + colon),
-        None => host.find(':'),
-    };
+    // Behind the bracket of an IPv6 address; byte by byte, which for so few is quicker than to search in earnest.
+    let port_from = if host.starts_with('[') { host.rfind(']').unwrap_or(0) } else { 0 };
+    let port = host.bytes().skip(port_from).position(|byte| byte == b':').map(|colon| port_from + colon);
     let name = &host[..port.unwrap_or(host.len())];
     let name = name.strip_suffix('.').unwrap_or(name);
     if name.bytes().any(|byte| byte.is_ascii_uppercase()) { name.to_ascii_lowercase().into() } else { name.into() }

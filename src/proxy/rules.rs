@@ -1,6 +1,6 @@
 //! What a reload replaces, as one piece: a request sees the old rules or the new ones, never a mixture.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::backend::{AdminState, Health, Pool};
@@ -20,11 +20,12 @@ use super::transport::Transport;
 pub struct Rules {
     pub routes: Routes,
     pub splits: BTreeMap<String, Arc<Split>>,
-    pub pools: HashMap<String, Arc<Pool>>,
+    /// Few: to compare some names is cheaper than to hash one.
+    pub pools: BTreeMap<String, Arc<Pool>>,
     /// Who is asked where backends are.
     pub dns: Dns,
     /// Of each pool.
-    pub transports: HashMap<String, Transport>,
+    pub transports: BTreeMap<String, Transport>,
     pub identity: IdentityHeaders,
     pub login: Login,
 }

@@ -95,9 +95,14 @@ fn number(digits: &[u8]) -> Option<u128> {
     u128::from_str_radix(text, 16).ok()
 }
 
+/// Whether this field tells of a trace.
+pub fn is_of_a_trace(name: &HeaderName) -> bool {
+    matches!(name.as_str(), "traceparent" | "tracestate")
+}
+
 /// What is not valid goes to no backend, and without it `tracestate` means nothing (section 3.3.1).
 pub fn drop_invalid(headers: &mut HeaderMap) {
-    if (headers.contains_key(TRACEPARENT) || headers.contains_key(TRACESTATE)) && Parent::of(headers).is_none() {
+    if Parent::of(headers).is_none() {
         headers.remove(TRACEPARENT);
         headers.remove(TRACESTATE);
     }
