@@ -13,9 +13,13 @@ pub fn check(files: &[PathBuf], online: bool, terminal: &mut Terminal<'_>) -> Ex
     for file in files {
         match config::load(file).and_then(server::prepare) {
             Ok(prepared) => {
-                terminal.say(format_args!("{}: ok", file.display()));
                 let is_well = !online || find_backends(&prepared, terminal) & ask_providers(&prepared, terminal);
-                if !is_well && code == ExitCode::SUCCESS {
+                if is_well {
+                    terminal.say(format_args!("{}: ok", file.display()));
+                    continue;
+                }
+                terminal.say(format_args!("{}: the file is ok, what it names is not all there", file.display()));
+                if code == ExitCode::SUCCESS {
                     code = ExitCode::from(FAILED);
                 }
             }

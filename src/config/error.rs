@@ -61,7 +61,8 @@ impl<'t> Problems<'t> {
             let subject = message.find(',').unwrap_or(message.len());
             message.insert_str(subject, &format!(" in [{section}]"));
         }
-        let hint = hint_for(error.message());
+        let written = error.span().and_then(|span| self.text.get(span)).unwrap_or_default();
+        let hint = hint_for(error.message(), written);
         let problem = self.add(at, message);
         if let Some(hint) = hint {
             problem.hint(hint);
@@ -186,13 +187,16 @@ fn section_of(error: &toml::de::Error) -> Option<String> {
 
 /// serde speaks of Rust's types; the reader of the message has a TOML file before them.
 fn in_words_of_the_file(message: &str) -> String {
-    const WORDS: [(&str, &str); 10] = [
+    const WORDS: [(&str, &str); 13] = [
         ("missing field", "missing key"),
         ("unknown field", "unknown key"),
         ("unknown variant", "unknown value"),
         ("invalid type: map", "invalid type: a table"),
         ("invalid type: sequence", "invalid type: an array"),
         ("expected a sequence", "expected an array"),
+        ("expected a map", "expected a table"),
+        ("expected f64", "expected a number"),
+        ("expected u16", "expected a whole number up to 65535"),
         ("expected usize", "expected a whole number"),
         ("expected u32", "expected a whole number"),
         ("expected path string", "expected a path in quotes"),
@@ -208,7 +212,32 @@ fn in_words_of_the_file(message: &str) -> String {
     }
 }
 
-fn hint_for(message: &str) -> Option<String> {
+/// `written`: the part of the file that it is about.
+fn hint_for(message: &str, written: &str) -> Option<String> {
+    let is = |found: &str, wanted: &str| {
+        let found = message.strip_prefix("invalid type: ").and_then(|rest| rest.strip_prefix(found));
+        found.is_some_and(|rest| rest.ends_with(&format!(", expected {wanted}")))
+    };
+    if let Some(name) = written.strip_prefix("[[").and_then(|rest| rest.strip_suffix("]]"))
+        && is("sequence", "a map")
+    {
+        return Some(format!("each has a name of its own: write [{}.NAME]", name.trim()));
+    }
+    if is("map", "a sequence") && written.starts_with('{') {
+        return Some("a list stands in brackets, also of one: [{ ... }]".to_owned());
+    }
+    if is("string", "a sequence") {
+        return Some("a list stands in brackets, also of one: [\"...\"]".to_owned());
+    }
+    if is("sequence", "a string") {
+        return Some("one text stands here, and no list: leave the brackets out".to_owned());
+    }
+    if is("string", "f64") && written.contains('%') {
+        return Some("a share is a number from 0 to 1: 10 percent is 0.1".to_owned());
+    }
+    if message == "invalid socket address syntax" {
+        return Some("expected an IP address and a port, e.g. \"10.0.0.53:53\" or \"[fd00::53]:53\"".to_owned());
+    }
     if message == "invalid type: map, expected a sequence" {
         return Some("write it in double brackets, e.g. [[listener]]: there may be several".to_owned());
     }
@@ -354,8 +383,39 @@ mod tests {
             ("zzz", None),
         ];
         for (written, suggestion) in cases {
-            let hint = hint_for(&format!("unknown field `{written}`, {known}"));
+            let hint = hint_for(&format!("unknown field `{written}`, {known}"), "");
             assert_eq!(hint, suggestion.map(|word| format!("did you mean `{word}`?")), "{written}");
+        }
+    }
+
+    #[test]
+    fn who_writes_one_thing_for_another_is_told_the_right_one() {
+        #[derive(Debug, serde::Deserialize)]
+        #[expect(dead_code, reason = "only their types count")]
+        struct Example {
+            #[serde(default)]
+            list: Vec<String>,
+            #[serde(default)]
+            named: std::collections::BTreeMap<String, std::collections::BTreeMap<String, String>>,
+            #[serde(default)]
+            text: String,
+            ratio: Option<f64>,
+            port: Option<u16>,
+            server: Option<std::net::SocketAddr>,
+        }
+        for (text, message, hint) in [
+            ("list = \"a\"", "expected an array", "[\"...\"]"),
+            ("list = { a = 1 }", "a table, expected an array", "[{ ... }]"),
+            ("[[named]]\na = \"b\"", "an array, expected a table", "write [named.NAME]"),
+            ("text = [\"a\"]", "expected a text in quotes", "leave the brackets out"),
+            ("ratio = \"10%\"", "expected a number", "10 percent is 0.1"),
+            ("port = 70000", "expected a whole number up to 65535", ""),
+            ("server = \"10.0.0.53\"", "invalid socket address", "\"10.0.0.53:53\""),
+        ] {
+            let error = toml::from_str::<Example>(text).unwrap_err();
+            let shown = ConfigError::not_toml(Path::new("a.toml"), text, &error).to_string();
+            let (said, hinted) = shown.split_once("hint:").unwrap_or((&shown, ""));
+            assert!(said.contains(message) && hinted.contains(hint), "{shown}");
         }
     }
 }

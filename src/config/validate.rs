@@ -553,6 +553,7 @@ impl Check<'_, '_> {
             }
             self.backend_tls(pool);
             backends(&pool.backends, self.problems);
+            self.backends_are_others(pool);
             if !pool.backends.is_empty() && pool.backends.iter().all(|backend| backend.get_ref().each.backup) {
                 let at = self.at_keys(&["pool", name, "backends"]);
                 self.problems
@@ -566,9 +567,27 @@ impl Check<'_, '_> {
         }
     }
 
+    /// What a gateway sends to itself comes back to it without end.
+    fn backends_are_others(&mut self, pool: &Pool) {
+        for backend in pool.backends.iter().filter(|backend| backend.get_ref().place == Place::Address) {
+            let address = &backend.get_ref().each.address;
+            let is_it = |listener: &&Listener| leads_to(address, *listener.address.get_ref());
+            if let Some(listener) = self.config.listeners.iter().find(is_it) {
+                let line = self.problems.line_of(&listener.address.span());
+                self.problems
+                    .add(backend.span(), format!("{address} is the listener of line {line}: requests would go in circles"))
+                    .hint("name the server that is to answer");
+            }
+        }
+    }
+
     fn dns(&mut self) {
         let servers = self.config.dns.servers.len();
         self.number("dns.servers", servers, 0..=DNS_SERVERS_MAX);
+        if self.config.dns.servers.iter().any(|server| server.port() == 0) {
+            let at = self.at_keys(&["dns", "servers"]);
+            self.problems.add(at, "a name server at port 0").hint("name servers are usually at port 53");
+        }
     }
 
     fn pool_numbers(&mut self, name: &str, pool: &Pool) {
@@ -604,7 +623,9 @@ impl Check<'_, '_> {
         }
         if pool.hash_by != HashBy::User && pool.balance != Balance::Hash {
             let at = self.at_keys(&["pool", name, "hash_by"]);
-            self.problems.add(at, format!("pool.{name}.hash_by means nothing without balance = \"hash\""));
+            self.problems
+                .add(at, format!("pool.{name}.hash_by means nothing without balance = \"hash\""))
+                .hint("add balance = \"hash\", or leave hash_by out");
         }
     }
 
@@ -1014,6 +1035,21 @@ fn clash(one: &Spanned<SocketAddr>, other: &Spanned<SocketAddr>) -> bool {
     let has_wildcard = one.ip().is_unspecified() || other.ip().is_unspecified();
     // The kernel gives each port 0 a port of its own.
     one.port() == other.port() && one.port() != 0 && (one.ip() == other.ip() || same_family && has_wildcard)
+}
+
+/// Whether who connects to this backend arrives at this listener, as far as can be seen without a look at the machine.
+fn leads_to(backend: &str, listener: SocketAddr) -> bool {
+    let Some((host, port)) = backend.rsplit_once(':') else { return false };
+    if port.parse() != Ok(listener.port()) {
+        return false;
+    }
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    match host.parse::<IpAddr>() {
+        Ok(address) => address == listener.ip() || listener.ip().is_unspecified() && address.is_loopback(),
+        Err(_) => {
+            host.eq_ignore_ascii_case("localhost") && (listener.ip().is_loopback() || listener.ip().is_unspecified())
+        }
+    }
 }
 
 const SECRET_CHARS_MIN: usize = 32;
@@ -1679,6 +1715,9 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (pool("\"127.0.0.1\""), "11:13", "the port is missing"),
             (pool("\"h:80\", \"H:80\""), "11:21", "is there twice"),
             (pool("\"http://h:80\""), "11:13", "no scheme here"),
+            (pool("\"127.0.0.1:8080\""), "11:13", "127.0.0.1:8080 is the listener of line 2"),
+            (pool("{ address = \"LOCALHOST:8080\" }"), "11:13", "is the listener of line 2"),
+            ("[dns]\nservers = [\"10.0.0.53:0\"]".into(), "11:11", "a name server at port 0"),
             (pool("\"::1:80\""), "11:13", "stands in brackets"),
             (pool("\"h:65536\""), "11:13", "a port is a number"),
             (pool("\"h:+80\""), "11:13", "a port is a number"),

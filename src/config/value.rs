@@ -516,6 +516,8 @@ impl<'de> Deserialize<'de> for BackendSource {
 
 struct BackendVisitor;
 
+const NO_PLACE: &str = "nothing says where it is: add address = \"host:port\", or dns, srv or file";
+
 /// The long form.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -549,7 +551,7 @@ impl<'de> Visitor<'de> for BackendVisitor {
             (None, Some(host), None, None) => (Place::Dns(host), String::new()),
             (None, None, Some(name), None) => (Place::Srv(name), String::new()),
             (None, None, None, Some(path)) => (Place::File(path), String::new()),
-            (None, None, None, None) => return Err(de::Error::missing_field("address")),
+            (None, None, None, None) => return Err(de::Error::custom(NO_PLACE)),
             _ => return Err(de::Error::custom("a backend is at one place: either address, dns, srv or file")),
         };
         match place {
