@@ -162,7 +162,8 @@ impl Source {
             Place::File(path) => {
                 let path = path.get_ref().clone();
                 let read = tokio::task::spawn_blocking(move || config::load_backends(&path)).await;
-                let read = read.map_err(|error| error.to_string()).and_then(|read| read.map_err(|e| e.to_string()));
+                let read =
+                    read.map_err(|error| error.to_string()).and_then(|read| read.map_err(|error| format!("{error:#}")));
                 (read.map(listed_in_file), Vec::new())
             }
         };

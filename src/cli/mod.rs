@@ -131,8 +131,8 @@ impl<'a> Terminal<'a> {
 pub fn main(arguments: Arguments, terminal: &mut Terminal<'_>) -> ExitCode {
     let code = run_command(arguments.command, terminal);
     match terminal.unsaid.take() {
-        // Who reads has seen enough, as `head` does.
-        Some(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
+        // Who reads has seen enough, as `head` does, and wants no words about it.
+        Some(error) if code == ExitCode::SUCCESS && error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(FAILED),
         Some(error) if code == ExitCode::SUCCESS => terminal.fail(&Unsaid(error), FAILED),
         Some(_) | None => code,
     }

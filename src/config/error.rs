@@ -232,6 +232,9 @@ fn hint_for(message: &str, written: &str) -> Option<String> {
     if is("sequence", "a string") {
         return Some("one text stands here, and no list: leave the brackets out".to_owned());
     }
+    if message.starts_with("invalid type: string") && message.contains(", expected struct ") {
+        return Some("a table stands in braces: { key = ... }".to_owned());
+    }
     if is("string", "f64") && written.contains('%') {
         return Some("a share is a number from 0 to 1: 10 percent is 0.1".to_owned());
     }
@@ -269,9 +272,18 @@ fn edit_distance(from: &str, to: &str) -> usize {
     row[to.chars().count()]
 }
 
+/// `{:#}` is one line, for a log.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = self.file.display();
+        if f.alternate() {
+            write!(f, "{file}:")?;
+            if let Some(Place { line, column, .. }) = &self.place {
+                write!(f, "{line}:{column}:")?;
+            }
+            write!(f, " {}", self.message)?;
+            return self.hint.as_ref().map_or(Ok(()), |hint| write!(f, " ({hint})"));
+        }
         let Some(Place { line, column, text, width }) = &self.place else {
             write!(f, "error: {file}: {}", self.message)?;
             return self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n  hint: {hint}"));
@@ -291,7 +303,7 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, problem) in self.problems.iter().enumerate() {
             if 0 < index {
-                f.write_str("\n")?;
+                f.write_str(if f.alternate() { "; " } else { "\n" })?;
             }
             problem.fmt(f)?;
         }
@@ -325,6 +337,8 @@ mod tests {
                         error: a.toml:1:5: first\n  |\n1 | x = 1\n  |     ^\n\
                         error: a.toml:2:5: second\n  |\n2 | y = 2\n  |     ^\n  hint: try 3";
         assert_eq!(error.to_string(), expected);
+        let in_a_log = "a.toml: no place; a.toml:1:5: first; a.toml:2:5: second (try 3)";
+        assert_eq!(format!("{error:#}"), in_a_log);
     }
 
     #[test]
@@ -391,8 +405,15 @@ mod tests {
     #[test]
     fn who_writes_one_thing_for_another_is_told_the_right_one() {
         #[derive(Debug, serde::Deserialize)]
+        #[expect(dead_code, reason = "only its type counts")]
+        struct Table {
+            key: String,
+        }
+        #[derive(Debug, serde::Deserialize)]
         #[expect(dead_code, reason = "only their types count")]
         struct Example {
+            #[serde(default)]
+            table: Vec<Table>,
             #[serde(default)]
             list: Vec<String>,
             #[serde(default)]
@@ -408,6 +429,7 @@ mod tests {
             ("list = { a = 1 }", "a table, expected an array", "[{ ... }]"),
             ("[[named]]\na = \"b\"", "an array, expected a table", "write [named.NAME]"),
             ("text = [\"a\"]", "expected a text in quotes", "leave the brackets out"),
+            ("table = [\"a\"]", "expected a table", "{ key = ... }"),
             ("ratio = \"10%\"", "expected a number", "10 percent is 0.1"),
             ("port = 70000", "expected a whole number up to 65535", ""),
             ("server = \"10.0.0.53\"", "invalid socket address", "\"10.0.0.53:53\""),

@@ -575,7 +575,10 @@ impl Check<'_, '_> {
             if let Some(listener) = self.config.listeners.iter().find(is_it) {
                 let line = self.problems.line_of(&listener.address.span());
                 self.problems
-                    .add(backend.span(), format!("{address} is the listener of line {line}: requests would go in circles"))
+                    .add(
+                        backend.span(),
+                        format!("{address} is the listener of line {line}: requests would go in circles"),
+                    )
                     .hint("name the server that is to answer");
             }
         }

@@ -802,7 +802,7 @@ mod tests {
         }
         for (toml, message) in [
             ("backend = 17", "expected \"host:port\" or { address"),
-            ("backend = { weight = 2 }", "missing field `address`"),
+            ("backend = { weight = 2 }", "add address = \"host:port\", or dns, srv or file"),
             ("backend = { address = 'a:1', wait = 2 }", "unknown field `wait`, expected one of `address`, `dns`"),
             ("backend = { address = 'a:1', dns = 'b:1' }", "a backend is at one place"),
             ("backend = { srv = '_http._tcp.a', weight = 2 }", "weights of their own"),

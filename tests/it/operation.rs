@@ -219,6 +219,18 @@ fn an_answer_that_nobody_has_is_a_failure() {
 }
 
 #[test]
+fn a_reader_who_has_seen_enough_hears_no_complaint() {
+    let (_folder, file, _) = deployment(&[&Backend::echo()], "");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output =
+        Command::new(CLOAKROOM).args(["check", file.to_str().unwrap()]).stdout(writer).stderr(Stdio::piped()).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(1), "the answer did not arrive");
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+}
+
+#[test]
 fn a_term_under_load_fails_no_request_that_had_begun() {
     let backend = Backend::echo();
     let (_folder, file, address) = deployment(&[&backend], "");
