@@ -198,7 +198,7 @@ pub(super) mod tests {
         ["/api/pools", "/api/pools/{pool}", "/api/pools/{pool}/backends/{address}"];
 
     fn api() -> PoolsApi {
-        let text = "[[listener]]\naddress = \"127.0.0.1:1\"\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"public\"\n\
+        let text = "[[listener]]\naddress = \"127.0.0.1:9\"\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"public\"\n\
                     [[route]]\nhost = \"shop.example\"\npath = \"/cart\"\npool = \"app\"\naccess = \"public\"\n\
                     [pool.app]\nbackends = [{ address = \"127.0.0.1:1\", weight = 2 }, { address = \"[::1]:2\", drain = true }]\n\
                     [pool.spare]\nbackends = [\"127.0.0.1:3\"]\n";

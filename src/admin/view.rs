@@ -277,7 +277,7 @@ mod tests {
             ("public", "percent = 100", "percent = 0", ALL, None),
         ] {
             let rules = Rules::of_file(&format!(
-                "[[listener]]\naddress = \"127.0.0.1:1\"\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"{access}\"\n\
+                "[[listener]]\naddress = \"127.0.0.1:9\"\n[[route]]\npath = \"/\"\npool = \"app\"\naccess = \"{access}\"\n\
                  splits = [{{ name = \"next\", pool = \"green\" }}, {{ name = \"last\", pool = \"green\" }}]\n\
                  [split.next]\n{next}\n[split.last]\n{last}\n\
                  [login.backend]\n[[route]]\npath = \"/login\"\npool = \"spare\"\naccess = \"public\"\ndirectives = [\"login\"]\n\
