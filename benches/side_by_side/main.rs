@@ -175,6 +175,7 @@ fn compare(options: &Options, tables: &mut [Vec<Contestant>]) {
                     seed: round as u64 + 1,
                 };
                 let turn = turn(name, proxy, load, &redis);
+                assert!(["", *name].contains(&contestant.name), "the same contestants at each start");
                 contestant.name = name;
                 if round != 0 {
                     contestant.turns.push(turn);

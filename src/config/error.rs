@@ -218,10 +218,13 @@ fn hint_for(message: &str, written: &str) -> Option<String> {
         let found = message.strip_prefix("invalid type: ").and_then(|rest| rest.strip_prefix(found));
         found.is_some_and(|rest| rest.ends_with(&format!(", expected {wanted}")))
     };
-    if let Some(name) = written.strip_prefix("[[").and_then(|rest| rest.strip_suffix("]]"))
+    if let Some(name) = written.strip_prefix("[[").and_then(|rest| rest.strip_suffix("]]")).map(str::trim)
         && is("sequence", "a map")
     {
-        return Some(format!("each has a name of its own: write [{}.NAME]", name.trim()));
+        return match name {
+            "pool" | "split" | "login.oidc" => Some(format!("each has a name of its own: write [{name}.NAME]")),
+            _ => Some("write its name in single brackets: it is there once".to_owned()),
+        };
     }
     if is("map", "a sequence") && written.starts_with('{') {
         return Some("a list stands in brackets, also of one: [{ ... }]".to_owned());
@@ -417,7 +420,9 @@ mod tests {
             #[serde(default)]
             list: Vec<String>,
             #[serde(default)]
-            named: std::collections::BTreeMap<String, std::collections::BTreeMap<String, String>>,
+            split: std::collections::BTreeMap<String, std::collections::BTreeMap<String, String>>,
+            #[serde(default)]
+            texts: std::collections::BTreeMap<String, String>,
             #[serde(default)]
             text: String,
             ratio: Option<f64>,
@@ -427,7 +432,9 @@ mod tests {
         for (text, message, hint) in [
             ("list = \"a\"", "expected an array", "[\"...\"]"),
             ("list = { a = 1 }", "a table, expected an array", "[{ ... }]"),
-            ("[[named]]\na = \"b\"", "an array, expected a table", "write [named.NAME]"),
+            ("[[split]]\na = \"b\"", "an array, expected a table", "write [split.NAME]"),
+            ("[[texts]]\na = \"b\"", "an array, expected a table", "in single brackets"),
+            ("split = [[\"redis://:hunter2@h\"]]", "an array, expected a table", "in single brackets"),
             ("text = [\"a\"]", "expected a text in quotes", "leave the brackets out"),
             ("table = [\"a\"]", "expected a table", "{ key = ... }"),
             ("ratio = \"10%\"", "expected a number", "10 percent is 0.1"),
@@ -438,6 +445,7 @@ mod tests {
             let shown = ConfigError::not_toml(Path::new("a.toml"), text, &error).to_string();
             let (said, hinted) = shown.split_once("hint:").unwrap_or((&shown, ""));
             assert!(said.contains(message) && hinted.contains(hint), "{shown}");
+            assert!(!shown.contains("hunter2"), "{shown}");
         }
     }
 }

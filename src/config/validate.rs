@@ -1048,9 +1048,14 @@ fn leads_to(backend: &str, listener: SocketAddr) -> bool {
     }
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     match host.parse::<IpAddr>() {
-        Ok(address) => address == listener.ip() || listener.ip().is_unspecified() && address.is_loopback(),
+        Ok(address) => {
+            // The IPv6 wildcard takes connections of both families, the other only those of its own.
+            let takes_all = listener.ip().is_unspecified() && (address.is_ipv4() || listener.is_ipv6());
+            address == listener.ip() || takes_all && address.is_loopback()
+        }
         Err(_) => {
-            host.eq_ignore_ascii_case("localhost") && (listener.ip().is_loopback() || listener.ip().is_unspecified())
+            let takes_ours = listener.ip() == Ipv4Addr::LOCALHOST || listener.ip().is_unspecified();
+            host.eq_ignore_ascii_case("localhost") && takes_ours
         }
     }
 }

@@ -265,7 +265,8 @@ pub fn response(
     if let Some(hsts) = context.hsts() {
         response.insert_header(header::STRICT_TRANSPORT_SECURITY, hsts)?;
     }
-    if !notable.request_id {
+    // What was there may have been nominated, or taken out with what it told of a login.
+    if !notable.request_id || !response.headers.contains_key(X_REQUEST_ID) {
         response.insert_header("X-Request-Id", context.request_id.value())?;
     }
     Ok(())
