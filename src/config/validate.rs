@@ -1364,7 +1364,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::parse;
-    use super::confidential_url;
+    use super::{confidential_url, leads_to};
 
     const GOOD: &str = r#"[[listener]]
 address = "127.0.0.1:8080"
@@ -1968,5 +1968,25 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
     fn brackets_of_the_wrong_kind_get_a_hint() {
         assert!(errors("[listener]\naddress = \"127.0.0.1:80\"").contains("hint: write it in double brackets"));
         assert!(errors("[[server]]\nthreads = 1").contains("hint: only [[listener]] and [[route]]"));
+    }
+
+    #[test]
+    fn a_gateway_is_no_backend_of_its_own_and_its_neighbours_are() {
+        for (backend, listener, is_it) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "0.0.0.0:80", true),
+            ("127.0.0.1:80", "[::]:80", true),
+            ("[::1]:80", "[::]:80", true),
+            ("localhost:80", "127.0.0.1:80", true),
+            ("Localhost:80", "0.0.0.0:80", true),
+            ("127.0.0.1:81", "127.0.0.1:80", false),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+            ("[::1]:80", "0.0.0.0:80", false),
+            ("localhost:80", "127.0.0.2:80", false),
+            ("10.0.0.7:80", "0.0.0.0:80", false),
+            ("app:80", "0.0.0.0:80", false),
+        ] {
+            assert_eq!(leads_to(backend, listener.parse().unwrap()), is_it, "{backend} and {listener}");
+        }
     }
 }

@@ -311,15 +311,15 @@ impl ProxyHttp for Gateway {
             downstream.set_read_timeout(Some(pool.timeouts().websocket));
             context.frames = Some(Frames::default());
         }
-        let directives = if notable.directives { directives::taken_out_of(response) } else { None };
-        let cookies = match directives {
+        let mut cookies = Vec::new();
+        if notable.directives {
+            let fields = directives::taken_out_of(response);
             // Boxed, because every response would carry along what only these need.
-            Some(fields) => match survived(Box::pin(self.obey(fields, downstream, response, context))).await {
-                Some(obeyed) => obeyed?,
+            match survived(Box::pin(self.obey(fields, downstream, response, context))).await {
+                Some(obeyed) => cookies = obeyed?,
                 None => return Err(our_mistake(context)),
-            },
-            None => Vec::new(),
-        };
+            }
+        }
         forward::response(response, &notable, context, &self.cookies)?;
         directives::add_cookies(response, cookies)
     }

@@ -433,6 +433,7 @@ fn the_check_says_where_backends_are_when_it_may_ask() {
     assert!(text.contains(&format!("[pool.app] dns:api.test:{port}: 127.0.0.1:{port}")), "{text}");
     assert!(text.contains(&format!("[pool.app] nobody.test:{port}: failed: it has no address")), "{text}");
     assert_ne!(output.status.code(), Some(0));
+    assert!(!text.contains(": ok\n"), "the verdict is not that all is well: {text}");
     let output = check(&[]);
     assert!(!String::from_utf8_lossy(&output.stdout).contains("dns:"), "it asks nobody by itself");
     assert_eq!(output.status.code(), Some(0));

@@ -626,6 +626,7 @@ fn the_check_asks_the_provider_when_it_is_told_to() {
     };
     let (code, said) = online();
     assert!(said.contains("[login.oidc.fake]: ok") && said.contains("scope \"groups\""), "{said}");
+    assert!(said.ends_with("cloakroom.toml: ok\n"), "the verdict comes last: {said}");
     assert_eq!(code, Some(0), "{said}");
 
     provider.play(Script { metadata: set("issuer", "https://other.example"), ..Script::default() });

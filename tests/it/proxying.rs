@@ -384,7 +384,8 @@ fn a_response_that_two_readers_could_end_differently_is_not_passed_on() {
 
 #[test]
 fn what_concerns_the_connection_to_the_backend_does_not_reach_the_client() {
-    let response = "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nConnection: x-other-hop, absent, ,\r\nConnection: X-Request-Id\r\nX-Request-Id: theirs\r\n\
+    let response = "HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nConnection: x-other-hop, absent, ,\r\n\
+                    Connection: X-Request-Id\r\nX-Request-Id: theirs\r\n\
                     Keep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nProxy-Authenticate: Basic\r\nTE: trailers\r\n\
                     Trailer: X-End\r\nUpgrade: h2c\r\nX-Hop: 1\r\nX-Other-Hop: 2\r\nX-Kept: 3\r\n\
                     Content-Length: 2\r\n\r\nab";

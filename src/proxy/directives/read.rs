@@ -130,20 +130,17 @@ pub(in crate::proxy) fn is_directive(name: &HeaderName) -> bool {
     Kind::of(name).is_some()
 }
 
-/// All directives of a response, which has none of them any more; nothing where there are none.
-pub(in crate::proxy) fn taken_out_of(response: &mut ResponseHeader) -> Option<HeaderMap> {
-    if !response.headers.keys().any(|name| Kind::of(name).is_some()) {
-        return None;
-    }
+/// All directives of a response, which has none of them any more.
+pub(in crate::proxy) fn taken_out_of(response: &mut ResponseHeader) -> HeaderMap {
     let mut fields = HeaderMap::new();
-    let names: Vec<_> = response.headers.keys().filter(|name| Kind::of(name).is_some()).cloned().collect();
+    let names: Vec<_> = response.headers.keys().filter(|name| is_directive(name)).cloned().collect();
     for name in names {
         for value in response.headers.get_all(&name) {
             fields.append(name.clone(), value.clone());
         }
         response.remove_header(&name);
     }
-    Some(fields)
+    fields
 }
 
 /// Several lines of one field are one (RFC 9110, section 5.3).
@@ -192,7 +189,7 @@ mod tests {
         for (name, value) in lines {
             response.append_header(*name, *value).unwrap();
         }
-        let fields = taken_out_of(&mut response).unwrap();
+        let fields = taken_out_of(&mut response);
         assert!(response.headers.is_empty(), "nothing of it is left for the client");
         Asked::read(&fields, &mut response)
     }
