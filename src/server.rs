@@ -592,7 +592,6 @@ impl WorkerPlan {
     }
 }
 
-/// What goes on beside the requests.
 /// Says what is risky about the place where sessions are kept, when it first answers.
 async fn inspect(store: Arc<dyn SessionStore>) {
     while store.ping().await.is_err() {

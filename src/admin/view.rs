@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::discover::Discovery;
 use crate::backend::{AdminState, Backend, Health, LastFailure, Pool, balance};
 use crate::config::model::{Balance, Protocol};
 use crate::metrics::{Attempts, Metrics};
@@ -115,7 +116,7 @@ impl PoolView {
             queue: pool.queue_max(),
             routes: rules.routes.to_pool(pool.name()).into_iter().map(|route| route.name.clone()).collect(),
             backends: pool.backends().iter().map(|backend| BackendView::of(backend, pool, attempts)).collect(),
-            warnings: warnings(pool, rules),
+            warnings: warnings(pool, rules).into_iter().chain(unfound(pool)).collect(),
         }
     }
 }
@@ -227,6 +228,18 @@ pub(super) fn warnings(pool: &Pool, rules: &Rules) -> Vec<String> {
         return vec![format!("no backend of pool {name} is well: those that are not drained are tried in turn")];
     }
     Vec::new()
+}
+
+/// The places whose last look for backends brought nothing. A backend that has a name has a row that tells.
+fn unfound(pool: &Pool) -> impl Iterator<Item = String> {
+    let backends = pool.backends();
+    let has_row = move |source: &str| backends.iter().any(|backend| backend.name() == source);
+    pool.discoveries().into_iter().filter(move |place| !has_row(&place.source)).filter_map(|place| {
+        let Discovery { source, found, failure } = place;
+        let cause = failure?;
+        let rest = if found.is_empty() { "nothing is known of it yet" } else { "what it was last stays" };
+        Some(format!("{source} is not found: {cause}; {rest}"))
+    })
 }
 
 /// Of a pool that takes no requests; none where its splits send nobody there.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection, Response};
+use crate::harness::dns::{NameServer, Trouble};
 use crate::harness::gateway::{Gateway, Setup, Store};
 use crate::harness::http2::{Http2Backend, Http2Client};
 use crate::harness::redis::RedisServer;
@@ -103,9 +104,12 @@ fn every_state_of_a_backend_shows() {
         assert_eq!(gateway.client().get("/").send().status, 200);
     }
 
-    let pools = answer(&gateway, "GET", "/api/pools", "")["pools"].clone();
+    let list = || answer(&gateway, "GET", "/api/pools", "")["pools"].clone();
+    // Until requests are counted out, and while no check fails between the two answers.
+    let alone = || answer(&gateway, "GET", "/api/pools/app", "");
+    wait_until("a pool is told alone as in the list", || in_flight(&gateway, &well) == 0 && list()[0] == alone());
+    let pools = list();
     assert_eq!((&pools[0]["pool"], &pools[1]["pool"]), (&json!("app"), &json!("other")));
-    assert_eq!(pools[0], answer(&gateway, "GET", "/api/pools/app", ""));
     let app = &pools[0];
     assert_eq!(
         (&app["protocol"], &app["tls"], &app["balance"]),
@@ -146,6 +150,41 @@ fn a_backend_whose_name_is_unknown_and_one_that_begins_slowly_show_as_such() {
     let nowhere = answer(&gateway, "GET", "/api/pools/nowhere", "");
     assert_eq!(nowhere["backends"][0]["state"], "unresolved");
     assert_eq!(nowhere["warnings"], json!(["no backend of pool nowhere takes requests: /lost get 503"]));
+}
+
+#[test]
+fn a_place_where_no_backend_is_found_is_told_with_the_cause() {
+    let (server, backend, folder) = (NameServer::start(), Backend::echo(), tempfile::tempdir().unwrap());
+    server.fail("api.test", Trouble::NoSuchName);
+    let list = folder.path().join("api.toml");
+    std::fs::write(&list, format!("backends = [\"{}\"]\n", backend.address())).unwrap();
+    let setup = Gateway::in_front_of(&[])
+        .pool_found("app", &[&format!("{{ file = {list:?} }}")], "")
+        .pool_found("named", &["{ dns = \"api.test:80\" }"], "")
+        .route("/", PUBLIC)
+        .route("/lost", "access = \"public\"\npool = \"named\"")
+        .with(&server.table());
+    let gateway = with_token(setup).start();
+    let warnings = |pool: &str| -> Vec<String> {
+        let answer = answer(&gateway, "GET", &format!("/api/pools/{pool}"), "");
+        answer["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+    };
+
+    assert_eq!(warnings("app"), [""; 0], "it is found");
+    let nothing = warnings("named");
+    assert!(nothing[1].starts_with("dns:api.test:80 is not found: "), "{nothing:?}");
+    assert!(nothing[1].ends_with("; nothing is known of it yet"), "{nothing:?}");
+
+    std::fs::remove_file(&list).unwrap();
+    wait_until("it is missed", || !warnings("app").is_empty());
+    let kept = warnings("app").remove(0);
+    assert!(kept.starts_with(&format!("file:{} is not found: ", list.display())), "{kept}");
+    assert!(kept.ends_with("; what it was last stays"), "{kept}");
+    let (code, _, told) = run(&command_file(&gateway, &folder), &[]);
+    assert_eq!(code, Some(0));
+    for warning in [&nothing[1], &kept] {
+        assert!(told.contains(&format!("warning: {warning}\n")), "{told}");
+    }
 }
 
 #[test]
