@@ -1,7 +1,8 @@
 // How are our pages looked at? Each journey is walked once without any script and once with scripts allowed, which only axe
 // uses; on a wide and on a narrow window, light and dark.
 //
-// Prints what is wrong, one line each, and leaves 1 when there is something. With SCREENSHOTS, a folder, pictures of all.
+// Prints what is wrong, one line each, and leaves 1 when there is something. With SCREENSHOTS, a folder, pictures of all,
+// from top to bottom.
 
 import { createRequire } from "node:module";
 import { readFileSync, mkdirSync } from "node:fs";
@@ -39,7 +40,7 @@ export async function walk(journey, { before, hosts, credentials: httpCredential
     for (const look of looks) {
       await once(browser, journey, { ...look, httpCredentials, javaScriptEnabled: false }, async (page, name) => {
         if (screenshots) {
-          await page.screenshot({ path: `${screenshots}/${look.name}-${name.replaceAll(" ", "-")}.png` });
+          await page.screenshot({ path: `${screenshots}/${look.name}-${name.replaceAll(" ", "-")}.png`, fullPage: true });
         }
       });
       // The policy of the pages forbids every script, that of axe among them.
