@@ -23,7 +23,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use toml::Spanned;
 
-use crate::admin::{About, Admin, Health, PoolsApi, Quiet, ReloadApi, SessionsApi, SplitsApi, StatusPage, Token};
+use crate::admin::{
+    About, Admin, Health, Hosts, PoolsApi, Quiet, ReloadApi, SessionsApi, SplitsApi, StatusPage, Token,
+};
 use crate::backend::health::Probe;
 use crate::backend::{balance, discover, health};
 use crate::config::changes::Changes;
@@ -381,6 +383,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         metrics: metrics.clone(),
         log_switch,
         witness,
+        admin_hosts: Arc::new(ArcSwap::from_pointee(Hosts::of(&config.admin))),
         started: Arc::clone(&config),
         applied: Mutex::new(config),
         last: watch::Sender::new(None),
@@ -445,6 +448,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         gateway,
         streams,
         admin,
+        admin_hosts: Arc::clone(&running.reload.admin_hosts),
         sessions_api,
         splits_api,
         pools_api,
@@ -614,6 +618,7 @@ struct Background {
     gateway: Gateway,
     streams: Arc<Streams>,
     admin: Option<Listener>,
+    admin_hosts: Arc<ArcSwap<Hosts>>,
     sessions_api: Option<SessionsApi>,
     splits_api: Option<SplitsApi>,
     pools_api: Option<PoolsApi>,
@@ -632,6 +637,7 @@ impl Background {
             gateway,
             streams,
             admin,
+            admin_hosts,
             sessions_api,
             splits_api,
             pools_api,
@@ -650,6 +656,7 @@ impl Background {
                 let (desk, queue) = listener::desk();
                 let worker = Worker {
                     app: Arc::new(Admin {
+                        hosts: admin_hosts,
                         metrics: metrics.clone(),
                         health: Arc::clone(&health),
                         sessions: sessions_api,

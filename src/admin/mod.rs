@@ -22,6 +22,7 @@ use problem::Problem;
 use reload::RELOAD;
 use status::STATUS;
 
+mod hosts;
 mod health;
 mod token;
 mod api;
@@ -35,6 +36,7 @@ mod status;
 mod query;
 
 pub use health::Health;
+pub use hosts::Hosts;
 pub use pools::PoolsApi;
 pub use reload::ReloadApi;
 pub use sessions::SessionsApi;
@@ -46,6 +48,7 @@ pub use view::{BackendView, Setting};
 /// The endpoints of the admin listener.
 #[derive(Debug)]
 pub struct Admin {
+    pub hosts: Arc<ArcSwap<Hosts>>,
     pub metrics: Metrics,
     pub health: Arc<Health>,
     /// None without a token: then there is nothing under `/api/`.
@@ -106,6 +109,7 @@ impl Admin {
     ) -> Response<Vec<u8>> {
         let path = request.uri.path();
         let mut response = match self {
+            Self { .. } if !self.may_be_asked(request, peer) => Problem::OtherHost.reply(),
             Self { pools: Some(pools), .. } if PoolsApi::has(path) => pools.answer(request, peer, body).await,
             Self { splits: Some(splits), .. } if SplitsApi::has(path) => splits.answer(request, peer, body).await,
             Self { sessions: Some(sessions), .. } if path.starts_with("/api/") => sessions.answer(request, peer).await,
@@ -117,6 +121,19 @@ impl Admin {
             response.body_mut().clear();
         }
         response
+    }
+
+    /// Health is told under any name: who asks for it often writes one of its own, and it is of no use to a stranger.
+    fn may_be_asked(&self, request: &http::request::Parts, peer: Option<IpAddr>) -> bool {
+        if [LIVE, READY].contains(&request.uri.path()) {
+            return true;
+        }
+        let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let is_admitted = host.is_some_and(|host| self.hosts.load().admit(host));
+        if !is_admitted {
+            tracing::debug!(peer = ?peer, host, "admin request refused: admin.hosts does not list this name");
+        }
+        is_admitted
     }
 
     fn readiness(&self) -> Readiness {

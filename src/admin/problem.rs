@@ -12,6 +12,8 @@ use crate::session::store::StoreError;
 
 #[derive(Debug)]
 pub(super) enum Problem {
+    /// A name that could be a stranger's.
+    OtherHost,
     NoToken,
     NoSuchPlace,
     NoSuchSession,
@@ -39,6 +41,7 @@ const RETRY_AFTER: &str = "2";
 impl Problem {
     fn status(&self) -> StatusCode {
         match self {
+            Self::OtherHost => StatusCode::MISDIRECTED_REQUEST,
             Self::NoToken => StatusCode::UNAUTHORIZED,
             Self::NoSuchPlace | Self::NoSuchSession | Self::Absent(_) => StatusCode::NOT_FOUND,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -53,6 +56,9 @@ impl Problem {
 
     fn detail(&self) -> String {
         match self {
+            Self::OtherHost => {
+                "not asked for by a name that is known here: list it in [admin] hosts, or ask by IP address".into()
+            }
             Self::NoToken => {
                 "send admin.token as Authorization: Bearer; for /status it is the password, with any user name".into()
             }
@@ -82,7 +88,8 @@ impl Problem {
             Self::NoToken => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             Self::Method { allowed } => (header::ALLOW, HeaderValue::from_static(allowed)),
             Self::Store(_) | Self::Interrupted(_) => (header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER)),
-            Self::NoSuchPlace
+            Self::OtherHost
+            | Self::NoSuchPlace
             | Self::NoSuchSession
             | Self::Query(_)
             | Self::Absent(_)

@@ -281,7 +281,7 @@ impl Changes {
     }
 
     fn admin(&mut self, old: &Admin, new: &Admin) {
-        keys!(self, "admin", old, new, Admin { AtRestart: address, enabled, token; });
+        keys!(self, "admin", old, new, Admin { AtOnce: hosts; AtRestart: address, enabled, token; });
     }
 
     fn log(&mut self, old: &Log, new: &Log) {
@@ -371,6 +371,7 @@ mod tests {
             ),
             ("[session]", "[server]\nthreads = 3", &[], &["server: threads"]),
             ("[session]", "[session]\nidle_timeout = \"5m\"", &[], &["session: idle_timeout"]),
+            ("[session]", "[session]\n[admin]\nhosts = [\"gw1.example.org\"]", &["admin: hosts"], &[]),
             ("[session]", "[admin]\ntoken = \"q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2\"", &[], &["admin: token"]),
             ("[session]", "[tracing]\nratio = 0.5", &[], &["tracing: ratio"]),
             ("[session]", "[events]\naudit = true", &[], &["events: audit"]),

@@ -61,7 +61,7 @@ pub fn load_admin(path: &Path) -> Result<Admin, ConfigError> {
     let at = tree.span();
     let mut tree = only(tree.into_inner(), &["admin"]);
     if let Some(DeValue::Table(keys)) = tree.get_mut("admin").map(Spanned::get_mut) {
-        // Keys of a section whose own heading is damaged may have got here.
+        // Keys of a section whose own heading is damaged may have got here. `hosts` is for others: we ask by address.
         *keys = only(std::mem::take(keys), &["address", "enabled", "token"]);
     }
     let File { mut admin } = File::deserialize(toml::Deserializer::from(Spanned::new(at, tree)))
@@ -160,7 +160,7 @@ fn resolve(
         dns: _,
         routes: _,
         events: Events { webhook_secret, webhook: _, audit: _ },
-        admin: Admin { token, address: _, enabled: _ },
+        admin: Admin { token, address: _, enabled: _, hosts: _ },
         log: _,
         tracing: _,
     } = config;

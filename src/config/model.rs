@@ -918,6 +918,8 @@ pub struct Admin {
     pub address: Spanned<SocketAddr>,
     /// No admin listener at all.
     pub enabled: bool,
+    /// By which names it may be asked, besides addresses and names that no stranger can own.
+    pub hosts: Vec<Spanned<String>>,
     /// Opens the sessions API to who sends it as a bearer token; absent = there is no such API.
     pub token: Option<Spanned<Secret>>,
 }
@@ -1094,7 +1096,12 @@ impl Default for Check {
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))), enabled: true, token: None }
+        Self {
+            address: Spanned::new(0..0, SocketAddr::from(([127, 0, 0, 1], 9900))),
+            enabled: true,
+            hosts: Vec::new(),
+            token: None,
+        }
     }
 }
 

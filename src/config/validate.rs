@@ -976,6 +976,12 @@ impl Check<'_, '_> {
         if let Some(token) = &admin.token {
             self.strong("admin.token", token);
         }
+        for host in &admin.hosts {
+            if let Err(fault) = whole_host(host.get_ref()) {
+                let message = format!("invalid host {:?} in admin.hosts: {fault}", host.get_ref());
+                self.problems.add(host.span(), message).hint("expected e.g. \"gw1.example.org\"");
+            }
+        }
         if !admin.enabled {
             return;
         }
@@ -1298,6 +1304,11 @@ fn route_host(text: &str) -> Result<(), &'static str> {
         return Err("an address has no subdomains");
     }
     Ok(())
+}
+
+/// As [`route_host`], and one at a time.
+fn whole_host(text: &str) -> Result<(), &'static str> {
+    if text.contains('*') { Err("each name is listed in full") } else { route_host(text) }
 }
 
 /// As browsers write `Origin` (RFC 6454, section 6.2): lower case, no path, no default port.
@@ -1818,6 +1829,11 @@ error: cloakroom.toml: no [[route]]: every request would be answered with 404
             (origin("https://App.example.org"), "13:22", "browsers send it in lower case"),
             (origin("*://x"), "13:22", "a scheme is lower-case letters"),
             ("[admin]\naddress = \"127.0.0.1:8080\"".into(), "11:11", "is also the address of a listener"),
+            ("[admin]\nhosts = [\"gw1.test\", \"*.test\"]".into(), "11:22", "each name is listed in full"),
+            ("[admin]\nhosts = [\"gw1.test:9900\"]".into(), "11:10", "a host without its port"),
+            ("[admin]\nenabled = false\nhosts = [\"Gw1.test\"]".into(), "12:10", "only lower-case letters"),
+            ("[admin]\nhosts = [\"gw1.test.\"]".into(), "11:10", "not a host name"),
+            ("[admin]\nhosts = \"gw1.test\"".into(), "11:9", "expected an array"),
             (listener("address = \"127.0.0.1:9900\""), "11:11", "admin.address (127.0.0.1:9900) is also"),
             ("[log]\nlevel = \"verbose\"".into(), "11:9", "unknown value `verbose`"),
         ];

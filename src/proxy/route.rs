@@ -279,7 +279,7 @@ fn decoded(path: &str) -> Cow<'_, [u8]> {
 }
 
 /// Lower case, without port and final dot.
-fn canonical_host(host: &str) -> Cow<'_, str> {
+pub fn canonical_host(host: &str) -> Cow<'_, str> {
     // Behind the bracket of an IPv6 address; byte by byte, which for so few is quicker than to search in earnest.
     let port_from = if host.starts_with('[') { host.rfind(']').unwrap_or(0) } else { 0 };
     let port = host.bytes().skip(port_from).position(|byte| byte == b':').map(|colon| port_from + colon);

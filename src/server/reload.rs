@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{FIND_FIRST_MAX, build_login, now_seconds};
-use crate::admin::LastReload;
+use crate::admin::{Hosts, LastReload};
 use crate::backend::discover;
 use crate::config;
 use crate::config::changes::Changes;
@@ -30,6 +30,7 @@ pub(super) struct Reload {
     pub(super) metrics: Metrics,
     pub(super) log_switch: LogSwitch,
     pub(super) witness: ReloadWitness,
+    pub(super) admin_hosts: Arc<ArcSwap<Hosts>>,
     /// What only a restart applies is as it was then.
     pub(super) started: Arc<Config>,
     /// The last one that was applied. Whoever reloads holds it: reloads take turns.
@@ -165,6 +166,7 @@ impl Reload {
         }
         let LogSwitch(set_level) = &self.log_switch;
         set_level(config.log.level);
+        self.admin_hosts.store(Arc::new(Hosts::of(&config.admin)));
         *applied = Arc::new(config);
         Ok(changes)
     }

@@ -12,6 +12,7 @@ mod proxying;
 mod balancing;
 mod splits;
 mod pools_admin;
+mod admin_listener;
 mod backends_fail;
 mod bad_nights;
 mod discovery;
