@@ -19,7 +19,7 @@ use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use pingora::time::fast_timeout::set_fast_timeout_to_tokio_threshold;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use toml::Spanned;
 
@@ -33,7 +33,7 @@ use crate::config::error::ConfigError;
 use crate::config::model::{self, Config, Scheme};
 use crate::events::{Events, Pace};
 use crate::listener::tls::Tls;
-use crate::listener::{self, Desk, Listener, Queue, Worker};
+use crate::listener::{self, Desk, Listener, Queue, Slots, Worker};
 use crate::log::{LineWriter, Lines};
 use crate::login::Login;
 use crate::login::csrf::login_cookie_name;
@@ -365,7 +365,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         keepalive: config.limits.keepalive_timeout.get(),
         write_timeout: config.limits.write_timeout.get(),
     });
-    let connections = Arc::new(Semaphore::new(connections_possible(config.server.connections_max)));
+    let slots = Arc::new(Slots::new(connections_possible(config.server.connections_max)));
     let addresses: Vec<_> = listeners.iter().map(Listener::address).collect();
     let threads = match config.server.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -442,7 +442,7 @@ pub fn start(prepared: Prepared) -> Result<Running, StartError> {
         running.workers.push(thread(format!("worker-{index}"), move || plan.run())?);
     }
     let accept_shutdown = shutting_down.clone();
-    let accept = move || on_own_runtime(accept(listeners, desks, connections, accept_shutdown));
+    let accept = move || on_own_runtime(accept(listeners, desks, slots, accept_shutdown));
     running.acceptor = Some(thread("accept".to_owned(), accept)?);
     let background = Background {
         gateway,
@@ -529,15 +529,10 @@ impl Running {
 }
 
 /// Accepts on all sockets until the shutdown. The workers' queues end with this.
-async fn accept(
-    listeners: Vec<Listener>,
-    desks: Vec<Desk>,
-    connections: Arc<Semaphore>,
-    shutdown: watch::Receiver<bool>,
-) {
+async fn accept(listeners: Vec<Listener>, desks: Vec<Desk>, slots: Arc<Slots>, shutdown: watch::Receiver<bool>) {
     let mut accepting = JoinSet::new();
     for listener in listeners {
-        accepting.spawn(listener.run(desks.clone(), Arc::clone(&connections), shutdown.clone()));
+        accepting.spawn(listener.run(desks.clone(), Arc::clone(&slots), shutdown.clone()));
     }
     while accepting.join_next().await.is_some() {}
 }
@@ -676,8 +671,8 @@ impl Background {
                     // Health and metrics are told until the very end, unless a successor tells them: then this listener closes.
                     shutdown: admin_closed.clone(),
                 };
-                let connections = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
-                tokio::spawn(listener.run(vec![desk], connections, admin_closed));
+                let slots = Arc::new(Slots::new(ADMIN_CONNECTIONS_MAX).giving_way());
+                tokio::spawn(listener.run(vec![desk], slots, admin_closed));
                 tokio::spawn(worker.run(queue));
             }
             tokio::spawn(inspect(Arc::clone(sessions.store())));
@@ -710,6 +705,7 @@ async fn lasting(what: &'static str, work: impl AsyncFn()) {
 /// What panics each time it begins must not fill the log.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 
+/// Probes and scrapes are a handful, and who is idle gives way.
 const ADMIN_CONNECTIONS_MAX: usize = 64;
 const ADMIN_WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -741,8 +737,8 @@ fn connections_possible(wanted: usize) -> usize {
 /// The limit where nobody has set one.
 const DESCRIPTORS_USUAL: u64 = 1024;
 
-/// For listeners, store, logs and runtimes.
-const DESCRIPTORS_RESERVED: u64 = 40;
+/// For listeners, store, logs and runtimes, and for the operator: whoever is connected there takes none of the others'.
+const DESCRIPTORS_RESERVED: u64 = 40 + ADMIN_CONNECTIONS_MAX as u64;
 
 fn bind(
     listener: &model::Listener,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cloakroom::listener::{self, Listener, Worker};
+use cloakroom::listener::{self, Listener, Slots, Worker};
 use cloakroom::metrics::Metrics;
 use cloakroom::proxy::connection::{HeadRules, Refusals};
 use cloakroom::proxy::context::{Connection, ListenerFacts};
@@ -18,7 +18,7 @@ use pingora::modules::http::HttpModules;
 use pingora::proxy::{ProxyHttp, Session as HttpSession, http_proxy};
 use pingora::server::configuration::ServerConf;
 use pingora::upstreams::peer::HttpPeer;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::{THREADS, process};
 
@@ -82,7 +82,7 @@ pub(crate) fn run(ready: &Path, backends: &[SocketAddr]) {
     }
     process::announce(ready, address, &[]);
     process::end_with_parent();
-    runtime().block_on(listener.run(desks, Arc::new(Semaphore::new(1024)), shutdown));
+    runtime().block_on(listener.run(desks, Arc::new(Slots::new(1024)), shutdown));
 }
 
 fn runtime() -> tokio::runtime::Runtime {

@@ -14,10 +14,11 @@ use pingora::apps::HttpServerApp;
 use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 mod proxy_protocol;
 pub mod tls;
+mod slots;
 mod stream;
 
 use crate::metrics::Metrics;
@@ -26,6 +27,8 @@ use crate::proxy::context::{Connection, ListenerFacts};
 use crate::proxy::http2;
 use crate::proxy::streams::{InFlight, Streams};
 use proxy_protocol::Refused;
+use slots::Slot;
+pub use slots::Slots;
 use stream::ClientStream;
 use tls::Tls;
 
@@ -73,7 +76,7 @@ struct Accepted {
     balancers: Option<Balancers>,
     tls: Option<Arc<Tls>>,
     facts: Arc<ListenerFacts>,
-    permit: OwnedSemaphorePermit,
+    slot: Slot,
 }
 
 /// A worker's two sides. The queue ends when the last desk is gone.
@@ -117,16 +120,16 @@ impl Listener {
         self.socket.try_clone()
     }
 
-    /// Accepts until the shutdown, then what the kernel had accepted for us by then. `connections` is how many may be
-    /// open at a time on all listeners; further ones wait in the kernel.
-    pub async fn run(self, desks: Vec<Desk>, connections: Arc<Semaphore>, shutdown: ShutdownWatch) {
+    /// Accepts until the shutdown, then what the kernel had accepted for us by then. Each needs one of
+    /// `slots`; who has none yet waits in the kernel.
+    pub async fn run(self, desks: Vec<Desk>, slots: Arc<Slots>, shutdown: ShutdownWatch) {
         let address = self.address;
-        if let Err(error) = self.accept(&desks, &connections, shutdown).await {
+        if let Err(error) = self.accept(&desks, &slots, shutdown).await {
             tracing::error!(%address, %error, "listener stopped");
         }
     }
 
-    async fn accept(self, desks: &[Desk], connections: &Arc<Semaphore>, mut shutdown: ShutdownWatch) -> io::Result<()> {
+    async fn accept(self, desks: &[Desk], slots: &Slots, mut shutdown: ShutdownWatch) -> io::Result<()> {
         let socket = tokio::net::TcpListener::from_std(self.socket.try_clone()?)?;
         let mut told: Option<Instant> = None;
         loop {
@@ -136,11 +139,11 @@ impl Listener {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let permit = tokio::select! {
-                        permit = Arc::clone(connections).acquire_owned() => permit.expect("never closed"),
+                    let slot = tokio::select! {
+                        slot = slots.take() => slot,
                         _ = shutdown.wait_for(|shutting_down| *shutting_down) => break,
                     };
-                    self.hand_over(desks, stream, peer, permit);
+                    self.hand_over(desks, stream, peer, slot);
                 }
                 Err(error) => {
                     // At most this often: whoever brings us here must not fill the log as well.
@@ -152,21 +155,19 @@ impl Listener {
                 }
             }
         }
-        while let (Ok(permit), Some(Ok((stream, peer)))) =
-            (Arc::clone(connections).try_acquire_owned(), accept_waiting(&socket).await)
-        {
-            self.hand_over(desks, stream, peer, permit);
+        while let (Some(slot), Some(Ok((stream, peer)))) = (slots.try_take(), accept_waiting(&socket).await) {
+            self.hand_over(desks, stream, peer, slot);
         }
         Ok(())
     }
 
-    fn hand_over(&self, desks: &[Desk], stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+    fn hand_over(&self, desks: &[Desk], stream: TcpStream, peer: SocketAddr, slot: Slot) {
         let idlest = desks.iter().min_by_key(|desk| desk.open.load(Ordering::Relaxed));
         let (Some(desk), Ok(socket)) = (idlest, stream.into_std()) else { return };
         let (balancers, tls, facts) = (self.balancers.clone(), self.tls.clone(), Arc::clone(&self.facts));
         desk.open.fetch_add(1, Ordering::Relaxed);
         // A worker that is gone has no use for it.
-        let _ = desk.accepted.send(Accepted { socket, peer, balancers, tls, facts, permit });
+        let _ = desk.accepted.send(Accepted { socket, peer, balancers, tls, facts, slot });
     }
 }
 
@@ -218,7 +219,7 @@ where
     }
 
     async fn serve(&self, accepted: Accepted) {
-        let Accepted { socket, peer, balancers, tls, facts, permit } = accepted;
+        let Accepted { socket, peer, balancers, tls, facts, slot } = accepted;
         let mut socket = match TcpStream::from_std(socket) {
             Ok(socket) => socket,
             Err(error) => {
@@ -238,7 +239,7 @@ where
             },
         };
         let in_flight = Arc::<InFlight>::default();
-        let Some(stream) = self.open(socket, peer, tls.as_ref(), &in_flight).await else { return };
+        let Some(stream) = self.open(socket, peer, tls.as_ref(), &in_flight, &slot).await else { return };
         let certificate = stream.get_ssl().and_then(|tls| tls.peer_certificate_der());
         let connection = Arc::new(Connection::new(peer.ip().to_canonical(), facts).with_certificate(certificate));
         let (head_rules, app) = (Arc::clone(&self.head_rules), Arc::clone(&self.app));
@@ -247,12 +248,11 @@ where
         let (refusals, streams) = (Arc::clone(&self.refusals), Arc::clone(&self.streams));
         let shutdown = self.shutdown.clone();
         if is_http2 {
-            let slots = Arc::clone(permit.semaphore());
-            http2::serve(line, head_rules, app, refusals, streams, slots, shutdown).await;
+            http2::serve(line, head_rules, app, refusals, streams, slot.free(), shutdown).await;
         } else {
             connection::serve(line, head_rules, app, refusals, streams, shutdown).await;
         }
-        drop(permit);
+        drop(slot);
     }
 
     /// The client that a balancer announces.
@@ -276,8 +276,9 @@ where
         peer: SocketAddr,
         tls: Option<&Arc<Tls>>,
         in_flight: &Arc<InFlight>,
+        slot: &Slot,
     ) -> Option<Stream> {
-        let stream = ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight));
+        let stream = ClientStream::new(socket, peer, self.write_timeout, Arc::clone(in_flight)).giving_way(slot);
         let Some(tls) = tls else { return Some(Box::new(stream)) };
         match tokio::time::timeout(self.head_rules.timeout, tls.handshake(stream)).await {
             Ok(Ok(stream)) => Some(Box::new(stream)),

@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use super::slots::{Slot, Turn};
 use crate::proxy::reply::LINGER;
 use crate::proxy::streams::InFlight;
 
@@ -40,6 +41,7 @@ pub(super) struct ClientStream {
     accepted: SystemTime,
     digest: Arc<SocketDigest>,
     in_flight: Arc<InFlight>,
+    turn: Option<Arc<Turn>>,
 }
 
 /// Why a closing connection is still here.
@@ -73,11 +75,26 @@ impl ClientStream {
             accepted: SystemTime::now(),
             digest: Arc::new(digest),
             in_flight,
+            turn: None,
+        }
+    }
+
+    /// Where the connections of its listener do.
+    pub(super) fn giving_way(self, slot: &Slot) -> Self {
+        Self { turn: slot.turn.clone(), ..self }
+    }
+
+    /// What a read or a write gave; every one that may have to wait for the client is told here.
+    fn noted<T>(&self, task: &Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        match &self.turn {
+            Some(turn) => turn.noted(task, result),
+            None => result,
         }
     }
 
     /// What a write gave, or an error when writes have given nothing for too long.
     fn within_time<T>(&mut self, task: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let written = self.noted(task, written);
         if written.is_ready() {
             self.stalled = None;
             return written;
@@ -119,7 +136,8 @@ impl ClientStream {
 impl AsyncRead for ClientStream {
     fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         ready!(self.in_flight.may_read())?;
-        Pin::new(self.socket.get_mut()).poll_read(task, buffer)
+        let read = Pin::new(self.socket.get_mut()).poll_read(task, buffer);
+        self.noted(task, read)
     }
 }
 
@@ -141,7 +159,8 @@ impl AsyncWrite for ClientStream {
             let shut_down = Pin::new(&mut self.socket).poll_shutdown(task);
             ready!(self.within_time(task, shut_down))?;
         }
-        self.part(task).map(Ok)
+        let parted = self.part(task).map(Ok);
+        self.noted(task, parted)
     }
 
     fn poll_write_vectored(

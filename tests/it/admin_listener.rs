@@ -1,9 +1,12 @@
-//! Who is answered on the admin listener?
+//! Who is answered on the admin listener, and can strangers keep others from it?
 
 use crate::harness::backend::Backend;
-use crate::harness::client::Client;
+use crate::harness::client::{Client, Connection};
 use crate::harness::gateway::{Gateway, Setup};
 use crate::operation::ADMIN_TOKEN;
+
+/// More than there are slots on the listener.
+const MANY: usize = 200;
 
 fn setup(backend: &Backend, host: &str) -> Setup {
     let admin = format!("address = \"127.0.0.1:0\"\ntoken = \"{ADMIN_TOKEN}\"\nhosts = [\"{host}\"]");
@@ -62,4 +65,48 @@ fn a_reload_admits_the_names_that_the_file_lists_then() {
     let changes = gateway.reload(|_| setup(&backend, "gw2.example.org")).unwrap();
     assert_eq!((changes.at_once, changes.at_restart), (vec!["admin: hosts".to_owned()], vec![]));
     assert_eq!((status(&gateway, "gw1.example.org"), status(&gateway, "gw2.example.org")), (421, 200));
+}
+
+#[test]
+fn however_many_hold_it_open_a_probe_is_answered() {
+    let backend = Backend::echo();
+    let gateway = setup(&backend, "gw1.example.org").start();
+    for (who, said) in
+        [("who say nothing", ""), ("who begin a request and do not end it", "GET /health/live HTTP/1.1\r\nHost: a\r\n")]
+    {
+        let held = (0..MANY).map(|_| {
+            let mut connection = Connection::open(gateway.admin_address());
+            connection.write(said);
+            connection
+        });
+        let held: Vec<_> = held.collect();
+        for _ in 0..3 {
+            let probe = Client::of(gateway.admin_address());
+            assert_eq!(probe.get("/health/live").send().status, 200, "beside {MANY} {who}");
+            assert_eq!(probe.get("/metrics").send().status, 200, "beside {MANY} {who}");
+        }
+        drop(held);
+    }
+}
+
+#[test]
+fn of_many_that_are_idle_those_give_way_that_have_been_so_longest() {
+    /// Fewer than there are slots.
+    const LAST: usize = 32;
+    let backend = Backend::echo();
+    let gateway = setup(&backend, "gw1.example.org").start();
+    let ask = |connection: &mut Connection| {
+        connection.write("GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n");
+        assert_eq!(connection.read_response("GET").unwrap().status, 200);
+    };
+    let asked = (0..MANY).map(|_| {
+        let mut connection = Connection::open(gateway.admin_address());
+        ask(&mut connection);
+        connection
+    });
+    let mut held: Vec<_> = asked.collect();
+    // Had the last one been let in because the time of others was over, that of the rest would be over after these.
+    (0..500).for_each(|_| ask(held.last_mut().unwrap()));
+    held.iter_mut().rev().take(LAST).for_each(ask);
+    held[0].assert_closed("it was idle longest");
 }
