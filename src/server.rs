@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use pingora::apps::HttpServerApp as _;
 use pingora::proxy::http_proxy;
@@ -859,7 +859,18 @@ fn open_access_log(config: &model::Log, metrics: &Metrics) -> Result<(AccessLog,
 
 fn open_spans(config: &model::Tracing, metrics: &Metrics) -> Result<(Option<Spans>, Option<SpanSender>), StartError> {
     let Some(endpoint) = &config.endpoint else { return Ok((None, None)) };
-    let collector = Collector { endpoint: endpoint.get_ref(), service: &config.service };
+    let mut headers = HeaderMap::new();
+    for (name, value) in &config.headers {
+        let unfit = |_| StartError {
+            what: format!("cannot send header {} to the collector", name.get_ref()),
+            cause: io::ErrorKind::InvalidInput.into(),
+        };
+        let mut value = HeaderValue::from_str(value.get_ref().expose()).map_err(http::Error::from).map_err(unfit)?;
+        // Nor is it printed by who sends it.
+        value.set_sensitive(true);
+        headers.insert(HeaderName::try_from(name.get_ref()).map_err(http::Error::from).map_err(unfit)?, value);
+    }
+    let collector = Collector { endpoint: endpoint.get_ref(), service: &config.service, headers };
     let (spans, sender) = Spans::to(&collector, *config.ratio.get_ref(), metrics)
         .map_err(|cause| StartError { what: "cannot start sending spans".into(), cause })?;
     Ok((Some(spans), Some(sender)))

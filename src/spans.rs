@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use http::HeaderMap;
 use serde_json::{Value, json};
 use ureq::Agent;
 
@@ -86,6 +87,8 @@ pub struct Collector<'c> {
     pub endpoint: &'c str,
     /// `service.name`
     pub service: &'c str,
+    /// Sent along, to say who sends; what is secret in them is marked as sensitive.
+    pub headers: HeaderMap,
 }
 
 impl Spans {
@@ -98,6 +101,7 @@ impl Spans {
             agent: outgoing::agent(collector.endpoint.starts_with("https:"), TIMEOUT),
             url: format!("{}/v1/traces", collector.endpoint.trim_end_matches('/')),
             service: collector.service.to_owned(),
+            headers: collector.headers.clone(),
             metrics: metrics.clone(),
             is_closed: Arc::clone(&is_closed),
         };
@@ -131,6 +135,7 @@ struct Export {
     agent: Agent,
     url: String,
     service: String,
+    headers: HeaderMap,
     metrics: Metrics,
     is_closed: Arc<AtomicBool>,
 }
@@ -179,7 +184,10 @@ impl Export {
     }
 
     fn post(&self, body: &Value) -> Result<u16, ureq::Error> {
-        let request = self.agent.post(&self.url).header("content-type", "application/json");
+        let mut request = self.agent.post(&self.url).header("content-type", "application/json");
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
         let mut response = request.send(&body.to_string())?;
         // What it says does not matter; read, a short answer leaves the connection for the next batch.
         let _ = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec();
@@ -309,12 +317,16 @@ mod tests {
         assert_eq!((root.parent_span_id.len(), root.status.as_ref().unwrap().code, root.kind), (0, 0, 1));
     }
 
+    fn collector(endpoint: &str) -> Collector<'_> {
+        Collector { endpoint, service: "test", headers: HeaderMap::new() }
+    }
+
     #[test]
     fn what_waits_for_a_collector_that_hangs_is_bounded_and_the_rest_counted() {
         let hanging = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", hanging.local_addr().unwrap());
         let metrics = Metrics::new();
-        let (spans, _sender) = Spans::to(&Collector { endpoint: &endpoint, service: "test" }, 1.0, &metrics).unwrap();
+        let (spans, _sender) = Spans::to(&collector(&endpoint), 1.0, &metrics).unwrap();
         let span = Span {
             trace: 1,
             id: 1,
@@ -336,7 +348,7 @@ mod tests {
     #[test]
     fn so_many_traces_are_recorded_as_asked_for() {
         let metrics = Metrics::new();
-        let collector = Collector { endpoint: "http://127.0.0.1:1", service: "test" };
+        let collector = collector("http://127.0.0.1:1");
         for ratio in [0.0, 0.1, 0.5, 1.0] {
             let (spans, _sender) = Spans::to(&collector, ratio, &metrics).unwrap();
             let sampled = (0..10_000).filter(|_| spans.samples(rand::random())).count() as f64 / 10_000.0;

@@ -292,7 +292,7 @@ impl Changes {
     }
 
     fn tracing(&mut self, old: &Tracing, new: &Tracing) {
-        keys!(self, "tracing", old, new, Tracing { AtRestart: endpoint, ratio, service; });
+        keys!(self, "tracing", old, new, Tracing { AtRestart: endpoint, ratio, service, headers; });
     }
 }
 
@@ -374,6 +374,12 @@ mod tests {
             ("[session]", "[session]\n[admin]\nhosts = [\"gw1.example.org\"]", &["admin: hosts"], &[]),
             ("[session]", "[admin]\ntoken = \"q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2q7Zp-Kw2\"", &[], &["admin: token"]),
             ("[session]", "[tracing]\nratio = 0.5", &[], &["tracing: ratio"]),
+            (
+                "[session]",
+                "[tracing]\nendpoint = \"http://[::1]:4318\"\nheaders = { x-key = \"q7Zp-Kw\" }",
+                &[],
+                &["tracing: endpoint", "tracing: headers"],
+            ),
             ("[session]", "[events]\naudit = true", &[], &["events: audit"]),
             (
                 "127.0.0.1:1\"",

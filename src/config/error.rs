@@ -116,7 +116,11 @@ impl Place {
         let line_start = text[..start].rfind('\n').map_or(0, |newline| newline + 1);
         let line_end = text[start..].find('\n').map_or(text.len(), |newline| start + newline);
         let column = text[line_start..start].chars().count() + 1;
-        let line = without_secrets(text[line_start..line_end].trim_end_matches('\r'));
+        let line = text[line_start..line_end].trim_end_matches('\r');
+        let line = match secret_from(&text[..line_start], line) {
+            Some(from) => covered(line, |at| from <= at),
+            None => without_secrets(line),
+        };
         // The end of a line that is no line of a configuration helps nobody.
         let text_shown = line.chars().take(column.max(LINE_CHARACTERS_SHOWN)).collect();
         let width = text[start..end.min(line_end).max(start)].chars().count();
@@ -137,20 +141,38 @@ fn char_boundary(text: &str, index: usize) -> usize {
 }
 
 /// Keys whose value is not to be shown, in whichever file: the store's URL, a user's password hash.
-const SECRET_KEYS: [&str; 2] = ["url", "password"];
+const SECRET_KEYS: [&str; 5] = ["url", "password", "token", "client_secret", "webhook_secret"];
+
+/// `[tracing.headers]`: every value in it is secret, whatever it is called.
+const SECRET_SECTION: [&str; 2] = ["tracing", "headers"];
 
 /// `text` with secrets covered by `*`: the value of a secret key, and the password of any URL. The number of
 /// characters stays, so that a caret still points where it should. Control characters go too: what a file holds must
 /// not steer the reader's terminal.
 fn without_secrets(text: &str) -> String {
     let hidden = secret_value(text).into_iter().chain(url_password(text)).collect::<Vec<_>>();
+    covered(text, |at| hidden.iter().any(|range| range.contains(&at)))
+}
+
+fn covered(text: &str, is_secret: impl Fn(usize) -> bool) -> String {
     let cover = |(at, c): (usize, char)| match c {
-        _ if hidden.iter().any(|range| range.contains(&at)) => '*',
+        _ if is_secret(at) => '*',
         '\t' => '\t',
         _ if c.is_control() => char::REPLACEMENT_CHARACTER,
         _ => c,
     };
     text.char_indices().map(cover).collect()
+}
+
+/// Where a line of [`SECRET_SECTION`] may hold secrets, and all behind; `before` is the file up to the line. The section may
+/// be written in any way, so what speaks of it since the last heading counts; too much is covered rather than too little.
+fn secret_from(before: &str, line: &str) -> Option<usize> {
+    let is_first_of_line =
+        |at: &usize| before[..*at].trim_end_matches([' ', '\t']).bytes().last().is_none_or(|b| b == b'\n');
+    let heading = before.match_indices('[').map(|(at, _)| at).rfind(is_first_of_line).unwrap_or(0);
+    let is_within = SECRET_SECTION.iter().all(|word| before[heading..].contains(word) || line.contains(word));
+    // Without a key, it is a later line of a longer text.
+    (is_within && !line.trim_start().starts_with('[')).then(|| line.find('=').map_or(0, |at| at + 1))
 }
 
 /// What stands behind `url =`, when it is the secret itself and no `{ file = ... }`.
@@ -373,6 +395,9 @@ mod tests {
             "redis = { url = \"hunter2\" }",
             "store.redis.url = \"hunter2\" # why",
             "alice.password = \"hunter2\"",
+            "token = \"hunter2\"",
+            "client_secret = \"hunter2\"",
+            "webhook_secret = \"hunter2\"",
             "anything = \"rediss://user:hunter2@host\"",
             "invalid type: string \"redis://:hunter2@host\", expected a table",
             "url = \"redis://:hunt\\qer2hunter2@host",
@@ -382,8 +407,36 @@ mod tests {
             assert!(!shown.contains("hunter2"), "{shown}");
             assert_eq!(shown.chars().count(), line.chars().count(), "the caret must still fit: {shown}");
         }
-        let harmless =
-            ["url = { env = \"REDIS_URL\" }", "curl = \"x\"", "url =", "a = \"http://h:1\"", "[login.password]"];
+        let sections = [
+            "[tracing.headers]\nauthorization = \"Bearer hunter2\"",
+            "[ tracing . \"headers\" ] # who sends\n\n# a key\n\"x-a\" = 'hunter2",
+            "[tracing.headers]\nx-a = \"\"\"\nhunter2",
+            "[tracing.headers]\nx-a = { hunter2",
+            "[tracing]\nheaders = { x-a = \"hunter2\" }",
+            "[tracing]\nheaders.x-a = \"hunter2\"",
+            "[login]\n[tracing]\nheaders = {\n  x-a = \"hunter2\"",
+            "tracing.headers.x-a = \"hunter2\"",
+            "tracing = { headers = { x-a = \"hunter2\" } }",
+        ];
+        for text in sections {
+            let at = text.find("hunter2").unwrap();
+            let shown = Place::of(text, &(at..at + 1)).text;
+            assert!(!shown.contains("hunter2") && shown.contains("**"), "{shown}");
+        }
+        for text in
+            ["[tracing]\nratio = 1.1", "[tracing.headers]\n[login]", "[identity]\nheaders = { X-A = \"{user}\" }"]
+        {
+            let line = text.lines().nth(1).unwrap();
+            assert_eq!(Place::of(text, &(text.len() - 1..text.len())).text, line, "of another section");
+        }
+        let harmless = [
+            "url = { env = \"REDIS_URL\" }",
+            "curl = \"x\"",
+            "url =",
+            "a = \"http://h:1\"",
+            "[login.password]",
+            "access_token = \"X-Token\"",
+        ];
         for line in harmless {
             assert_eq!(without_secrets(line), line);
         }

@@ -24,7 +24,7 @@ pub fn is_backend_address(text: &str) -> bool {
 use error::{ConfigError, Problems};
 use model::{
     Admin, Backend, BackendSource, BackendTls, CertificateFiles, Config, Events, Listener, Login, PasswordLogin, Place,
-    Pool, RedisStore, Session, Store,
+    Pool, RedisStore, Session, Store, Tracing,
 };
 use value::Secret;
 
@@ -162,7 +162,7 @@ fn resolve(
         events: Events { webhook_secret, webhook: _, audit: _ },
         admin: Admin { token, address: _, enabled: _, hosts: _ },
         log: _,
-        tracing: _,
+        tracing: Tracing { headers, endpoint: _, ratio: _, service: _ },
     } = config;
 
     let mut paths = Vec::<&mut Spanned<PathBuf>>::new();
@@ -191,6 +191,7 @@ fn resolve(
     }
     secrets.extend(webhook_secret.as_mut().map(|secret| ("events.webhook_secret", secret)));
     secrets.extend(token.as_mut().map(|token| ("admin.token", token)));
+    secrets.extend(headers.values_mut().map(|value| ("tracing.headers", value)));
     for (name, secret) in secrets {
         if let Err(message) = secret.get_mut().resolve(directory, &environment) {
             problems.add(secret.span(), format!("{name}: {message}"));
@@ -229,7 +230,7 @@ mod tests {
     const MANUAL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/conf/cloakroom.toml"));
 
     /// Keys that the manual shows by example, because they have no default or must be there.
-    const EXAMPLES: [&str; 43] = [
+    const EXAMPLES: [&str; 44] = [
         "endpoint",
         "page",
         "lame_duck",
@@ -273,6 +274,7 @@ mod tests {
         "proxy_protocol",
         "percent",
         "splits",
+        "authorization",
     ];
 
     /// The manual with every key in force: `#key = value` and `#[section]` lose their `#`, prose (`# text`) stays.
@@ -322,7 +324,7 @@ mod tests {
             section.insert("no_such_key".to_owned(), toml::Value::Boolean(true));
             let probed = toml::to_string(&probed).unwrap();
             let error = toml::from_str::<Config>(&probed).expect_err("a key that does not exist").message().to_owned();
-            // [pool] and [identity.headers] take any name, and complain of the value.
+            // [pool], [identity.headers] and [tracing.headers] take any name, and complain of the value.
             let Some((_, expected)) = error.split_once("unknown field `no_such_key`, expected ") else { continue };
             for key in expected.split('`').skip(1).step_by(2) {
                 assert!(written.contains(key), "{}.{key} is missing in conf/cloakroom.toml", path.join("."));

@@ -945,6 +945,8 @@ pub struct Tracing {
     pub ratio: Spanned<f64>,
     /// What we are called in them.
     pub service: String,
+    /// Sent along with them, so that the collector knows who sends: name = value.
+    pub headers: BTreeMap<Spanned<String>, Spanned<Secret>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -1107,7 +1109,8 @@ impl Default for Admin {
 
 impl Default for Tracing {
     fn default() -> Self {
-        Self { endpoint: None, ratio: Spanned::new(0..0, 1.0), service: "cloakroom".to_owned() }
+        let ratio = Spanned::new(0..0, 1.0);
+        Self { endpoint: None, ratio, service: "cloakroom".to_owned(), headers: BTreeMap::new() }
     }
 }
 

@@ -517,21 +517,25 @@ impl Check<'_, '_> {
 
     fn identity(&mut self) {
         let identity = &self.config.identity;
+        self.set_once(identity.headers.keys().collect());
+        for name in identity.headers.keys().chain(&identity.strip) {
+            if let Err(fault) = header_name(name.get_ref()) {
+                self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
+            }
+        }
+    }
+
+    /// No two of these names are one header.
+    fn set_once(&mut self, mut headers: Vec<&Spanned<String>>) {
         let mut first_lines = BTreeMap::new();
-        let mut headers = identity.headers.keys().collect::<Vec<_>>();
         headers.sort_by_key(|name| name.span().start);
         for name in headers {
             let line = self.problems.line_of(&name.span());
-            // Backends read `X_Team` and `x-team` as one name (CGI, RFC 3875, section 4.1.18).
+            // Servers read `X_Team` and `x-team` as one name (CGI, RFC 3875, section 4.1.18).
             let same = name.get_ref().to_ascii_lowercase().replace('_', "-");
             if let Some(first) = first_lines.insert(same, line) {
                 let message = format!("header {:?} is already set in line {first}", name.get_ref());
                 self.problems.add(name.span(), message).hint("case does not matter, and `_` counts as `-`");
-            }
-        }
-        for name in identity.headers.keys().chain(&identity.strip) {
-            if let Err(fault) = header_name(name.get_ref()) {
-                self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
             }
         }
     }
@@ -930,6 +934,52 @@ impl Check<'_, '_> {
                 .add(tracing.ratio.span(), format!("tracing.ratio {} is not from 0 to 1", tracing.ratio.get_ref()))
                 .hint("0.1 records every tenth of the traces that begin here");
         }
+        self.tracing_headers();
+    }
+
+    fn tracing_headers(&mut self) {
+        let tracing = &self.config.tracing;
+        self.set_once(tracing.headers.keys().collect());
+        for (name, value) in &tracing.headers {
+            let text = value.get_ref().expose();
+            if let Err(fault) = collector_header(name.get_ref()) {
+                self.problems.add(name.span(), format!("invalid header {:?}: {fault}", name.get_ref()));
+            }
+            // Told of when it was resolved, if it is empty.
+            if !text.is_empty()
+                && let Err(fault) = header_value(text)
+            {
+                // Without the value, which is a secret.
+                self.problems
+                    .add(value.span(), format!("invalid value of header {:?}: {fault}", name.get_ref()))
+                    .hint("expected one line of visible ASCII characters, e.g. \"Bearer ...\"");
+            }
+        }
+        let mut names: Vec<_> = tracing.headers.keys().collect();
+        names.sort_by_key(|name| name.span().start);
+        if let Some(first_too_many) = names.get(COLLECTOR_HEADERS_MAX) {
+            let message = format!("more than {COLLECTOR_HEADERS_MAX} headers for the collector");
+            self.problems.add(first_too_many.span(), message);
+        }
+        let Some(first) = names.first() else { return };
+        match &tracing.endpoint {
+            None => {
+                self.problems
+                    .add(first.span(), "tracing.headers without tracing.endpoint: nobody is sent anything")
+                    .hint("add endpoint = \"https://...\" to [tracing], or remove them");
+            }
+            Some(endpoint) => {
+                let leads_away = matches!(url(endpoint.get_ref()), Ok(("http", false)));
+                if leads_away {
+                    self.problems
+                        .add(
+                            endpoint.span(),
+                            "tracing.endpoint: plain http:// would show tracing.headers to the network",
+                        )
+                        .hint("write https://, or send to a collector on this machine, and let that one add them");
+                }
+            }
+        }
     }
 
     fn events(&mut self) {
@@ -1068,7 +1118,7 @@ fn leads_to(backend: &str, listener: SocketAddr) -> bool {
 
 const SECRET_CHARS_MIN: usize = 32;
 
-/// What is sent there is no secret, so that any network will do.
+/// Spans are no secret, so that any network will do; headers beside them are one.
 fn collector_url(text: &str) -> Result<(), &'static str> {
     if text.contains('?') {
         return Err("a query means nothing there");
@@ -1200,6 +1250,35 @@ fn header_name(name: &str) -> Result<(), &'static str> {
         _ => Ok(()),
     }
 }
+
+/// A name that may stand beside what we send to a collector.
+fn collector_header(name: &str) -> Result<(), &'static str> {
+    header_name(name)?;
+    match name.to_ascii_lowercase().replace('_', "-").as_str() {
+        "content-type" | "content-encoding" => Err("it says what is sent, which is Cloakroom's own matter"),
+        _ => Ok(()),
+    }
+}
+
+/// As it is sent (RFC 9110, section 5.5), without what would be trimmed or is read in more than one way.
+fn header_value(text: &str) -> Result<(), &'static str> {
+    if HEADER_VALUE_BYTES_MAX < text.len() {
+        return Err("it is longer than 8 KiB");
+    }
+    if text.starts_with(' ') || text.ends_with(' ') {
+        return Err("a space at its beginning or its end would be lost");
+    }
+    if !text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ') {
+        return Err("it holds more than visible ASCII characters and spaces");
+    }
+    Ok(())
+}
+
+/// They go with every batch of spans; services ask for one or two.
+const COLLECTOR_HEADERS_MAX: usize = 16;
+
+/// What most servers take for the whole head of a request.
+const HEADER_VALUE_BYTES_MAX: usize = 8 << 10;
 
 const MAX_REQUESTS_MAX: u32 = 1_000_000;
 
@@ -1392,6 +1471,69 @@ pool = "app"
         match parse(text, Path::new("cloakroom.toml")) {
             Ok(_) => "nothing is wrong".to_owned(),
             Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn headers_for_a_collector_are_names_and_values_that_can_be_sent_to_it_in_secret() {
+        let secret = "q7Zp-Kw";
+        let https = "endpoint = \"https://c.example\"";
+        let many: String = (0..17).map(|number| format!("x-{number} = \"{secret}\"\n")).collect();
+        let long = format!("x-key = \"{secret}{}\"", "x".repeat(super::HEADER_VALUE_BYTES_MAX));
+        for (endpoint, headers, place, fault) in [
+            (https, "host = \"q7Zp-Kw\"", "13:1", "invalid header \"host\": it frames or routes the request"),
+            (https, "Content-Length = \"q7Zp-Kw\"", "13:1", "invalid header \"Content-Length\": it frames"),
+            (https, "content_type = \"q7Zp-Kw\"", "13:1", "invalid header \"content_type\": it says what is sent"),
+            (https, "Content-Encoding = \"q7Zp-Kw\"", "13:1", "it says what is sent"),
+            (https, "te = \"q7Zp-Kw\"", "13:1", "invalid header \"te\": it belongs to one connection"),
+            (https, "transfer-encoding = \"q7Zp-Kw\"", "13:1", "it belongs to one connection"),
+            (https, "\"x key\" = \"q7Zp-Kw\"", "13:1", "invalid header \"x key\": expected a field name"),
+            (https, "x-key = \"q7Zp-Kw\"\nX-Key = \"q7Zp-Kw\"", "14:1", "header \"X-Key\" is already set in line 13"),
+            (
+                https,
+                "x-key = \"q7Zp-Kw\\r\\nhost: a\"",
+                "13:9",
+                "invalid value of header \"x-key\": it holds more than",
+            ),
+            (https, "x-key = \"q7Zp-Kwä\"", "13:9", "it holds more than visible ASCII"),
+            (https, "x-key = \" q7Zp-Kw\"", "13:9", "a space at its beginning or its end"),
+            (https, &long, "13:9", "it is longer than 8 KiB"),
+            (https, "x-key = \"\"", "13:9", "tracing.headers: the secret is empty"),
+            (https, "x-key = { file = \"no-such-file\" }", "13:9", "tracing.headers: secret file"),
+            (
+                https,
+                "x-key = { env = \"NO_SUCH_Q7\" }",
+                "13:9",
+                "tracing.headers: environment variable NO_SUCH_Q7 is not set",
+            ),
+            (https, "x-key = 1712345678", "13:9", "invalid type: a number, expected a text in quotes, { file"),
+            (https, "x-key = \"q7Zp-Kw", "13:", "invalid basic string"),
+            (https, &many, "29:1", "more than 16 headers for the collector"),
+            ("", "x-key = \"q7Zp-Kw\"", "13:1", "tracing.headers without tracing.endpoint"),
+            (
+                "endpoint = \"http://collector.example:4318\"",
+                "x-key = \"q7Zp-Kw\"",
+                "11:12",
+                "plain http:// would show tracing.headers to the network",
+            ),
+        ] {
+            let text = format!("{GOOD}[tracing]\n{endpoint}\n[tracing.headers]\n{headers}\n");
+            let found = headlines(&text);
+            assert!(
+                found.len() == 1 && found[0].starts_with(place) && found[0].contains(fault),
+                "{headers}: {found:?}"
+            );
+            let said = errors(&text);
+            assert!(!said.contains(secret) && !said.contains("1712345678"), "{headers}: {said}");
+        }
+        for (endpoint, headers) in [
+            ("https://c.example", "authorization = \"Bearer q7Zp Kw=\"\nx-honeycomb-team = \"q7Zp-Kw\""),
+            ("http://localhost:4318", "x-scope-orgid = \"test\""),
+            ("http://[::1]:4318", &many.lines().take(super::COLLECTOR_HEADERS_MAX).collect::<Vec<_>>().join("\n")),
+        ] {
+            let text = format!("{GOOD}[tracing]\nendpoint = \"{endpoint}\"\n[tracing.headers]\n{headers}\n");
+            let config = parse(&text, Path::new("a.toml")).unwrap_or_else(|error| panic!("{error}"));
+            assert!(!format!("{config:?}").contains(secret), "it never prints itself");
         }
     }
 

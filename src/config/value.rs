@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::de::{self, Deserializer, MapAccess, Unexpected, Visitor};
 use serde::{Serialize, Serializer};
 use toml::Spanned;
 
@@ -593,6 +593,27 @@ impl<'de> Visitor<'de> for SecretVisitor {
         Ok(Secret::new(text.to_owned()))
     }
 
+    // A secret of digits whose quotes were forgotten: the message must not quote it, as that of serde would.
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Secret, E> {
+        Err(E::invalid_type(Unexpected::Other("a number"), &self))
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<Secret, E> {
+        Err(E::invalid_type(Unexpected::Other("a number"), &self))
+    }
+
+    fn visit_i128<E: de::Error>(self, _: i128) -> Result<Secret, E> {
+        Err(E::invalid_type(Unexpected::Other("a number"), &self))
+    }
+
+    fn visit_u128<E: de::Error>(self, _: u128) -> Result<Secret, E> {
+        Err(E::invalid_type(Unexpected::Other("a number"), &self))
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Secret, E> {
+        Err(E::invalid_type(Unexpected::Other("a number"), &self))
+    }
+
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Secret, A::Error> {
         let mut reference = None;
         while let Some(key) = map.next_key::<String>()? {
@@ -924,7 +945,9 @@ mod tests {
             (r#"secret = { env = "SET", file = "unix" }"#, Err("comes from one place")),
             (r#"secret = { }"#, Err("expected { file")),
             (r#"secret = { files = "unix" }"#, Err("unknown field `files`, expected `file` or `env`")),
-            (r#"secret = 17"#, Err("expected a string, { file")),
+            (r#"secret = 17"#, Err("invalid type: a number, expected a string, { file")),
+            (r#"secret = 9223372036854775808"#, Err("invalid type: a number, expected a string, { file")),
+            (r#"secret = 1.7"#, Err("invalid type: a number, expected a string, { file")),
         ];
         for (toml, expected) in cases {
             match (resolved(toml, directory.path()), expected) {

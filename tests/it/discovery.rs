@@ -10,7 +10,7 @@ use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
 use crate::harness::dns::{Kind, NameServer, Record, Trouble};
 use crate::harness::gateway::{Gateway, Setup, Store};
-use crate::harness::{DEADLINE, wait_until};
+use crate::harness::{DEADLINE, tell, wait_until};
 
 const PUBLIC: &str = "access = \"public\"";
 
@@ -214,6 +214,103 @@ fn a_family_that_nobody_answers_for_does_not_hold_up_the_other() {
         let source = if place.starts_with('{') { "dns:api.test" } else { "api.test" };
         assert!(is_up(&gateway, &format!("{source}:{port}")), "{place}: it is no failure");
     }
+}
+
+/// As many as no datagram holds.
+const MANY: u8 = 40;
+
+#[test]
+fn an_answer_that_no_datagram_holds_is_had_over_tcp_and_all_of_it_counts() {
+    let server = NameServer::start();
+    let backends = Backend::at_one_port(MANY, &Answer::Echo);
+    let all: Vec<_> = backends.iter().collect();
+    let each: Vec<_> = all.iter().map(|backend| (*backend, 1)).collect();
+    server.set_addresses("api.test", TTL, &addresses(&all));
+    let gateway = finding(&[&dns("api.test", &backends[0])], Some(&server)).start();
+    let client = gateway.client();
+    let expected: BTreeMap<_, _> = all.iter().map(|backend| (backend.name().to_owned(), 1)).collect();
+    assert_eq!(shares(&client, all.len()), expected, "each of them has its turn");
+    assert!(0 < server.questions_over_tcp(), "the answer was cut short");
+
+    server.set_addresses("api.test", TTL, &addresses(&all[..2]));
+    wait_for_shares("fewer fit again", &client, &each[..2]);
+    let so_far = server.questions_over_tcp();
+    let asked = server.questions("api.test", Kind::A);
+    wait_until("it is asked again", || asked + 2 <= server.questions("api.test", Kind::A));
+    assert_eq!(server.questions_over_tcp(), so_far, "by datagram, as before");
+
+    let srv =
+        |backend: &&Backend| Record::Srv(0, 1, backend.address().port(), format!("{}.test", backend.address().ip()));
+    let service = "_http._tcp.api.test";
+    for backend in &all {
+        server.set_addresses(&format!("{}.test", backend.address().ip()), TTL, &[backend.address()]);
+    }
+    server.set(service, TTL, &all.iter().map(srv).collect::<Vec<_>>());
+    let gateway = finding(&[&format!("{{ srv = \"{service}\" }}")], Some(&server)).start();
+    let client = gateway.client();
+    wait_for_shares("the servers of a service, too", &client, &each);
+    assert!(so_far < server.questions_over_tcp());
+}
+
+#[test]
+fn servers_of_both_families_are_found_and_get_requests() {
+    let Some([four, six]) = Backend::of_both_families(&Answer::Echo) else {
+        return tell("NOT TESTED, as this machine has no ::1: backends that are found at addresses of IPv6");
+    };
+    let server = NameServer::start();
+    server.set_addresses("both.test", TTL, &addresses(&[&four, &six]));
+    server.set_addresses("six.test", TTL, &addresses(&[&six]));
+    // As an entry to be found, and as one backend that has a name.
+    for (host, expected) in [("six.test", &[(&six, 4)][..]), ("both.test", &[(&four, 2), (&six, 2)])] {
+        for place in [dns(host, &six), format!("\"{host}:{}\"", six.address().port())] {
+            let gateway = finding(&[&place], Some(&server)).start();
+            let client = gateway.client();
+            wait_for_shares(&place, &client, expected);
+            let answered: usize = shares(&client, 8).values().sum();
+            assert_eq!(answered, 8, "{place}: none of them fails");
+        }
+    }
+
+    let gateway = finding(&[&dns("both.test", &six)], Some(&server)).start();
+    let client = gateway.client();
+    for (now, share) in [(vec![&six], vec![(&six, 3)]), (vec![&four], vec![(&four, 3)])] {
+        server.set_addresses("both.test", TTL, &addresses(&now));
+        wait_for_shares("a family comes and goes as any address does", &client, &share);
+    }
+    let service = "_http._tcp.api.test";
+    let srv = |name: &str| Record::Srv(0, 1, six.address().port(), name.to_owned());
+    server.set_addresses("four.test", TTL, &addresses(&[&four]));
+    server.set(service, TTL, &[srv("four.test"), srv("six.test")]);
+    let gateway = finding(&[&format!("{{ srv = \"{service}\" }}")], Some(&server)).start();
+    wait_for_shares("servers of a service, too", &gateway.client(), &[(&four, 2), (&six, 2)]);
+}
+
+#[test]
+fn a_server_that_dns_adds_later_begins_slowly_and_those_of_the_start_do_not() {
+    let server = NameServer::start();
+    let backends = Backend::at_one_port(3, &Answer::Echo);
+    let [one, two, later] = &backends[..] else { panic!("three") };
+    server.set_addresses("api.test", TTL, &addresses(&[one, two]));
+    // Long enough that a tenth of its share stays a tenth, however long the test takes.
+    let setup = Gateway::in_front_of(&[]).pool_found("app", &[&dns("api.test", one)], "slow_start = \"10d\"");
+    let gateway = setup.route("/", PUBLIC).with(&server.table()).start();
+    let client = gateway.client();
+    let counts = |times| {
+        let shares = shares(&client, times);
+        [one, two, later].map(|backend| shares.get(backend.name()).copied().unwrap_or_default())
+    };
+    assert_eq!(counts(10), [5, 5, 0], "at the start all are new, and none is slow");
+
+    server.set_addresses("api.test", TTL, &addresses(&[one, two, later]));
+    wait_until("it is known", || metric(&gateway, "weight", &later.address().to_string()) == 1.0);
+    assert_eq!(counts(210), [100, 100, 10], "a tenth of what the others get");
+
+    server.set_addresses("api.test", TTL, &addresses(&[two, later]));
+    wait_until("one has left", || metric(&gateway, "weight", &one.address().to_string()) == 0.0);
+    assert_eq!(counts(110), [0, 100, 10], "that another one leaves makes it no faster");
+    server.set_addresses("api.test", TTL, &addresses(&[one, two, later]));
+    wait_until("it is back", || metric(&gateway, "weight", &one.address().to_string()) == 1.0);
+    assert_eq!(counts(120), [10, 100, 10], "who comes back begins slowly, too");
 }
 
 /// What a TLS client says first (RFC 8446, section 4.1.2), with the name that it wants in the clear.

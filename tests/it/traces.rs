@@ -6,6 +6,7 @@ use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::Connection;
 use crate::harness::gateway::{Gateway, Setup};
 use crate::harness::wait_until;
+use crate::operation::cloakroom;
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
@@ -208,6 +209,41 @@ fn a_collector_that_hangs_or_is_away_costs_no_request() {
             0.0 < gateway.metric("cloakroom_spans_total{result=\"dropped\"}")
         });
         gateway.stop();
+    }
+}
+
+#[test]
+fn a_collector_is_told_who_sends_and_nobody_else_is() {
+    let (backend, collector) = (Backend::echo(), collector());
+    let headers = "[tracing.headers]\nauthorization = { file = \"collector-key\" }\nX-Team = \"Vq83-nK2\"";
+    let gateway = traced(&[&backend], &collector, headers).file("collector-key", "Bearer q7Zp-Kw\n").start();
+    gateway.client().get("/open").header("traceparent", &traceparent("01")).send();
+    spans_of(&collector, TRACE, 2);
+    for request in collector.requests() {
+        assert_eq!(request.head.values("authorization"), ["Bearer q7Zp-Kw"]);
+        assert_eq!(request.head.values("x-team"), ["Vq83-nK2"]);
+        assert_eq!(request.head.values("content-type"), ["application/json"]);
+    }
+    assert!(!backend.has_received("q7Zp-Kw") && !backend.has_received("Vq83-nK2"), "it is for the collector alone");
+
+    let another = |setup: Setup| setup.file("collector-key", "Bearer z9-another");
+    assert_eq!(gateway.reload(another).unwrap().at_restart, ["tracing: headers"], "without a value");
+}
+
+#[test]
+fn a_wrong_header_for_a_collector_is_refused_with_its_place_and_without_its_value() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("cloakroom.toml");
+    for (endpoint, header, expected) in [
+        ("http://127.0.0.1:4318", "Host = \"q7Zp-Kw\"", ":4:1: invalid header \"Host\": it frames or routes"),
+        ("http://127.0.0.1:4318", "x-key = \"q7Zp-Kw\\n\"", ":4:9: invalid value of header \"x-key\""),
+        ("http://192.0.2.1:4318", "x-key = \"q7Zp-Kw\"", ":2:12: tracing.endpoint: plain http:// would show"),
+    ] {
+        std::fs::write(&file, format!("[tracing]\nendpoint = \"{endpoint}\"\n[tracing.headers]\n{header}\n")).unwrap();
+        let output = cloakroom(&["check", file.to_str().unwrap()]);
+        let said = String::from_utf8(output.stderr).unwrap() + &String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{said}");
+        assert!(said.contains(expected) && !said.contains("q7Zp-Kw"), "{expected}: {said}");
     }
 }
 

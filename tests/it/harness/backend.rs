@@ -1,7 +1,7 @@
 //! What reaches a web server behind the gateway? A real one that keeps every byte and answers as it is told.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -102,10 +102,22 @@ impl Backend {
 
     /// As many that answer alike, at `127.0.0.2`, `127.0.0.3` and so on, at the same port: as the addresses of one name.
     pub(crate) fn at_one_port(count: u8, answer: &Answer) -> Vec<Self> {
+        let addresses: Vec<_> = (2..2 + count).map(|last| Ipv4Addr::new(127, 0, 0, last).into()).collect();
+        Self::at_one_port_of(&addresses, answer)
+    }
+
+    /// Two that answer alike, at `127.0.0.2` and at `::1`, at the same port; none on a machine that has no IPv6.
+    pub(crate) fn of_both_families(answer: &Answer) -> Option<[Self; 2]> {
+        TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok()?;
+        let addresses = [Ipv4Addr::new(127, 0, 0, 2).into(), Ipv6Addr::LOCALHOST.into()];
+        Self::at_one_port_of(&addresses, answer).try_into().ok()
+    }
+
+    fn at_one_port_of(addresses: &[IpAddr], answer: &Answer) -> Vec<Self> {
         for _ in 0..100 {
-            let first = TcpListener::bind("127.0.0.2:0").unwrap();
+            let first = TcpListener::bind((addresses[0], 0)).unwrap();
             let port = first.local_addr().unwrap().port();
-            let others = (3..2 + count).map(|last| TcpListener::bind((Ipv4Addr::new(127, 0, 0, last), port)));
+            let others = addresses[1..].iter().map(|address| TcpListener::bind((*address, port)));
             // Somebody else may have the port at one of the addresses.
             let Ok(others) = others.collect::<io::Result<Vec<_>>>() else { continue };
             let serve = |listener| {
@@ -114,7 +126,7 @@ impl Backend {
             };
             return std::iter::once(first).chain(others).map(serve).collect();
         }
-        panic!("no port is free at {count} addresses");
+        panic!("no port is free at all of {addresses:?}");
     }
 
     /// Answers each request as `answer` says.

@@ -1,8 +1,9 @@
 //! Where do names lead? A name server on a port of its own whose answers a test changes, and that counts its questions.
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -32,6 +33,7 @@ pub(crate) enum Trouble {
 #[derive(Clone, Debug)]
 pub(crate) enum Record {
     A(Ipv4Addr),
+    Aaaa(Ipv6Addr),
     Cname(String),
     /// priority, weight, port, target
     Srv(u16, u16, u16, String),
@@ -42,8 +44,12 @@ pub(crate) struct NameServer {
     address: SocketAddr,
     zone: Arc<Zone>,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    /// One for datagrams, one for connections.
+    threads: Vec<JoinHandle<()>>,
 }
+
+/// An answer by datagram has no more bytes (RFC 1035, section 4.2.1); what is left out of it is had over TCP.
+const DATAGRAM_BYTES_MAX: usize = 512;
 
 #[derive(Default)]
 struct Zone {
@@ -51,26 +57,38 @@ struct Zone {
     records: Mutex<HashMap<String, (u32, Vec<Record>)>>,
     troubles: Mutex<HashMap<String, Trouble>>,
     questions: Mutex<HashMap<(String, u16), usize>>,
+    questions_over_tcp: AtomicUsize,
 }
 
 impl NameServer {
     pub(crate) fn start() -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let (socket, listener) = bound_twice();
         let address = socket.local_addr().unwrap();
         let (zone, stop) = (Arc::<Zone>::default(), Arc::new(AtomicBool::new(false)));
         let (answering, stopping) = (Arc::clone(&zone), Arc::clone(&stop));
-        let thread = std::thread::spawn(move || {
+        let by_datagram = std::thread::spawn(move || {
             let mut question = [0; 1500];
             while let Ok((length, asker)) = socket.recv_from(&mut question) {
                 if stopping.load(Ordering::SeqCst) {
                     return;
                 }
-                if let Some(answer) = answering.answer(&question[..length]) {
+                if let Some(answer) = answering.answer(&question[..length], DATAGRAM_BYTES_MAX) {
                     let _ = socket.send_to(&answer, asker); // fails when the asker has left
                 }
             }
         });
-        Self { address, zone, stop, thread: Some(thread) }
+        let (answering, stopping) = (Arc::clone(&zone), Arc::clone(&stop));
+        let by_connection = std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                if stopping.load(Ordering::SeqCst) {
+                    return;
+                }
+                let zone = Arc::clone(&answering);
+                // Ends with its connection, which is the asker's to close.
+                std::thread::spawn(move || zone.serve(stream));
+            }
+        });
+        Self { address, zone, stop, threads: vec![by_datagram, by_connection] }
     }
 
     /// The table that names it.
@@ -88,7 +106,7 @@ impl NameServer {
     pub(crate) fn set_addresses(&self, name: &str, ttl: u32, addresses: &[SocketAddr]) {
         let record = |address: &SocketAddr| match address {
             SocketAddr::V4(address) => Record::A(*address.ip()),
-            SocketAddr::V6(_) => panic!("backends of tests have IPv4"),
+            SocketAddr::V6(address) => Record::Aaaa(*address.ip()),
         };
         self.set(name, ttl, &addresses.iter().map(record).collect::<Vec<_>>());
     }
@@ -102,19 +120,58 @@ impl NameServer {
     pub(crate) fn questions(&self, name: &str, kind: Kind) -> usize {
         self.zone.questions.lock().unwrap().get(&(name.to_owned(), kind as u16)).copied().unwrap_or_default()
     }
+
+    /// How often it was asked for anything over TCP.
+    pub(crate) fn questions_over_tcp(&self) -> usize {
+        self.zone.questions_over_tcp.load(Ordering::SeqCst)
+    }
+}
+
+/// For datagrams and for connections, at the same port.
+fn bound_twice() -> (UdpSocket, TcpListener) {
+    for _ in 0..100 {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        // Somebody else may have the port of the other kind.
+        if let Ok(listener) = TcpListener::bind(socket.local_addr().unwrap()) {
+            return (socket, listener);
+        }
+    }
+    panic!("no port is free for both kinds");
 }
 
 impl Drop for NameServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        let _ = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.send_to(&[], self.address)); // wakes the thread
-        let _ = self.thread.take().map(JoinHandle::join);
+        // Wakes the threads.
+        let _ = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.send_to(&[], self.address));
+        let _ = TcpStream::connect(self.address);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
     }
 }
 
 impl Zone {
-    /// One question, as all resolvers send it; the answer has no pointers, and the targets' addresses beside it.
-    fn answer(&self, message: &[u8]) -> Option<Vec<u8>> {
+    /// Questions one after the other, each behind its length (RFC 1035, section 4.2.2).
+    fn serve(&self, mut stream: TcpStream) {
+        let mut length = [0; 2];
+        while stream.read_exact(&mut length).is_ok() {
+            let mut question = vec![0; usize::from(u16::from_be_bytes(length))];
+            if stream.read_exact(&mut question).is_err() {
+                return;
+            }
+            self.questions_over_tcp.fetch_add(1, Ordering::SeqCst);
+            let Some(answer) = self.answer(&question, usize::from(u16::MAX)) else { continue };
+            let framed = [&(answer.len() as u16).to_be_bytes(), answer.as_slice()].concat();
+            if stream.write_all(&framed).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// One question, as all resolvers send it; the answer has no pointers, and the targets' addresses beside it. Of what
+    /// does not fit into `bytes_max`, it says that there is more (RFC 2181, section 9).
+    fn answer(&self, message: &[u8], bytes_max: usize) -> Option<Vec<u8>> {
         let (name, end) = name_at(message, 12)?;
         let kind = u16::from_be_bytes([*message.get(end)?, *message.get(end + 1)?]);
         *self.questions.lock().unwrap().entry((name.clone(), kind)).or_default() += 1;
@@ -148,15 +205,26 @@ impl Zone {
                         additional.extend(addresses.iter().map(|address| address.encode(target, ttl)));
                     }
                     Record::Cname(target) => next = Some(target.clone()),
-                    Record::A(_) => {}
+                    Record::A(_) | Record::Aaaa(_) => {}
                 }
             }
             let Some(next) = next else { break };
             asked = next;
         }
+        let mut room = bytes_max - (end + 4);
+        let mut fits = |record: &Vec<u8>| {
+            let rest = room.checked_sub(record.len());
+            room = rest.unwrap_or(0);
+            rest.is_some()
+        };
+        let whole = answers.len();
+        answers = answers.into_iter().take_while(&mut fits).collect();
+        // What is only beside the answer may be left out without a word.
+        additional = additional.into_iter().take_while(&mut fits).collect();
+        let truncated = if answers.len() < whole { 0x02 } else { 0 };
         let mut answer = message[..2].to_vec();
         // A response, with recursion asked for and available.
-        answer.extend([0x81, 0x80 | code, 0, 1, 0, answers.len() as u8, 0, 0, 0, additional.len() as u8]);
+        answer.extend([0x81 | truncated, 0x80 | code, 0, 1, 0, answers.len() as u8, 0, 0, 0, additional.len() as u8]);
         answer.extend(&message[12..end + 4]);
         answer.extend(answers.concat());
         answer.extend(additional.concat());
@@ -168,6 +236,7 @@ impl Record {
     fn kind(&self) -> Kind {
         match self {
             Self::A(_) => Kind::A,
+            Self::Aaaa(_) => Kind::Aaaa,
             Self::Cname(_) => Kind::Cname,
             Self::Srv(..) => Kind::Srv,
         }
@@ -176,6 +245,7 @@ impl Record {
     fn encode(&self, owner: &str, ttl: u32) -> Vec<u8> {
         let value = match self {
             Self::A(address) => address.octets().to_vec(),
+            Self::Aaaa(address) => address.octets().to_vec(),
             Self::Cname(target) => name_on_the_wire(target),
             Self::Srv(priority, weight, port, target) => {
                 let numbers = [priority, weight, port].into_iter().flat_map(|number| number.to_be_bytes());
