@@ -83,7 +83,7 @@ impl Successor {
     pub async fn ready(mut self) -> Result<u32, NotReady> {
         let mut word = [0; READY.len()];
         match tokio::time::timeout(READY_WITHIN, self.says.read_exact(&mut word)).await {
-            Ok(Ok(_)) if word == *READY => self.child.take().map(|child| child.id()).ok_or(NotReady::Ended),
+            Ok(Ok(_)) if word == *READY => self.child.take().map(let_go).ok_or(NotReady::Ended),
             Ok(_) => Err(NotReady::Ended),
             Err(_) => Err(NotReady::TooLate),
         }
@@ -92,12 +92,21 @@ impl Successor {
 
 impl Drop for Successor {
     fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // In order, because it may have begun to serve. Not waited for here, it leaves no zombie.
+        let Some(child) = self.child.take() else { return };
+        // In order, because it may have begun to serve.
         let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let _ = id.map(|id| kill_process(id, Signal::TERM));
-        std::thread::spawn(move || child.wait());
+        let_go(child);
     }
+}
+
+/// Its process id. Not waited for here, it leaves no zombie, also where it ends long before us: who was upgraded in turn is
+/// gone, while one of our connections lasts.
+fn let_go(mut child: Child) -> u32 {
+    let id = child.id();
+    // Without a thread it is a zombie until we end, which harms nobody.
+    let _ = std::thread::Builder::new().name("successor".into()).spawn(move || child.wait());
+    id
 }
 
 /// Tells the process that started us that it may go.

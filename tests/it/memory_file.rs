@@ -23,7 +23,10 @@ fn kill(daemon: Daemon) {
 }
 
 pub(crate) fn log_in(address: SocketAddr) -> Client {
-    let client = Client::of(address);
+    logged_in(Client::of(address))
+}
+
+pub(crate) fn logged_in(client: Client) -> Client {
     let form = Form::on(&client.navigate("/.cloakroom/login").send().text());
     send(&client, "/.cloakroom/login", &form.filled_in(&[("username", "ann"), ("password", PASSWORD)]));
     client

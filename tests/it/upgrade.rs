@@ -2,14 +2,18 @@
 
 use std::net::SocketAddr;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use rustls::ClientConfig;
+
 use crate::harness::backend::{Answer, Backend};
 use crate::harness::client::{Client, Connection};
+use crate::harness::http2::Http2Client;
 use crate::harness::redis::RedisServer;
-use crate::harness::{Over, wait_until};
-use crate::memory_file::log_in;
+use crate::harness::{Over, tls, wait_until};
+use crate::memory_file::{log_in, logged_in};
 use crate::operation::{Daemon, Log, admin_of, deployment, is_up};
 
 /// A process that is nobody's child here; ended with this value.
@@ -120,6 +124,104 @@ fn an_upgrade_under_load_fails_no_request_and_logs_nobody_out() {
     assert!(is_up(address));
     let successor = successor.unwrap();
     assert!(successor.signal("TERM"));
+    wait_until("the successor ends", || !is_up(address));
+}
+
+/// Asks on one connection for as long as it takes requests, and then on another, as clients of HTTP/2 do. Only who is told
+/// that a request was not looked at may ask again: by the farewell of the connection (RFC 9113, sections 6.8 and 8.7).
+fn ask_over_http2(
+    address: SocketAddr,
+    trust: &Arc<ClientConfig>,
+    cookie: &str,
+    stop: &AtomicBool,
+    answered: &AtomicUsize,
+) {
+    while !stop.load(Ordering::SeqCst) {
+        let client = Http2Client::connect(address, trust);
+        while !stop.load(Ordering::SeqCst) {
+            match client.try_send("POST", "/private", &[("cookie", cookie)], b"a body") {
+                Ok(response) => assert_eq!(response.status, 200, "{}", response.text()),
+                Err(error) if error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR) => break,
+                Err(error) => panic!("a request over HTTP/2 failed: {error:?}"),
+            }
+            answered.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+#[test]
+fn an_upgrade_under_load_over_tls_and_http2_fails_no_request() {
+    let redis = RedisServer::start();
+    let backend = Backend::echo();
+    // Patient with a request whose body comes when the upgrades are done.
+    let limits = "[limits]\nbody_timeout = \"1h\"\n[server]\ndrain_timeout = \"1h\"\n[log]\naccess = false\n";
+    let rest = format!("{}{limits}", redis_keys(&redis));
+    let (folder, file, address) = deployment(&[&backend], &rest);
+    let (cert, key) = tls::write_files(folder.path());
+    let plain = std::fs::read_to_string(&file).unwrap();
+    let listener = format!("[[listener]]\ncert = {cert:?}\nkey = {key:?}\n");
+    let text =
+        plain.replace("[[listener]]\n", &listener).replace("[pool.app]\n", "[pool.app]\nread_timeout = \"1h\"\n");
+    std::fs::write(&file, text).unwrap();
+    let trust = tls::trust();
+    let mut first = Daemon::run(&file);
+    let log = first.log();
+    wait_until("the gateway listens", || is_up(address));
+    let ann = logged_in(Client::of_tls(address, Arc::clone(&trust)));
+    let cookie = ann.cookie_field().unwrap();
+    let fields = [("cookie", cookie.as_str())];
+
+    // A request that is on its way all the time, and a connection that has nothing to do.
+    let (busy, idle) = (Http2Client::connect(address, &trust), Http2Client::connect(address, &trust));
+    let mut upload = busy.begin("POST", "/private", &fields, false).unwrap();
+    upload.write(b"the beginning, ", false);
+    assert_eq!(idle.get("/private", &fields).status, 200);
+
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let mut successor = None;
+    std::thread::scope(|scope| {
+        let _over = Over(&stop);
+        for _ in 0..4 {
+            let (stop, answered, trust, cookie) = (&stop, &answered, &trust, &cookie);
+            scope.spawn(move || ask_over_http2(address, trust, cookie, stop, answered));
+        }
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                let response = ann.get("/private").send();
+                assert_eq!(response.status, 200, "{}", response.text());
+                answered.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let more_load = |what: &str| {
+            let before = answered.load(Ordering::SeqCst);
+            wait_until(what, || before + 200 < answered.load(Ordering::SeqCst));
+        };
+        more_load("there is load");
+        for round in 1..=2 {
+            match &successor {
+                None => first.signal("USR2"),
+                Some(second) => assert!(Successor::signal(second, "USR2")),
+            }
+            wait_until("a successor serves", || successors(&log) == round);
+            let next = Successor::told_by(&log);
+            if let Some(before) = successor.replace(next) {
+                wait_until("who was upgraded ends, as nothing holds it", || !before.signal("0"));
+            }
+            more_load("the load goes on");
+        }
+    });
+
+    let error = idle.try_send("GET", "/private", &fields, b"").map(|response| response.status);
+    assert!(error.is_err_and(|error| error.is_go_away() || error.is_io()), "who had nothing to do was told to go");
+    upload.write(b"and the end", true);
+    let response = upload.finish().unwrap();
+    assert_eq!(response.status, 200, "a request of the first process is answered by it: {}", response.text());
+    drop(busy);
+    drop(idle);
+    assert_eq!(first.exit_code(), Some(0), "which ends with its last request");
+    let last = Http2Client::connect(address, &trust).get("/private", &fields);
+    assert_eq!(last.status, 200, "the login outlives two upgrades: {}", last.text());
+    assert!(successor.unwrap().signal("TERM"));
     wait_until("the successor ends", || !is_up(address));
 }
 
