@@ -312,8 +312,8 @@ fn build_login(config: &Config, sessions: &Sessions, metrics: &Metrics) -> Resul
 pub fn start(prepared: Prepared) -> Result<Running, StartError> {
     // Redis over TLS and our listeners use one provider; the first to install it wins, and all install the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    // Pingora's own timers suit threads that share a runtime: a slot for every 10 ms stays in a tree until its time has come,
-    // whether somebody waits for it or not. Those of a runtime that has one thread go with whoever waits.
+    // Of a second and more. Pingora's own timers suit threads that share a runtime: a slot for every 10 ms stays in a tree until
+    // its time has come, whether somebody waits for it or not. Those of a runtime that has one thread go with whoever waits.
     set_fast_timeout_to_tokio_threshold(Some(Duration::ZERO));
     let Prepared { config, rules, sessions, memory, ring, tls, metrics, pace, log_switch, witness, mut inherited } =
         prepared;

@@ -117,7 +117,7 @@ impl Place {
         let line_end = text[start..].find('\n').map_or(text.len(), |newline| start + newline);
         let column = text[line_start..start].chars().count() + 1;
         let line = text[line_start..line_end].trim_end_matches('\r');
-        let line = match secret_from(&text[..line_start], line) {
+        let line = match secret_from(&text[..line_start], line).or_else(|| behind_secret_key(line)) {
             Some(from) => covered(line, |at| from <= at),
             None => without_secrets(line),
         };
@@ -171,8 +171,19 @@ fn secret_from(before: &str, line: &str) -> Option<usize> {
         |at: &usize| before[..*at].trim_end_matches([' ', '\t']).bytes().last().is_none_or(|b| b == b'\n');
     let heading = before.match_indices('[').map(|(at, _)| at).rfind(is_first_of_line).unwrap_or(0);
     let is_within = SECRET_SECTION.iter().all(|word| before[heading..].contains(word) || line.contains(word));
-    // Without a key, it is a later line of a longer text.
-    (is_within && !line.trim_start().starts_with('[')).then(|| line.find('=').map_or(0, |at| at + 1))
+    // Behind no key, it is a later line of a longer text, or the `=` is one of the secret's own.
+    let is_key = |text: &str| text.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"'".contains(c));
+    let value = || line.find('=').filter(|at| is_key(&line[..*at])).map_or(0, |at| at + 1);
+    (is_within && !line.trim_start().starts_with('[')).then(value)
+}
+
+/// Behind a secret key that begins this line of a file, where no `=` follows: it was forgotten, or is another sign.
+fn behind_secret_key(line: &str) -> Option<usize> {
+    let bare = line.trim_start().trim_start_matches(['"', '\'']);
+    let rest = SECRET_KEYS.iter().find_map(|key| bare.strip_prefix(key))?;
+    let rest = rest.trim_start_matches(['"', '\'']);
+    let is_key = !rest.starts_with(|c: char| c.is_alphanumeric() || "_-.".contains(c));
+    (is_key && !rest.trim_start().starts_with('=')).then_some(line.len() - rest.len())
 }
 
 /// What stands behind `url =`, when it is the secret itself and no `{ file = ... }`.
@@ -185,7 +196,10 @@ fn secret_value(line: &str) -> Option<Range<usize>> {
     })?;
     let value_start = key.len() + 1;
     let blank = value[1..].len() - value[1..].trim_start().len();
-    let is_reference = value[1..].trim_start().starts_with('{');
+    let is_reference = value[1..].trim_start().strip_prefix('{').is_some_and(|table| {
+        let key = table.trim_start().trim_start_matches(['"', '\'']);
+        key.starts_with("file") || key.starts_with("env")
+    });
     (!is_reference && value_start + blank < line.len()).then_some(value_start + blank..line.len())
 }
 
@@ -398,6 +412,8 @@ mod tests {
             "token = \"hunter2\"",
             "client_secret = \"hunter2\"",
             "webhook_secret = \"hunter2\"",
+            "token = { value = \"hunter2\" }",
+            "token = { hunter2 }",
             "anything = \"rediss://user:hunter2@host\"",
             "invalid type: string \"redis://:hunter2@host\", expected a table",
             "url = \"redis://:hunt\\qer2hunter2@host",
@@ -412,6 +428,12 @@ mod tests {
             "[ tracing . \"headers\" ] # who sends\n\n# a key\n\"x-a\" = 'hunter2",
             "[tracing.headers]\nx-a = \"\"\"\nhunter2",
             "[tracing.headers]\nx-a = { hunter2",
+            "[tracing.headers]\nauthorization \"Basic hunter2==\"",
+            "[tracing.headers]\nauthorization: \"Basic hunter2==\"",
+            "[admin]\ntoken \"hunter2\"",
+            "[admin]\n  \"token\": \"hunter2=\"",
+            "[ann]\npassword:hunter2",
+            "[login.oidc.a]\nclient_secret hunter2",
             "[tracing]\nheaders = { x-a = \"hunter2\" }",
             "[tracing]\nheaders.x-a = \"hunter2\"",
             "[login]\n[tracing]\nheaders = {\n  x-a = \"hunter2\"",
@@ -423,9 +445,13 @@ mod tests {
             let shown = Place::of(text, &(at..at + 1)).text;
             assert!(!shown.contains("hunter2") && shown.contains("**"), "{shown}");
         }
-        for text in
-            ["[tracing]\nratio = 1.1", "[tracing.headers]\n[login]", "[identity]\nheaders = { X-A = \"{user}\" }"]
-        {
+        for text in [
+            "[tracing]\nratio = 1.1",
+            "[admin]\ntoken_file x",
+            "[admin]\ntokens = 1",
+            "[tracing.headers]\n[login]",
+            "[identity]\nheaders = { X-A = \"{user}\" }",
+        ] {
             let line = text.lines().nth(1).unwrap();
             assert_eq!(Place::of(text, &(text.len() - 1..text.len())).text, line, "of another section");
         }

@@ -228,6 +228,8 @@ fn an_answer_that_no_datagram_holds_is_had_over_tcp_and_all_of_it_counts() {
     server.set_addresses("api.test", TTL, &addresses(&all));
     let gateway = finding(&[&dns("api.test", &backends[0])], Some(&server)).start();
     let client = gateway.client();
+    let source = format!("dns:api.test:{}", backends[0].address().port());
+    wait_until("they are found", || is_up(&gateway, &source));
     let expected: BTreeMap<_, _> = all.iter().map(|backend| (backend.name().to_owned(), 1)).collect();
     assert_eq!(shares(&client, all.len()), expected, "each of them has its turn");
     assert!(0 < server.questions_over_tcp(), "the answer was cut short");

@@ -171,6 +171,7 @@ fn a_place_where_no_backend_is_found_is_told_with_the_cause() {
     };
 
     assert_eq!(warnings("app"), [""; 0], "it is found");
+    wait_until("DNS has answered", || warnings("named").len() == 2);
     let nothing = warnings("named");
     assert!(nothing[1].starts_with("dns:api.test:80 is not found: "), "{nothing:?}");
     assert!(nothing[1].ends_with("; nothing is known of it yet"), "{nothing:?}");
