@@ -140,7 +140,8 @@ fn char_boundary(text: &str, index: usize) -> usize {
     (0..=index.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
 
-/// Keys whose value is not to be shown, in whichever file: the store's URL, a user's password hash.
+/// Keys whose value is not to be shown, in whichever file: the store's URL, a user's password hash, and what else is a
+/// secret in [`super::model`].
 const SECRET_KEYS: [&str; 5] = ["url", "password", "token", "client_secret", "webhook_secret"];
 
 /// `[tracing.headers]`: every value in it is secret, whatever it is called.

@@ -71,6 +71,19 @@ fn ask_on_kept_connections(address: SocketAddr, cookie: &str, stop: &AtomicBool,
     }
 }
 
+fn ask_on_new_connections(client: &Client, stop: &AtomicBool, answered: &AtomicUsize) {
+    while !stop.load(Ordering::SeqCst) {
+        let response = client.get("/private").send();
+        assert_eq!(response.status, 200, "{}", response.text());
+        answered.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn wait_for_answers(what: &str, answered: &AtomicUsize) {
+    let before = answered.load(Ordering::SeqCst);
+    wait_until(what, || before + 200 < answered.load(Ordering::SeqCst));
+}
+
 #[test]
 fn an_upgrade_under_load_fails_no_request_and_logs_nobody_out() {
     let redis = RedisServer::start();
@@ -91,18 +104,9 @@ fn an_upgrade_under_load_fails_no_request_and_logs_nobody_out() {
             let (stop, answered) = (&stop, &answered);
             let cookie = client.cookie_field().unwrap();
             scope.spawn(move || ask_on_kept_connections(address, &cookie, stop, answered));
-            scope.spawn(move || {
-                while !stop.load(Ordering::SeqCst) {
-                    let response = client.get("/private").send();
-                    assert_eq!(response.status, 200, "{}", response.text());
-                    answered.fetch_add(1, Ordering::SeqCst);
-                }
-            });
+            scope.spawn(move || ask_on_new_connections(&client, stop, answered));
         }
-        let more_load = |what: &str| {
-            let before = answered.load(Ordering::SeqCst);
-            wait_until(what, || before + 200 < answered.load(Ordering::SeqCst));
-        };
+        let more_load = |what: &str| wait_for_answers(what, &answered);
         more_load("there is load");
         first.signal("USR2");
         wait_until("a successor serves", || successors(&log) == 1);
@@ -185,17 +189,8 @@ fn an_upgrade_under_load_over_tls_and_http2_fails_no_request() {
             let (stop, answered, trust, cookie) = (&stop, &answered, &trust, &cookie);
             scope.spawn(move || ask_over_http2(address, trust, cookie, stop, answered));
         }
-        scope.spawn(|| {
-            while !stop.load(Ordering::SeqCst) {
-                let response = ann.get("/private").send();
-                assert_eq!(response.status, 200, "{}", response.text());
-                answered.fetch_add(1, Ordering::SeqCst);
-            }
-        });
-        let more_load = |what: &str| {
-            let before = answered.load(Ordering::SeqCst);
-            wait_until(what, || before + 200 < answered.load(Ordering::SeqCst));
-        };
+        scope.spawn(|| ask_on_new_connections(&ann, &stop, &answered));
+        let more_load = |what: &str| wait_for_answers(what, &answered);
         more_load("there is load");
         for round in 1..=2 {
             match &successor {
